@@ -1,0 +1,47 @@
+# `make demo` and `make test` set themselves up: a .venv in this folder, torch first. A second run starts at once.
+# PYTHON with a CUDA build of torch in it (make demo PYTHON=/path/to/python): that torch is used and none is installed.
+PYTHON ?= python3
+# The CPU build where the package index offers one; pip's own settings (PIP_INDEX_URL, ...) are honoured.
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint bench gpu-test
+
+demo: $(VENV)/installed
+	@$(RUN) -m fastdllm generate --compare --demo
+
+test: $(VENV)/test-tools
+	$(RUN) -m pytest -n auto --maxprocesses 8
+
+lint: $(VENV)/test-tools
+	$(RUN) -m ruff check .
+
+# On a machine with a GPU, the same tests compiled, and more: one process, since it owns the GPU.
+gpu-test: $(VENV)/installed
+	$(RUN) -m pytest
+
+bench: $(VENV)/installed
+	$(RUN) -m pytest bench --benchmark --benchmark-json=bench/results/kernels.json
+	$(RUN) bench/report.py bench/results/kernels.json
+
+# A virtual environment of a virtual environment does not see its packages; a .pth file shows them to it.
+$(VENV)/python:
+	$(PYTHON) -m venv $(VENV)
+	@if $(PYTHON) -c "import sys, torch; sys.exit(torch.version.cuda is None)" 2>/dev/null; then \
+		$(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+			> "$$($(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/host-python.pth"; \
+	else \
+		$(PIP) "$(TORCH)" "setuptools>=68" wheel; \
+	fi
+	@touch $@
+
+$(VENV)/installed: $(VENV)/python setup.py
+	$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/test-tools: $(VENV)/installed
+	$(PIP) --no-build-isolation -e ".[test]"
+	@touch $@
