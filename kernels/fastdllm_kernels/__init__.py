@@ -1,0 +1,33 @@
+"""Triton kernels and PyTorch references for block-wise diffusion decoding. Imports torch and triton only."""
+
+from .attention import block_attention, block_attention_reference
+from .pointwise import rms_norm, rms_norm_reference, rope_to_cache, rope_to_cache_reference, swiglu, swiglu_reference
+from .rules import Factor, Quota, Threshold
+from .select import (
+    Confidence,
+    Selection,
+    confidence_select,
+    confidence_select_reference,
+    token_confidence,
+    token_confidence_reference,
+)
+
+__all__ = [
+    "Confidence",
+    "Factor",
+    "Quota",
+    "Selection",
+    "Threshold",
+    "block_attention",
+    "block_attention_reference",
+    "confidence_select",
+    "confidence_select_reference",
+    "rms_norm",
+    "rms_norm_reference",
+    "rope_to_cache",
+    "rope_to_cache_reference",
+    "swiglu",
+    "swiglu_reference",
+    "token_confidence",
+    "token_confidence_reference",
+]

@@ -1,0 +1,63 @@
+"""The one place that chooses between a Triton kernel and its PyTorch reference, and the one that reads the environment.
+
+`FASTDLLM_BACKEND=triton|reference` forces a choice for every op, and a forced choice never falls back: what it cannot run
+raises. Without it, GPU tensors take the kernel and CPU tensors the reference. Read on every call, so a test can change it.
+"""
+
+import os
+
+import torch
+
+try:
+    import triton
+except ImportError:  # an engine without triton (or a machine that has none) still gets the references
+    triton = None
+
+VARIABLE = "FASTDLLM_BACKEND"
+
+
+def forced():
+    """The forced backend, "triton" or "reference", or None; ValueError when the variable says anything else."""
+    value = os.environ.get(VARIABLE) or None
+    if value not in (None, "triton", "reference"):
+        raise ValueError(f"{VARIABLE} must be 'triton' or 'reference', got {value!r}")
+    return value
+
+
+def interpreting() -> bool:
+    """True where Triton runs its kernels in its CPU interpreter (the variable counts when a kernel is decorated)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def use_triton(op: str, tensor: torch.Tensor, unsupported: str | None = None) -> bool:
+    """Whether `op` runs as a kernel on `tensor`'s device.
+
+    `unsupported` is a reason why the kernel cannot take these inputs, or None. RuntimeError when the kernel is forced and
+    cannot run.
+    """
+    choice = forced()
+    if choice == "reference":
+        return False
+    if triton is None:
+        obstacle = "triton is not installed"
+    elif not (tensor.is_cuda or interpreting()):
+        obstacle = f"the inputs are on {tensor.device} and TRITON_INTERPRET is not 1"
+    else:
+        obstacle = unsupported
+    if choice == "triton":
+        if obstacle:
+            raise RuntimeError(f"{op}: {VARIABLE}=triton, but {obstacle}")
+        return True
+    return tensor.is_cuda and obstacle is None
+
+
+def describe() -> str:
+    """One line for people: the backend that runs here, and why."""
+    choice = forced()
+    if choice:
+        return f"{choice} (forced by {VARIABLE})"
+    if triton is None:
+        return "reference (triton is not installed)"
+    if not torch.cuda.is_available():
+        return "reference (no GPU is visible)"
+    return f"triton {triton.__version__} on {torch.cuda.get_device_name()}; reference for CPU tensors"
