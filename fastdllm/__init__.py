@@ -1,0 +1,10 @@
+"""Fast-dLLM (arXiv 2505.22618) for LLaDA and Dream: block-wise caches and parallel decoding on Triton kernels."""
+
+from fastdllm_kernels import Factor, Quota, Threshold
+
+from .checkpoint import load
+from .decode import Generation, StepEvent, generate
+
+__version__ = "0.1.0"
+
+__all__ = ["Factor", "Generation", "Quota", "StepEvent", "Threshold", "generate", "load"]

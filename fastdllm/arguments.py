@@ -1,0 +1,92 @@
+"""generate()'s arguments, checked before any work is done: every error names the argument, what was expected and what came."""
+
+import math
+
+import torch
+
+from fastdllm_kernels import Factor, Quota, Threshold
+
+CACHES = ("none", "prefix", "dual")
+SCORES = ("confidence", "margin", "entropy", "random")
+
+
+def integer(name: str, value, low: int, high: float = math.inf) -> int:
+    """`value` if it is an int in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        limit = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise ValueError(f"{name}: expected an int {limit}, got {value}")
+    return value
+
+
+def number(name: str, value, *, above: float = -math.inf, at_least: float = -math.inf, at_most: float = math.inf) -> float:
+    """`value` if it is a finite number inside the bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not (above < value and at_least <= value <= at_most and math.isfinite(value)):
+        low = f"above {above}" if above > -math.inf else f"at least {at_least}"
+        raise ValueError(f"{name}: expected a finite number {low}{f', at most {at_most}' if at_most < math.inf else ''}, "
+                         f"got {value}")
+    return float(value)
+
+
+def choice(name: str, value, known: tuple[str, ...]) -> str:
+    """`value` if it is one of `known`."""
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    return value
+
+
+def prompt_ids(prompts, vocab_size: int) -> list[torch.Tensor]:
+    """The prompts as 1-D int64 CPU tensors, none empty, every id inside the vocabulary."""
+    if isinstance(prompts, torch.Tensor) and prompts.ndim != 2:
+        raise ValueError(f"prompts: expected a list of 1-D sequences or a [B, P] tensor, got shape {tuple(prompts.shape)}")
+    if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__len__") or not hasattr(prompts, "__iter__"):
+        raise TypeError(f"prompts: expected a list of id sequences or a [B, P] tensor, got {type(prompts).__name__}")
+    if not len(prompts):
+        raise ValueError("prompts: expected at least one, got none")
+    return [_ids(f"prompts[{row}]", prompt, vocab_size) for row, prompt in enumerate(prompts)]
+
+
+def _ids(name, prompt, vocab_size):
+    if isinstance(prompt, (str, bytes)):
+        raise TypeError(f"{name}: expected token ids, got {type(prompt).__name__}: tokenize the text first")
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: expected a 1-D sequence of token ids, got {type(prompt).__name__}") from None
+    if ids.ndim != 1:
+        raise ValueError(f"{name}: expected a 1-D sequence of token ids, got shape {tuple(ids.shape)}")
+    if not ids.numel():
+        raise ValueError(f"{name}: expected at least one token, got none")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integer token ids, got {ids.dtype}")
+    ids = ids.to("cpu", torch.int64)
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.numel():
+        raise ValueError(f"{name}: expected ids in [0, {vocab_size}), got {outside[0].item()}")
+    return ids
+
+
+def stop_tokens(stop_ids, config) -> tuple[int, ...]:
+    """The ids that end a text: the model's own for None."""
+    if stop_ids is None:
+        return config.stop_ids
+    if isinstance(stop_ids, (str, bytes, int)) or not hasattr(stop_ids, "__iter__"):
+        raise TypeError(f"stop_ids: expected None or a sequence of token ids, got {type(stop_ids).__name__}")
+    ids = tuple(integer("stop_ids", token, 0, config.vocab_size - 1) for token in stop_ids)
+    if config.mask_id in ids:
+        raise ValueError(f"stop_ids: expected ids other than the mask id {config.mask_id}")
+    return ids
+
+
+def check_rule(rule, rows: int) -> None:
+    """TypeError unless `rule` is one of ours or a function; ValueError for a per-row parameter of another length."""
+    if not isinstance(rule, (Threshold, Factor, Quota)):
+        if not callable(rule) or isinstance(rule, type):
+            raise TypeError(f"rule: expected Threshold, Factor, Quota or a function, got {rule!r}")
+        return
+    for name, value in vars(rule).items():
+        if isinstance(value, torch.Tensor) and value.shape != (rows,):
+            raise ValueError(f"rule: expected {name} with one entry for each of {rows} prompts, got {tuple(value.shape)}")

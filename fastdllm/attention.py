@@ -1,0 +1,87 @@
+"""BlockAttention: project, rotate, attend, project. It knows the cache's span and no model family."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fastdllm_kernels import block_attention, rope_to_cache
+
+from .cache import KVCache, Span
+
+
+class RotaryTable:
+    """cos and sin [positions, D/2] of RoPE, made once per device and dtype and shared by all layers.
+
+    Not module buffers: a model's `.to(torch.bfloat16)` must not round a table that its family wants in fp32.
+    """
+
+    def __init__(self, theta: float, head_dim: int, positions: int, in_fp32: bool):
+        self.theta, self.head_dim, self.positions, self.in_fp32 = theta, head_dim, positions, in_fp32
+        self._tables = {}
+
+    def __call__(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tables on the device of `like`, in fp32 or in its dtype."""
+        dtype = torch.float32 if self.in_fp32 else like.dtype
+        key = like.device, dtype
+        if key not in self._tables:
+            exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=like.device) / self.head_dim
+            position = torch.arange(self.positions, dtype=torch.float32, device=like.device)
+            angle = torch.outer(position, 1.0 / self.theta**exponent)
+            self._tables[key] = angle.cos().to(dtype), angle.sin().to(dtype)
+        return self._tables[key]
+
+
+class BlockAttention(nn.Module):
+    """Bidirectional attention of the tokens at hand over themselves and over what a KVCache holds around them.
+
+    Without a cache it is plain full attention. With one, `cache.span` says where the tokens stand: over the whole canvas it
+    stores rotated keys and values and attends with PyTorch's SDPA; over a block it calls `block_attention`.
+    """
+
+    def __init__(self, hidden_size, num_heads, num_kv_heads, head_dim, *, layer, rotary: RotaryTable, qkv_bias=False):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim, self.layer = num_heads, num_kv_heads, head_dim, layer
+        self.rotary = rotary
+        self.qkv = nn.Linear(hidden_size, (num_heads + 2 * num_kv_heads) * head_dim, bias=qkv_bias)
+        self.out = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.cache: KVCache | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [R, T, hidden_size] -> [R, T, hidden_size]."""
+        rows, width, _ = x.shape
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        qkv = self.qkv(x).view(rows, width, heads + 2 * kv_heads, self.head_dim)
+        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
+        out = self._attend(q, k, v).reshape(rows, width, heads * self.head_dim)
+        return self.out(out)
+
+    def _attend(self, q, k, v):
+        cos, sin = self.rotary(q)
+        if self.cache is None:
+            start = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
+            q, k = rope_to_cache(q, k, v, cos, sin, start)
+            return full_attention(q, k, v, None)
+        span, (k_cache, v_cache) = self.cache.span, self.cache.layer(self.layer)
+        if span.whole:
+            q, k = rope_to_cache(
+                q, k, v, cos, sin, span.start, k_cache, v_cache, length=span.length, page_table=span.page_table
+            )
+            return full_attention(q, k, v, span)
+        return block_attention(
+            q, k, v, k_cache, v_cache, span.start, span.kv_len, page_table=span.page_table, cos=cos, sin=sin,
+            block_len=span.length if span.ragged else None,
+        )
+
+
+def full_attention(q, k, v, span: Span | None):
+    """PyTorch's SDPA over [R, L, H, D] and [R, L, HK, D], rows no longer than the span says; returns [R, L, H, D].
+
+    Positions past a row's length are masked as keys; as queries they give values that nobody reads.
+    """
+    mask = None
+    if span is not None and span.ragged:
+        mask = (torch.arange(k.shape[1], device=k.device) < span.length[:, None])[:, None, None]
+    out = functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=q.shape[2] != k.shape[2]
+    )
+    return out.transpose(1, 2)

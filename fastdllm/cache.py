@@ -1,0 +1,51 @@
+"""KVCache: one preallocated tensor of rotated keys and values, and the span that the next forward works on.
+
+The decoding loop owns the cache and opens a span before it calls the model; every BlockAttention reads that span. Spans
+live in small device tensors, because a CUDA graph bakes host integers in.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where each row's tokens of one forward stand, and what they may attend to.
+
+    start, length, kv_len: [R] int32 on the device. Row r's tokens sit at positions start[r] .. + length[r] - 1 of a canvas of
+    kv_len[r] positions. `whole` says that they are the whole canvas (a refresh: fresh keys and values are stored, attention
+    is PyTorch's); otherwise keys and values outside them come from the cache, which is not written. `ragged`: some row is
+    shorter than the tensor is wide. `page_table` [R, 1] int32 names the cache rows when the forward runs only some of them.
+    """
+
+    start: torch.Tensor
+    length: torch.Tensor
+    kv_len: torch.Tensor
+    whole: bool
+    ragged: bool
+    page_table: torch.Tensor | None = None
+
+
+class KVCache:
+    """Rotated keys and values of all layers: one tensor [layers, 2, B, S, HK, D].
+
+    rows B and capacity S (positions per row) are fixed; `bytes` is what it holds: 512 KiB a position for LLaDA-8B and
+    56 KiB for Dream-7B in bf16. With capacity 0 nothing is stored and only the span counts (decoding without a cache).
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, capacity: int, *, device, dtype):
+        self.data = torch.zeros(
+            config.num_layers, 2, rows, capacity, config.num_kv_heads, config.head_dim, device=device, dtype=dtype
+        )
+        self.span: Span | None = None
+
+    @property
+    def bytes(self) -> int:
+        return self.data.numel() * self.data.element_size()
+
+    def layer(self, index: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The keys and values of one layer: two views [B, S, HK, D], or two None where nothing is stored."""
+        return (self.data[index, 0], self.data[index, 1]) if self.data.numel() else (None, None)
