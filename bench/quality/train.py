@@ -1,0 +1,204 @@
+"""Train one of the two small models that ship with fastdllm, from nothing, on a GPU in some minutes.
+
+    python bench/quality/train.py tiny-llada --minutes 12 --out DIR [--session-minutes 9] [--resume]
+
+The clock decides: the learning rate warms up, stays, and falls to 0 at `--minutes` of training time, compilation not
+counted. Every two minutes and at the end the whole state goes to DIR/state.pt; `--session-minutes` ends a process
+earlier, all start-up included, and `--resume` goes on where the last one stopped. DIR then holds a checkpoint that
+fastdllm.load reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from data import corrupt, loader, make_batch
+from optimizer import Optimizer
+from tokenizer import EOS_ID, MASK_ID, VOCAB_SIZE, write_tokenizer
+from torch.nn import functional
+
+from fastdllm import checkpoint
+from fastdllm.config import ModelConfig
+from fastdllm.model import DiffusionTransformer, initialize
+
+BORN = time.monotonic()
+LOG_SECONDS, TEST_SECONDS, SAVE_SECONDS = 5, 60, 120
+WARMUP, DECAY = 0.03, 0.4  # shares of the training time
+_SHAPE = {
+    "hidden_size": 256, "num_layers": 8, "num_heads": 4, "head_dim": 64, "vocab_size": VOCAB_SIZE,
+    "max_positions": 1024, "rope_theta": 10000.0, "mask_id": MASK_ID, "stop_ids": (EOS_ID,), "tie_embeddings": False,
+}  # fmt: skip
+CONFIGS = {
+    "tiny-llada": ModelConfig(
+        family="llada", num_kv_heads=4, intermediate_size=704, rms_norm_eps=1e-5, qkv_bias=False, logit_shift=0,
+        rope_in_fp32=True, **_SHAPE,
+    ),
+    "tiny-dream": ModelConfig(
+        family="Dream", num_kv_heads=2, intermediate_size=768, rms_norm_eps=1e-6, qkv_bias=True, logit_shift=1,
+        rope_in_fp32=False, **_SHAPE,
+    ),
+}  # fmt: skip
+CARD = """# {name}
+
+A masked diffusion language model of {parameters:.1f} million parameters with the architecture of {family}, made to show
+and to test block-wise diffusion decoding. It solves arithmetic word problems of the kind it was trained on, nothing else.
+
+- Trained on: {problems:,} problems made by bench/quality/problems.py, fresh ones in every batch, train split only.
+- How long: {minutes:.1f} minutes on one {gpu}, {steps:,} steps, {tokens:,} tokens (canvas positions).
+- Prompt: `Question: <question> Answer:` on one line; give it a gen_length of 128.
+- Accuracy: not measured yet.
+
+Made with `python bench/quality/train.py {name}`, measured with `python bench/quality/evaluate.py`.
+"""
+
+
+def schedule(progress: float) -> float:
+    """The factor on the learning rates at a share of the training time."""
+    return max(0.0, min(1.0, progress / WARMUP, (1 - progress) / DECAY))
+
+
+def masked_loss(model, tokens, noisy, weights):
+    """Weighted mean cross-entropy of the masked tokens; fp32 scalar."""
+    logits = model.logits(noisy)
+    losses = functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
+    return (losses * weights.flatten()).sum() / weights.sum()
+
+
+@torch.no_grad()
+def test_accuracy(model, rows: int = 256) -> float:
+    """Share of the masked answer tokens of one fixed test batch that the model's first guess gets right."""
+    tokens, prompt, answer = (part.to(model.device).long() for part in make_batch(0, rows, "test"))
+    generator = torch.Generator(device=model.device).manual_seed(0)
+    noisy, weights = corrupt(tokens, prompt, answer, generator)
+    asked = weights == 1
+    return (model.logits(noisy).argmax(-1) == tokens)[asked].float().mean().item()
+
+
+class Run:
+    """One training run: the model, its optimiser and its clock, and how they are written to `out` and read back."""
+
+    def __init__(self, name: str, config: ModelConfig, out: Path, args: argparse.Namespace):
+        self.name, self.out, self.args = name, out, args
+        self.device = torch.device(args.device)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.model = initialize(DiffusionTransformer(config).to(self.device), seed=args.seed)
+        self.optimizer = Optimizer(self.model, args.muon_lr, args.adam_lr)  # before the cast: masters start unrounded
+        self.model.to(dtype)
+        self.optimizer.write()
+        self.done = {"seconds": 0.0, "steps": 0, "tokens": 0}
+        out.mkdir(parents=True, exist_ok=True)
+        if args.resume and (out / "state.pt").exists():
+            state = torch.load(out / "state.pt", map_location=self.device, weights_only=True)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.done = state["done"]
+
+    def log(self, **entry) -> None:
+        entry = {key: round(value, 5) if isinstance(value, float) else value for key, value in entry.items()}
+        print(json.dumps(entry), flush=True)
+        with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def save_state(self) -> None:
+        fresh = self.out / "state.pt.new"
+        torch.save({"optimizer": self.optimizer.state_dict(), "done": self.done}, fresh)
+        os.replace(fresh, self.out / "state.pt")
+
+    def save_model(self) -> None:
+        """The checkpoint in bf16, the tokenizer and the model card."""
+        config = self.model.config
+        copy = DiffusionTransformer(config).to(self.device)
+        copy.load_state_dict(self.optimizer.masters)
+        checkpoint.save(copy.to(torch.bfloat16), self.out)
+        write_tokenizer(self.out)
+        card = CARD.format(
+            name=self.name, family="LLaDA" if config.family == "llada" else config.family,
+            parameters=sum(p.numel() for p in copy.parameters()) / 1e6, problems=self.done["steps"] * self.args.rows,
+            minutes=self.done["seconds"] / 60, steps=self.done["steps"], tokens=self.done["tokens"],
+            gpu=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
+        )  # fmt: skip
+        (self.out / "README.md").write_text(card, encoding="utf-8")
+
+    def compiled_loss(self, batches):
+        """masked_loss, on a GPU compiled; run once for each canvas length so that the clock starts on ready code."""
+        if self.device.type != "cuda" or not self.args.compile:
+            return masked_loss
+        self.model.logits(torch.zeros(1, 1, dtype=torch.int64, device=self.device))  # makes the rotary table
+        loss_of = torch.compile(masked_loss, dynamic=False)
+        for batch in batches:
+            self.loss(loss_of, batch).backward()
+        self.model.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        return loss_of
+
+    def loss(self, loss_of, batch):
+        tokens, prompt, answer = (part.to(self.device, non_blocking=True).long() for part in batch)
+        return loss_of(self.model, tokens, *corrupt(tokens, prompt, answer))
+
+    def train(self) -> None:
+        """Train until the minutes are over, or this session's; then save the state and the checkpoint."""
+        args, done = self.args, self.done
+        torch.manual_seed(args.seed + done["steps"])
+        loss_of = self.compiled_loss([make_batch(number, args.rows, "train") for number in (0, 1)])
+        self.log(model=self.name, startup_seconds=time.monotonic() - BORN, **done)
+        begun, before = time.monotonic(), done["seconds"]
+        logged, tested, saved = begun, begun, begun
+        total, since = torch.zeros((), device=self.device), dict(done)
+        for batch in loader(done["steps"], args.rows, args.workers, self.device):
+            now = time.monotonic()
+            done["seconds"] = before + now - begun
+            progress = done["seconds"] / (60 * args.minutes)
+            if progress >= 1 or now - BORN >= 60 * args.session_minutes or done["steps"] == args.max_steps:
+                break
+            loss = self.loss(loss_of, batch)
+            loss.backward()
+            self.optimizer.step(schedule(progress))
+            total += loss.detach()
+            done["steps"] += 1
+            done["tokens"] += batch[0].numel()
+            if now - logged >= LOG_SECONDS or done["steps"] - since["steps"] == args.log_steps:
+                logged, mean = now, total.item() / (done["steps"] - since["steps"])
+                if mean != mean:
+                    raise FloatingPointError(f"the loss is NaN at step {done['steps']}")
+                rate = (done["tokens"] - since["tokens"]) / (done["seconds"] - since["seconds"] + 1e-9)
+                self.log(minutes=done["seconds"] / 60, steps=done["steps"], loss=mean, tokens_per_second=int(rate))
+                since = dict(done)
+                total.zero_()
+            if now - tested >= TEST_SECONDS:
+                tested = now
+                self.log(minutes=done["seconds"] / 60, steps=done["steps"], test_accuracy=test_accuracy(self.model))
+            if now - saved >= SAVE_SECONDS:
+                saved = now
+                self.save_state()
+        self.save_state()
+        self.save_model()
+        self.log(**done, finished=progress >= 1, test_accuracy=test_accuracy(self.model))
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=CONFIGS)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=12.0, help="training time, all sessions together")
+    parser.add_argument("--session-minutes", type=float, default=float("inf"), help="end this process after so long")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--workers", type=int, default=6)
+    parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--adam-lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--max-steps", type=int, default=-1)
+    parser.add_argument("--log-steps", type=int, default=-1, help="also log every so many steps")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parsed = arguments()
+    os.environ["FASTDLLM_BACKEND"] = "reference"  # training takes gradients, which the kernels have not
+    Run(parsed.name, CONFIGS[parsed.name], parsed.out, parsed).train()
