@@ -5,10 +5,15 @@ swiglu         silu(gate) * up for [gate | up] side by side, as one product writ
 rope_to_cache  rotates the queries and keys of a refresh and writes keys and values into the cache at the rows' spans.
 
 One launch each instead of four to eight; every tensor is read and written once. The references are differentiable, so
-inputs that need a gradient take them (training); the kernels have no backward.
+inputs that need a gradient take them (training); the kernels have no backward. Under torch.compile the references run too:
+its own fusion reaches across them into what stands around.
 """
 
 import torch
+
+from . import backend
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def rotate(x, cos, sin):
@@ -59,6 +64,21 @@ def rope_to_cache_reference(q, k, v, cos, sin, start, k_cache=None, v_cache=None
     return q, k
 
 
+def _use_triton(op, *operands, unsupported=None):
+    """Whether `op` runs as a kernel on these operands, the first of which is a tensor; None among them is absent."""
+    first, grad = operands[0], torch.is_grad_enabled()
+    for operand in operands:
+        if operand is None:
+            continue
+        if grad and operand.requires_grad:
+            unsupported = "an input requires a gradient and the kernel has none"
+        elif operand.dtype != first.dtype or operand.device != first.device:
+            unsupported = f"{operand.dtype} on {operand.device} stands beside {first.dtype} on {first.device}"
+    if first.dtype not in KERNEL_DTYPES:
+        unsupported = f"it takes float16, bfloat16 or float32, not {first.dtype}"
+    return backend.use_triton(op, first, unsupported)
+
+
 def rms_norm(x, weight, eps, residual=None):
     """RMSNorm over the last dimension, statistics in fp32, cast back, then times the weight.
 
@@ -69,6 +89,10 @@ def rms_norm(x, weight, eps, residual=None):
         raise ValueError(f"weight: expected shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual: expected the shape of x {tuple(x.shape)}, got {tuple(residual.shape)}")
+    if not torch.compiler.is_compiling() and _use_triton("rms_norm", x, weight, residual):
+        from . import pointwise_triton
+
+        return pointwise_triton.rms_norm(x, weight, eps, residual)
     return rms_norm_reference(x, weight, eps, residual)
 
 
@@ -76,6 +100,10 @@ def swiglu(gate_up):
     """silu(gate) * up for gate_up [..., 2 I] = [gate | up]; returns [..., I]. ValueError when the width is odd."""
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: expected an even last dimension, got {tuple(gate_up.shape)}")
+    if not torch.compiler.is_compiling() and _use_triton("swiglu", gate_up):
+        from . import pointwise_triton
+
+        return pointwise_triton.swiglu(gate_up)
     return swiglu_reference(gate_up)
 
 
@@ -94,4 +122,13 @@ def rope_to_cache(q, k, v, cos, sin, start, k_cache=None, v_cache=None, *, lengt
         raise ValueError(f"k, v: expected [B, T, HK, D] beside q {tuple(q.shape)}, got {tuple(k.shape)}, {tuple(v.shape)}")
     if (k_cache is None) != (v_cache is None):
         raise ValueError("k_cache, v_cache: expected both or neither")
+    unsupported = None
+    if k_cache is not None and (k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1):
+        unsupported = "the last dimension of a cache is not contiguous"
+    if not torch.compiler.is_compiling() and _use_triton(
+        "rope_to_cache", q, k, v, k_cache, v_cache, unsupported=unsupported
+    ):
+        from . import pointwise_triton
+
+        return pointwise_triton.rope_to_cache(q, k, v, cos, sin, start, k_cache, v_cache, length, page_table)
     return rope_to_cache_reference(q, k, v, cos, sin, start, k_cache, v_cache, length=length, page_table=page_table)

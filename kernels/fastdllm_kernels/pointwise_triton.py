@@ -1,0 +1,253 @@
+"""Triton kernels behind pointwise.py: one launch each, every tensor read and written once.
+
+Results are rounded where the references round: rms_norm casts x * scale before the weight, swiglu casts silu(gate) before the
+product, rope_to_cache rounds to the tables' dtype after every operation. What these kernels cost is memory traffic and the
+ramp of a launch, so a program takes one row, or a few heads of one position, and a thread moves 16 bytes at a time.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+# A row of up to this many values is held in registers (32 fp32 a thread); a wider one is read twice.
+WIDEST_ROW = 16384
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """TILE values of a row at a time."""
+
+    tile: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """TILE_H heads of one position in a program."""
+
+    tile_h: int
+    num_warps: int
+
+
+def rms_norm_config(width: int) -> RowConfig:
+    """The whole row if it fits; 8 values a thread, so that every operand is one 16-byte load in flight."""
+    tile = triton.next_power_of_2(width) if width <= WIDEST_ROW else 4096
+    return RowConfig(tile, min(16, max(1, tile // 256)))
+
+
+def swiglu_config(width: int) -> RowConfig:
+    """1024 values: 32 rows of LLaDA's 12288 are 384 programs, enough to keep every multiprocessor loading."""
+    tile = min(1024, triton.next_power_of_2(width))
+    return RowConfig(tile, max(1, tile // 256))
+
+
+def rope_config(heads: int, kv_heads: int, half: int) -> RopeConfig:
+    """16 heads (4 warps at D 128) where there are as many key heads; fewer where grouping leaves few, so lanes do not idle."""
+    tile_h = min(16, triton.next_power_of_2(kv_heads)) if kv_heads > 4 else min(4, triton.next_power_of_2(heads))
+    return RopeConfig(tile_h, min(8, max(1, tile_h * triton.next_power_of_2(half) // 256)))
+
+
+@triton.jit
+def _sum_at(x, residual, column, inside):
+    """x (+ residual, rounded to x's dtype) at these columns of a row."""
+    value = tl.load(x + column, mask=inside, other=0)
+    if residual is not None:
+        added = tl.load(residual + column, mask=inside, other=0)
+        value = (value.to(tl.float32) + added.to(tl.float32)).to(value.dtype)
+    return value
+
+
+@triton.jit
+def _scale_and_store(value, scale, weight, y, total, column, inside):
+    w = tl.load(weight + column, mask=inside, other=0).to(tl.float32)
+    normed = (value.to(tl.float32) * scale).to(value.dtype)
+    tl.store(y + column, (normed.to(tl.float32) * w).to(value.dtype), mask=inside)
+    if total is not None:
+        tl.store(total + column, value, mask=inside)
+
+
+@triton.jit
+def rms_norm_kernel(
+    x, residual, weight, y, total, x_stride, residual_stride, width, eps, TILE: tl.constexpr, ONE_TILE: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    x += row * x_stride
+    y += row * width
+    if residual is not None:
+        residual += row * residual_stride
+        total += row * width
+    column = tl.arange(0, TILE)
+    if ONE_TILE:
+        inside = column < width
+        value = _sum_at(x, residual, column, inside)
+        as_float = value.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(as_float * as_float) / width + eps)
+        _scale_and_store(value, scale, weight, y, total, column, inside)
+    else:
+        squares = tl.zeros([TILE], tl.float32)
+        for first in range(0, width, TILE):
+            as_float = _sum_at(x, residual, first + column, first + column < width).to(tl.float32)
+            squares += as_float * as_float
+        scale = tl.rsqrt(tl.sum(squares) / width + eps)
+        for first in range(0, width, TILE):
+            inside = first + column < width
+            value = _sum_at(x, residual, first + column, inside)
+            _scale_and_store(value, scale, weight, y, total, first + column, inside)
+
+
+@triton.jit
+def swiglu_kernel(gate_up, y, stride, width, tiles, TILE: tl.constexpr):
+    program = tl.program_id(0)
+    row = (program // tiles).to(tl.int64)
+    column = (program % tiles) * TILE + tl.arange(0, TILE)
+    inside = column < width
+    gate = tl.load(gate_up + row * stride + column, mask=inside, other=0)
+    up = tl.load(gate_up + row * stride + width + column, mask=inside, other=0).to(tl.float32)
+    z = gate.to(tl.float32)
+    silu = (z / (1 + tl.exp(-z))).to(gate.dtype)
+    tl.store(y + row * width + column, (silu.to(tl.float32) * up).to(gate.dtype), mask=inside)
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _rotated(x, offset, cos, sin, inside, HALF: tl.constexpr):
+    """Both halves of the heads at `offset`, rotated in cos.dtype and returned in x's."""
+    table: tl.constexpr = cos.dtype
+    first = tl.load(x + offset, mask=inside, other=0)
+    second = tl.load(x + offset + HALF, mask=inside, other=0)
+    a, b, c, s = _rounded(first, table), _rounded(second, table), cos.to(tl.float32), sin.to(tl.float32)
+    low = (_rounded(a * c, table) - _rounded(b * s, table)).to(table)
+    high = (_rounded(b * c, table) + _rounded(a * s, table)).to(table)
+    return low.to(first.dtype), high.to(first.dtype)
+
+
+@triton.jit(do_not_specialize=["steps", "positions", "slots", "page_size"])
+def rope_to_cache_kernel(
+    q, k, v, cos_table, sin_table, start, k_cache, v_cache, length, page_table, q_out, k_out,
+    steps, positions, slots, page_size, table_stride,
+    q_row, q_step, q_head, k_row, k_step, k_head, v_row, v_step, v_head,
+    kc_row, kc_slot, kc_head, vc_row, vc_slot, vc_head,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, TILE_D: tl.constexpr, TILE_H: tl.constexpr,
+):
+    """Programs (position, tile of heads): the first tiles rotate queries, the others keys, whose values go with them."""
+    Q_TILES: tl.constexpr = (HEADS + TILE_H - 1) // TILE_H
+    TILES: tl.constexpr = Q_TILES + (KV_HEADS + TILE_H - 1) // TILE_H
+    tile, position = tl.program_id(0) % TILES, tl.program_id(0) // TILES
+    row, step, token = (position // steps).to(tl.int64), (position % steps).to(tl.int64), position.to(tl.int64)
+    slot = tl.load(start + row).to(tl.int64) + step
+    d = tl.arange(0, TILE_D)[None, :]
+    # Rows past their length may overrun the tables.
+    at = tl.minimum(slot, positions - 1) * HALF + d
+    cos = tl.load(cos_table + at, mask=d < HALF, other=0)
+    sin = tl.load(sin_table + at, mask=d < HALF, other=0)
+    if tile < Q_TILES:
+        head = tile * TILE_H + tl.arange(0, TILE_H)[:, None]
+        inside = (head < HEADS) & (d < HALF)
+        low, high = _rotated(q + row * q_row + step * q_step, head * q_head + d, cos, sin, inside, HALF)
+        out = q_out + (token * HEADS + head) * (2 * HALF) + d
+        tl.store(out, low, mask=inside)
+        tl.store(out + HALF, high, mask=inside)
+    else:
+        head = (tile - Q_TILES) * TILE_H + tl.arange(0, TILE_H)[:, None]
+        inside = (head < KV_HEADS) & (d < HALF)
+        low, high = _rotated(k + row * k_row + step * k_step, head * k_head + d, cos, sin, inside, HALF)
+        out = k_out + (token * KV_HEADS + head) * (2 * HALF) + d
+        tl.store(out, low, mask=inside)
+        tl.store(out + HALF, high, mask=inside)
+        if k_cache is not None:
+            keep = slot < slots
+            if length is not None:
+                keep &= step < tl.load(length + row)
+            if page_table is not None:
+                page = tl.load(page_table + row * table_stride + slot // page_size, mask=keep, other=0)
+                row_there, slot_there = page.to(tl.int64), slot % page_size
+            else:
+                row_there, slot_there = row, slot
+            inside = (head < tl.where(keep, KV_HEADS, 0)) & (d < HALF)
+            out = k_cache + row_there * kc_row + slot_there * kc_slot + head * kc_head + d
+            tl.store(out, low, mask=inside)
+            tl.store(out + HALF, high, mask=inside)
+            value = v + row * v_row + step * v_step + head * v_head + d
+            out = v_cache + row_there * vc_row + slot_there * vc_slot + head * vc_head + d
+            tl.store(out, tl.load(value, mask=inside, other=0), mask=inside)
+            tl.store(out + HALF, tl.load(value + HALF, mask=inside, other=0), mask=inside)
+
+
+def _on_device(tensor):
+    """Triton launches on the current device: make it the tensor's where it is another."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def _rows(x):
+    """x [..., C] as rows [N, C] whose values are contiguous; a copy only where no stride says it."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def rms_norm(x, weight, eps, residual=None):
+    """Launches `rms_norm_kernel`; see pointwise.rms_norm."""
+    width = x.shape[-1]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = None if residual is None else torch.empty_like(y)
+    if y.numel():
+        rows, config = _rows(x), rms_norm_config(width)
+        added = None if residual is None else _rows(residual)
+        with _on_device(x):
+            rms_norm_kernel[(rows.shape[0],)](
+                rows, added, weight if weight.stride(0) == 1 else weight.contiguous(), y, total, rows.stride(0),
+                0 if added is None else added.stride(0), width, eps, TILE=config.tile, ONE_TILE=width <= config.tile,
+                num_warps=config.num_warps,
+            )
+    return y if residual is None else (y, total)
+
+
+def swiglu(gate_up):
+    """Launches `swiglu_kernel`; see pointwise.swiglu."""
+    width = gate_up.shape[-1] // 2
+    y = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
+    if y.numel():
+        rows, config = _rows(gate_up), swiglu_config(width)
+        tiles = triton.cdiv(width, config.tile)
+        with _on_device(gate_up):
+            swiglu_kernel[(rows.shape[0] * tiles,)](
+                rows, y, rows.stride(0), width, tiles, TILE=config.tile, num_warps=config.num_warps
+            )
+    return y
+
+
+def rope_to_cache(q, k, v, cos, sin, start, k_cache, v_cache, length, page_table):
+    """Launches `rope_to_cache_kernel`; see pointwise.rope_to_cache. The caches' last dimension must be contiguous."""
+    (rows, steps, heads), kv_heads, half = q.shape[:3], k.shape[2], q.shape[3] // 2
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    cos, sin, start = cos.contiguous(), sin.contiguous(), start.contiguous()
+    config = rope_config(heads, kv_heads, half)
+    slots = page_size = table_stride = 0
+    k_strides = v_strides = (0, 0, 0)
+    if k_cache is not None:
+        slots, k_strides, v_strides = k_cache.shape[1], k_cache.stride()[:3], v_cache.stride()[:3]
+    if page_table is not None:
+        page_table, page_size = page_table.contiguous(), slots
+        table_stride, slots = page_table.shape[1], page_size * page_table.shape[1]
+    tiles = triton.cdiv(heads, config.tile_h) + triton.cdiv(kv_heads, config.tile_h)
+    if rows * steps:
+        # Without fused multiply-adds every bit is the reference's; the arithmetic hides behind the loads anyway.
+        with _on_device(q):
+            rope_to_cache_kernel[(rows * steps * tiles,)](
+                q, k, v, cos, sin, start, k_cache, v_cache, None if length is None else length.contiguous(), page_table,
+                q_out, k_out, steps, cos.shape[0], slots, page_size, table_stride,
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_strides, *v_strides,
+                HEADS=heads, KV_HEADS=kv_heads, HALF=half, TILE_D=triton.next_power_of_2(half), TILE_H=config.tile_h,
+                num_warps=config.num_warps, enable_fp_fusion=False,
+            )
+    return q_out, k_out
