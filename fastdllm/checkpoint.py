@@ -16,6 +16,7 @@ from .model import DiffusionTransformer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -149,13 +150,12 @@ def _open(shard: Path):
 
 def _check_keys(shards, places) -> torch.dtype:
     """Compare every stored key and shape with `places` before a byte is copied; returns the stored dtype."""
-    shapes, dtype = {}, None
+    shapes, dtypes = {}, {}
     for shard in shards:
         with _open(shard) as file:
             for name in file.keys():  # noqa: SIM118 - a safe_open handle is no mapping
-                shapes[name] = tuple(file.get_slice(name).get_shape())
-            if dtype is None and shapes:
-                dtype = file.get_tensor(next(iter(shapes))).dtype
+                stored = file.get_slice(name)
+                shapes[name], dtypes[name] = tuple(stored.get_shape()), stored.get_dtype()
     wrong = [f"missing {name}" for name in places if name not in shapes]
     wrong += [f"unexpected {name}" for name in shapes if name not in places]
     wrong += [
@@ -165,9 +165,10 @@ def _check_keys(shards, places) -> torch.dtype:
     ]
     if wrong:
         raise ValueError(f"checkpoint: {len(wrong)} keys do not fit: {'; '.join(wrong)}")
-    if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ValueError(f"checkpoint: expected float32, float16 or bfloat16 weights, got {dtype}")
-    return dtype
+    wrong = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in DTYPES]
+    if wrong:
+        raise ValueError(f"checkpoint: expected F32, F16 or BF16 weights, but {'; '.join(wrong)}")
+    return DTYPES[next(iter(dtypes.values()))]
 
 
 def _fill(shards, places) -> None:

@@ -6,7 +6,6 @@ together, the rows in the middle of a block one cached step together, and the ho
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -199,16 +198,18 @@ class Decoder:
             key = (sampling.seed + 2**63) % 2**64 - 2**63
             nfe = (self.refreshes + self.cached_steps)[rows]
             seed = ((rows + key) * GOLDEN + nfe).to(tokens.device)
-        temperature = sampling.temperature
+        temperature, offered = sampling.temperature, logits
         if sampling.filtered_score and temperature > 0:
-            logits, temperature = logits.float() / temperature, 1.0
+            logits = offered = logits.float() / temperature
+            temperature = 1.0
         if sampling.top_p is not None or sampling.top_k is not None:
-            logits = filter_logits(logits, temperature or 1.0, sampling.top_p, sampling.top_k, config.mask_id)
-        options = {"mask_id": config.mask_id, "score": sampling.score, "temperature": temperature}
+            offered = filter_logits(logits, temperature or 1.0, sampling.top_p, sampling.top_k, config.mask_id)
+            logits = offered if sampling.filtered_score else logits
+        options = {"mask_id": config.mask_id, "score": sampling.score, "temperature": temperature, "seed": seed}
         rule = BEST_ONE if whole and self.first_alone else _of_rows(self.rule, rows)
-        if callable(rule):
-            return select_by_function(rule, logits, tokens, candidates, step, seed=seed, **options)
-        return confidence_select(logits, tokens, rule=rule, candidates=candidates, seed=seed, step=step, **options)
+        if callable(rule) or offered is not logits:
+            return select_in_parts(rule, logits, offered, tokens, candidates, step, **options)
+        return confidence_select(logits, tokens, rule=rule, candidates=candidates, step=step, **options)
 
     def _stopped_at(self, tokens, start, last):
         """[n] where in the block the text ends: the first stop id with nothing masked before it, else -1."""
@@ -261,33 +262,41 @@ def _of_rows(rule, rows):
     return replace(rule, **{name: value[rows.to(value.device)] for name, value in tensors.items()}) if tensors else rule
 
 
-def select_by_function(
-    rule: Callable, logits, tokens, candidates, step, *, mask_id, score, temperature, seed
-) -> Selection:
-    """confidence_select for a rule of the user's own: a function of scores, candidates and steps, whose answer is checked."""
+def select_in_parts(rule, logits, offered, tokens, candidates, step, *, mask_id, score, temperature, seed) -> Selection:
+    """confidence_select for what the one operator does not know: a rule of the user's own, and proposals drawn from `offered`
+    logits but scored by the clean ones."""
     rows, width, vocab = logits.shape
-    position = torch.arange(width, device=tokens.device).repeat(rows)
-    seeds = None if seed is None else seed.repeat_interleave(width)
-    token_ids, value = token_confidence(
-        logits.reshape(-1, vocab), mask_id=mask_id, score=score, temperature=temperature, seed=seeds, position=position
-    )[:2]
-    token_ids = torch.where(candidates, token_ids.view(rows, width), tokens)
+    options = {"mask_id": mask_id, "score": score, "position": torch.arange(width, device=tokens.device).repeat(rows)}
+    options["seed"] = None if seed is None else seed.repeat_interleave(width)
+    proposal = token_confidence(offered.reshape(-1, vocab), temperature=temperature, **options)
+    value = proposal.score
+    if offered is not logits:
+        clean = token_confidence(logits.reshape(-1, vocab), return_logsumexp=True, **options)
+        chosen = logits.reshape(-1, vocab).gather(1, proposal.token_ids[:, None])[:, 0].float()
+        value = torch.exp(chosen - clean.logsumexp) if score == "confidence" else clean.score
+    token_ids = torch.where(candidates, proposal.token_ids.view(rows, width), tokens)
     value = value.view(rows, width).masked_fill(~candidates, -math.inf)
     broken = candidates & value.isnan()
-    open_rows = (candidates & ~broken).any(1)
-    commit = rule(value.masked_fill(broken, -math.inf), candidates & ~broken, step)
+    committed = _commit(rule, value, candidates & ~broken, step)
+    tokens.copy_(torch.where(committed, token_ids, tokens))
+    remaining = (candidates & ~committed).sum(1)
+    remaining = torch.where(broken.any(1), -1 - broken.to(torch.int8).argmax(1), remaining)
+    return Selection(token_ids, value, committed, remaining.to(torch.int32))
+
+
+def _commit(rule, value, candidates, step):
+    """What the rule commits; a function of the user's is checked, since a wrong mask would loop forever or lose tokens."""
+    if not callable(rule):
+        return rule.commit(value, candidates, step)
+    commit = rule(value.nan_to_num(nan=-math.inf), candidates, step)
     if not isinstance(commit, torch.Tensor) or commit.dtype != torch.bool or commit.shape != candidates.shape:
         got = f"{commit.dtype} {tuple(commit.shape)}" if isinstance(commit, torch.Tensor) else type(commit).__name__
         raise TypeError(f"rule: expected the function to return a bool tensor {tuple(candidates.shape)}, got {got}")
     if (commit & ~candidates).any():
         raise ValueError("rule: the function committed a position that is no candidate")
-    if (open_rows & ~commit.any(1)).any():
+    if (candidates.any(1) & ~commit.any(1)).any():
         raise ValueError("rule: the function committed nothing in a row that has candidates; it must commit at least one")
-    commit = commit & ~broken
-    tokens.copy_(torch.where(commit, token_ids, tokens))
-    remaining = (candidates & ~commit).sum(1)
-    remaining = torch.where(broken.any(1), -1 - broken.to(torch.int8).argmax(1), remaining)
-    return Selection(token_ids, value, commit, remaining.to(torch.int32))
+    return commit
 
 
 def filter_logits(logits, temperature, top_p, top_k, mask_id):

@@ -36,6 +36,6 @@ FAMILY = Family(
     bias_keys={"layers.{i}.attention.qkv.bias": tuple(f"{_LAYER}self_attn.{x}_proj.bias" for x in "qkv")},
     end_tokens=("<|im_end|>",),
     architecture={"architectures": ["DreamModel"], "hidden_act": "silu"},
-    qkv_bias=lambda raw: True,
+    qkv_bias=True,
     filtered_score=True,
 )

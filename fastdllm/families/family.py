@@ -1,6 +1,6 @@
 """Family: one published architecture as data, and how its config.json becomes a ModelConfig and back."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..config import ModelConfig
@@ -13,6 +13,7 @@ UNSUPPORTED = {
     "scale_logits": (False, None),
     "rope_scaling": (None,),
     "use_sliding_window": (False, None),
+    "use_mrope": (False, None),
     "clip_qkv": (None,),
     "hidden_act": ("silu", None),
     "activation_type": ("silu", None),
@@ -27,8 +28,9 @@ class Family:
     fields that the architecture decides. refused: config keys that would change the maths -> the values that do not.
     keys: our parameter name -> the published names whose rows it stacks; `{i}` is the layer. bias_keys: the same, where
     qkv_bias is set. end_tokens: texts of further end-of-text tokens, looked up in the checkpoint's tokenizer_config.json.
-    architecture: what `save` writes into config.json beside the fields. filtered_score: scores are taken after temperature
-    and top-p/top-k filtering, as the family's own sampler does, not under the clean softmax.
+    architecture: what `save` writes into config.json beside the fields. qkv_bias: whether q, k and v have biases, or the
+    config key that says so. filtered_score: scores are taken after temperature and top-p/top-k filtering, as the family's
+    own sampler does, not under the clean softmax.
     """
 
     name: str
@@ -39,7 +41,7 @@ class Family:
     bias_keys: Mapping[str, tuple[str, ...]]
     end_tokens: tuple[str, ...]
     architecture: Mapping[str, object]
-    qkv_bias: Callable[[Mapping], bool]
+    qkv_bias: str | bool
     filtered_score: bool
 
     def config(self, raw: Mapping, extra_stop_ids: tuple[int, ...] = ()) -> ModelConfig:
@@ -69,15 +71,20 @@ class Family:
         if raw.get("head_dim", hidden // heads) != hidden // heads:
             raise ValueError(f"config.json: head_dim={raw['head_dim']!r} is not width / heads = {hidden // heads}")
         return ModelConfig(
-            family=self.name, head_dim=hidden // heads, qkv_bias=self.qkv_bias(raw),
+            family=self.name, head_dim=hidden // heads, qkv_bias=self._qkv_bias(raw),
             stop_ids=stops + tuple(token for token in extra_stop_ids if token not in stops), **values, **self.fixed,
         )
+
+    def _qkv_bias(self, raw):
+        return bool(raw.get(self.qkv_bias, False)) if isinstance(self.qkv_bias, str) else self.qkv_bias
 
     def raw_config(self, config: ModelConfig) -> dict:
         """config.json for `config`, with the family's own keys."""
         raw = {"model_type": self.name, **self.architecture}
         for field, names in self.fields.items():
             raw[names if isinstance(names, str) else names[0]] = getattr(config, field)
+        if isinstance(self.qkv_bias, str):
+            raw[self.qkv_bias] = config.qkv_bias
         stops = config.stop_ids
         raw[self.fields["stop_ids"]] = stops[0] if len(stops) == 1 else list(stops)
         return raw

@@ -43,6 +43,6 @@ FAMILY = Family(
     bias_keys={"layers.{i}.attention.qkv.bias": tuple(f"{_LAYER}{x}_proj.bias" for x in "qkv")},
     end_tokens=("<|eot_id|>",),
     architecture={"architectures": ["LLaDAModelLM"], "include_bias": False},
-    qkv_bias=lambda raw: bool(raw.get("include_qkv_bias", False)),
+    qkv_bias="include_qkv_bias",
     filtered_score=False,
 )

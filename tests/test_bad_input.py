@@ -1,0 +1,478 @@
+"""One table of wrong calls: each raises the stated error, whose message names the argument."""
+
+import json
+import re
+
+import oracle_models
+import pytest
+import tiny
+import torch
+
+import fastdllm
+from fastdllm import Factor, Quota, Threshold
+from fastdllm_kernels import block_attention, confidence_select, rms_norm, rope_to_cache, swiglu, token_confidence
+
+NAN, INF = float("nan"), float("inf")
+MASK = 9
+
+
+def model_in(folder, family="llada"):
+    return tiny.build(folder / family, tiny.FAMILIES[family])[0]
+
+
+def generate(folder, prompts=((1, 2, 3),), family="llada", **options):
+    if isinstance(prompts, tuple):
+        prompts = [torch.tensor(prompt) for prompt in prompts]
+    settings = {"gen_length": 4, "block_length": 4, **options}
+    return fastdllm.generate(model_in(folder, family), prompts, **settings)
+
+
+def load(folder, change=None, config=tiny.LLADA, state_change=None, **options):
+    """Loads a good checkpoint after `change` has had its way with the folder."""
+    state = oracle_models.random_state(config, 0)
+    if state_change:
+        state_change(state)
+    tiny.write(folder, config, state)
+    if change:
+        change(folder)
+    return fastdllm.load(folder, **{"device": "cpu", **options})
+
+
+def attend(**changes):
+    """block_attention on B 2, T 4, H 6, HK 2, D 64, S 16, with changes."""
+    kv, cache = torch.zeros(2, 4, 2, 64), torch.zeros(2, 16, 2, 64)
+    call = {
+        "q": torch.zeros(2, 4, 6, 64),
+        "k": kv,
+        "v": kv,
+        "k_cache": cache,
+        "v_cache": cache,
+        "block_start": torch.tensor([4, 8], dtype=torch.int32),
+        "kv_len": torch.tensor([16, 12], dtype=torch.int32),
+        **changes,
+    }
+    first = [call.pop(name) for name in ("q", "k", "v", "k_cache", "v_cache", "block_start", "kv_len")]
+    return block_attention(*first, **call)
+
+
+def select(logits=None, tokens=None, **changes):
+    """confidence_select on B 2, T 4, V 10, with changes."""
+    logits = torch.zeros(2, 4, 10) if logits is None else logits
+    tokens = torch.full((2, 4), MASK) if tokens is None else tokens
+    return confidence_select(logits, tokens, **{"mask_id": MASK, "rule": Threshold(0.9), **changes})
+
+
+def edit(name, content):
+    """A change to a folder: a file rewritten (text, bytes) or removed (None)."""
+
+    def change(folder):
+        path = folder / name
+        if content is None:
+            path.unlink()
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            path.write_text(content)
+
+    return change
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def set_key(key, value):
+    return edit("config.json", json.dumps({**tiny.LLADA, key: value}))
+
+
+def all_at_step_1(scores, candidates, step):
+    """A rule that commits the first position, and then every position: the first is no candidate any more."""
+    return (torch.arange(candidates.shape[1]) == 0) | (step > 0)[:, None]
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+META = torch.device("meta")
+
+GENERATE = [
+    ("no prompts", lambda f: generate(f, []), ValueError, "prompts"),
+    (
+        "an empty prompt",
+        lambda f: generate(f, [torch.tensor([1]), torch.tensor([], dtype=torch.int64)]),
+        ValueError,
+        "prompt.*1",
+    ),
+    ("a prompt tensor of width 0", lambda f: generate(f, torch.zeros(2, 0, dtype=torch.int64)), ValueError, "prompts"),
+    ("a prompt tensor of no rows", lambda f: generate(f, torch.zeros(0, 3, dtype=torch.int64)), ValueError, "prompts"),
+    ("a prompt tensor of one dimension", lambda f: generate(f, torch.tensor([1, 2])), ValueError, "prompts"),
+    ("a prompt of two dimensions", lambda f: generate(f, [torch.tensor([[1, 2]])]), ValueError, "prompt"),
+    ("a text for prompts", lambda f: generate(f, "hello"), TypeError, "prompt"),
+    ("a list of texts", lambda f: generate(f, ["hello"]), TypeError, "prompt"),
+    ("None for prompts", lambda f: generate(f, None), TypeError, "prompts"),
+    ("an int for prompts", lambda f: generate(f, 3), TypeError, "prompts"),
+    ("float prompts", lambda f: generate(f, [torch.tensor([1.0, 2.0])]), TypeError, "prompt"),
+    ("a float prompt tensor", lambda f: generate(f, torch.ones(1, 3)), TypeError, "prompts"),
+    ("bool prompts", lambda f: generate(f, [torch.tensor([True, False])]), TypeError, "prompt"),
+    ("floats in a list", lambda f: generate(f, [[1.5, 2.0]]), TypeError, "prompt"),
+    ("an id past the vocabulary", lambda f: generate(f, [[1], [40]]), ValueError, r"prompt.*40"),
+    ("a negative id", lambda f: generate(f, [[1, -1]]), ValueError, r"prompt.*-1"),
+    ("gen_length 0", lambda f: generate(f, gen_length=0), ValueError, "gen_length.*0"),
+    ("gen_length negative", lambda f: generate(f, gen_length=-4), ValueError, "gen_length"),
+    ("gen_length a float", lambda f: generate(f, gen_length=4.0), TypeError, "gen_length"),
+    ("gen_length a bool", lambda f: generate(f, gen_length=True), TypeError, "gen_length"),
+    ("block_length 0", lambda f: generate(f, block_length=0), ValueError, "block_length.*0"),
+    ("block_length a text", lambda f: generate(f, block_length="4"), TypeError, "block_length"),
+    (
+        "a canvas past max_positions",
+        lambda f: generate(f, gen_length=94),
+        ValueError,
+        "(?s)gen_length.*96|96.*gen_length",
+    ),
+    ("an unknown cache", lambda f: generate(f, cache="both"), ValueError, "cache.*dual.*both"),
+    ("a cache of None", lambda f: generate(f, cache=None), (ValueError, TypeError), "cache"),
+    ("an unknown score", lambda f: generate(f, score="surprise"), ValueError, "score.*confidence.*surprise"),
+    ("a rule that is a number", lambda f: generate(f, rule=0.9), TypeError, "rule"),
+    ("a rule that is a class", lambda f: generate(f, rule=Threshold), TypeError, "rule"),
+    ("a rule that is a name", lambda f: generate(f, rule="threshold"), TypeError, "rule"),
+    ("a rule of None", lambda f: generate(f, rule=None), TypeError, "rule"),
+    (
+        "a per-row rule of another length",
+        lambda f: generate(f, rule=Threshold(torch.tensor([0.9, 0.8]))),
+        ValueError,
+        "rule",
+    ),
+    ("a user's rule that returns no mask", lambda f: generate(f, rule=lambda s, c, step: None), TypeError, "rule"),
+    ("a user's rule that returns floats", lambda f: generate(f, rule=lambda s, c, step: s), TypeError, "rule"),
+    (
+        "a user's rule of another shape",
+        lambda f: generate(f, rule=lambda s, c, step: c[:, :2]),
+        (TypeError, ValueError),
+        "rule",
+    ),
+    ("a user's rule past the candidates", lambda f: generate(f, rule=all_at_step_1), ValueError, "rule"),
+    (
+        "a user's rule that commits nothing",
+        lambda f: generate(f, rule=lambda s, c, step: c & False),
+        ValueError,
+        "rule",
+    ),
+    ("a negative temperature", lambda f: generate(f, temperature=-0.5, seed=0), ValueError, "temperature"),
+    ("a temperature of NaN", lambda f: generate(f, temperature=NAN, seed=0), ValueError, "temperature"),
+    ("an infinite temperature", lambda f: generate(f, temperature=INF, seed=0), ValueError, "temperature"),
+    ("a temperature of text", lambda f: generate(f, temperature="hot", seed=0), TypeError, "temperature"),
+    ("top_p 0", lambda f: generate(f, top_p=0.0, temperature=1.0, seed=0), ValueError, "top_p"),
+    ("top_p above 1", lambda f: generate(f, top_p=1.5, temperature=1.0, seed=0), ValueError, "top_p"),
+    ("top_p of NaN", lambda f: generate(f, top_p=NAN, temperature=1.0, seed=0), ValueError, "top_p"),
+    ("top_p of text", lambda f: generate(f, top_p="0.9", temperature=1.0, seed=0), TypeError, "top_p"),
+    ("top_k 0", lambda f: generate(f, top_k=0, temperature=1.0, seed=0), ValueError, "top_k"),
+    ("top_k a float", lambda f: generate(f, top_k=2.5, temperature=1.0, seed=0), TypeError, "top_k"),
+    ("a seed of text", lambda f: generate(f, seed="seed", temperature=1.0), TypeError, "seed"),
+    ("a seed that is a float", lambda f: generate(f, seed=1.5, temperature=1.0), TypeError, "seed"),
+    ("a stop id past the vocabulary", lambda f: generate(f, stop_ids=(40,)), ValueError, "stop_ids.*40"),
+    ("a negative stop id", lambda f: generate(f, stop_ids=[-1]), ValueError, "stop_ids"),
+    ("a stop id that is the mask", lambda f: generate(f, stop_ids=[37]), ValueError, "stop_ids.*37|stop_ids.*mask"),
+    ("stop_ids of text", lambda f: generate(f, stop_ids="eos"), TypeError, "stop_ids"),
+    ("stop ids that are floats", lambda f: generate(f, stop_ids=[1.0]), TypeError, "stop_ids"),
+    ("on_step that cannot be called", lambda f: generate(f, on_step=[]), TypeError, "on_step"),
+    ("an option by another name", lambda f: generate(f, threshold=0.9), TypeError, "threshold"),
+    ("a model that is none", lambda f: fastdllm.generate(torch.nn.Linear(2, 2), [[1]]), TypeError, "model"),
+]
+
+LOGITS = [
+    ("tokens of one dimension", lambda f: model_in(f).logits(torch.tensor([1, 2])), ValueError, "tokens"),
+    ("float tokens", lambda f: model_in(f).logits(torch.ones(1, 2)), (TypeError, ValueError), "tokens"),
+    ("no tokens", lambda f: model_in(f).logits(torch.zeros(1, 0, dtype=torch.int64)), ValueError, "tokens"),
+    (
+        "more tokens than positions",
+        lambda f: model_in(f).logits(torch.ones(1, 97, dtype=torch.int64)),
+        ValueError,
+        "tokens.*96",
+    ),
+]
+
+LOAD = [
+    ("a number for a path", lambda f: fastdllm.load(3), TypeError, "path_or_id"),
+    ("None for a path", lambda f: fastdllm.load(None), TypeError, "path_or_id"),
+    ("a folder that is not there", lambda f: fastdllm.load(f / "missing"), FileNotFoundError, "path_or_id.*missing"),
+    (
+        "a name that is no hub id",
+        lambda f: fastdllm.load("no-such-model"),
+        FileNotFoundError,
+        "path_or_id.*no-such-model",
+    ),
+    ("an empty folder", lambda f: fastdllm.load(f), FileNotFoundError, "config.json"),
+    ("a file", lambda f: load(f) and fastdllm.load(f / "config.json"), ValueError, "path_or_id.*config.json"),
+    ("no weights", lambda f: load(f, edit("model.safetensors", None)), FileNotFoundError, "model.safetensors"),
+    ("a config that is no JSON", lambda f: load(f, edit("config.json", "{")), ValueError, "config.json"),
+    ("a config that is a list", lambda f: load(f, edit("config.json", "[]")), ValueError, "config.json"),
+    ("a config that is no text", lambda f: load(f, edit("config.json", b"\xff\xfe\x00")), ValueError, "config.json"),
+    ("no mask id", lambda f: load(f, set_key("mask_token_id", None)), ValueError, "mask_token_id"),
+    (
+        "a mask id past the vocabulary",
+        lambda f: load(f, set_key("mask_token_id", 40)),
+        ValueError,
+        "mask_(token_)?id.*40",
+    ),
+    ("a mask id of text", lambda f: load(f, set_key("mask_token_id", "37")), ValueError, "mask_(token_)?id"),
+    (
+        "an end of text past the vocabulary",
+        lambda f: load(f, set_key("eos_token_id", 99)),
+        ValueError,
+        "stop_ids|eos_token_id",
+    ),
+    ("no layers", lambda f: load(f, set_key("n_layers", 0)), ValueError, "n_layers|num_layers"),
+    ("a negative eps", lambda f: load(f, set_key("rms_norm_eps", -1.0)), ValueError, "rms_norm_eps"),
+    ("a rope base of 0", lambda f: load(f, set_key("rope_theta", 0)), ValueError, "rope_theta"),
+    ("heads that do not divide the width", lambda f: load(f, set_key("n_heads", 5)), ValueError, "heads"),
+    ("kv heads that do not divide the heads", lambda f: load(f, set_key("n_kv_heads", 3)), ValueError, "kv_heads"),
+    ("a width of text", lambda f: load(f, set_key("d_model", "wide")), ValueError, "d_model|width|hidden_size"),
+    ("an unknown family", lambda f: load(f, set_key("model_type", "gpt2")), ValueError, "model_type.*gpt2"),
+    ("alibi", lambda f: load(f, set_key("alibi", True)), ValueError, "alibi"),
+    ("truncated weights", lambda f: load(f, truncate), ValueError, "model.safetensors"),
+    (
+        "weights that are no weights",
+        lambda f: load(f, edit("model.safetensors", b"hello")),
+        ValueError,
+        "model.safetensors",
+    ),
+    (
+        "NaN in the weights",
+        lambda f: load(f, state_change=lambda s: s["model.transformer.ln_f.weight"].fill_(NAN)),
+        ValueError,
+        "ln_f.*NaN",
+    ),
+    (
+        "a weight missing",
+        lambda f: load(f, state_change=lambda s: s.pop("model.transformer.ln_f.weight")),
+        ValueError,
+        "ln_f",
+    ),
+    ("dtype int8", lambda f: load(f, dtype=torch.int8), ValueError, "dtype"),
+    ("dtype a text", lambda f: load(f, dtype="float16"), (TypeError, ValueError), "dtype"),
+    ("a device that is none", lambda f: load(f, device="abacus"), (ValueError, RuntimeError), "device"),
+]
+
+ATTENTION = [
+    ("q a list", lambda f: attend(q=[1]), TypeError, "^q:"),
+    ("q of three dimensions", lambda f: attend(q=torch.zeros(2, 4, 64)), ValueError, "^q:"),
+    ("q of integers", lambda f: attend(q=torch.zeros(2, 4, 6, 64, dtype=torch.int32)), TypeError, "^q:"),
+    ("q of float64", lambda f: attend(q=torch.zeros(2, 4, 6, 64, dtype=torch.float64)), TypeError, "^q:"),
+    ("no queries", lambda f: attend(q=torch.zeros(2, 0, 6, 64)), ValueError, "^q:"),
+    ("k of another dtype than q", lambda f: attend(k=torch.zeros(2, 4, 2, 64, dtype=torch.float16)), TypeError, "^k:"),
+    ("k on another device", lambda f: attend(k=torch.zeros(2, 4, 2, 64, device=META)), ValueError, "^k:"),
+    ("k of another length", lambda f: attend(k=torch.zeros(2, 5, 2, 64)), ValueError, "^k:"),
+    ("v of another head count", lambda f: attend(v=torch.zeros(2, 4, 3, 64)), ValueError, "^v:"),
+    ("k of another head dimension", lambda f: attend(k=torch.zeros(2, 4, 2, 32)), ValueError, "^k:"),
+    ("H not a multiple of HK", lambda f: attend(q=torch.zeros(2, 4, 5, 64)), ValueError, "HK"),
+    ("caches of two shapes", lambda f: attend(v_cache=torch.zeros(2, 15, 2, 64)), ValueError, "^v_cache:"),
+    (
+        "a cache of another row count",
+        lambda f: attend(k_cache=torch.zeros(3, 16, 2, 64), v_cache=torch.zeros(3, 16, 2, 64)),
+        ValueError,
+        "^k_cache:",
+    ),
+    (
+        "a cache of another dtype",
+        lambda f: attend(k_cache=torch.zeros(2, 16, 2, 64, dtype=torch.bfloat16)),
+        TypeError,
+        "^k_cache:",
+    ),
+    ("block_start a list", lambda f: attend(block_start=[4, 8]), TypeError, "^block_start:"),
+    ("block_start an int", lambda f: attend(block_start=4), TypeError, "^block_start:"),
+    ("block_start of int64", lambda f: attend(block_start=torch.tensor([4, 8])), TypeError, "^block_start:"),
+    ("block_start of another length", lambda f: attend(block_start=ints(4)), ValueError, "^block_start:"),
+    ("block_start elsewhere", lambda f: attend(block_start=ints(4, 8).to(META)), ValueError, "^block_start:"),
+    ("no kv_len", lambda f: attend(kv_len=None), TypeError, "^kv_len:"),
+    ("kv_len of floats", lambda f: attend(kv_len=torch.tensor([16.0, 12.0])), TypeError, "^kv_len:"),
+    ("kv_start of another length", lambda f: attend(kv_start=ints(0, 0, 0)), ValueError, "^kv_start:"),
+    ("block_len of int64", lambda f: attend(block_len=torch.tensor([4, 4])), TypeError, "^block_len:"),
+    ("page_table of one dimension", lambda f: attend(page_table=ints(0, 1)), ValueError, "^page_table:"),
+    (
+        "page_table of int64",
+        lambda f: attend(page_table=torch.zeros(2, 1, dtype=torch.int64)),
+        TypeError,
+        "^page_table:",
+    ),
+    (
+        "page_table of other rows",
+        lambda f: attend(page_table=torch.zeros(3, 1, dtype=torch.int32)),
+        ValueError,
+        "^page_table:",
+    ),
+    ("page_table a list", lambda f: attend(page_table=[[0], [1]]), TypeError, "^page_table:"),
+    ("cos without sin", lambda f: attend(cos=torch.zeros(16, 32)), ValueError, "cos.*sin"),
+    (
+        "cos of the whole head dimension",
+        lambda f: attend(cos=torch.zeros(16, 64), sin=torch.zeros(16, 64)),
+        ValueError,
+        "^cos:",
+    ),
+    ("sin of another length", lambda f: attend(cos=torch.zeros(16, 32), sin=torch.zeros(15, 32)), ValueError, "^sin:"),
+    (
+        "cos of integers",
+        lambda f: attend(cos=torch.zeros(16, 32).int(), sin=torch.zeros(16, 32).int()),
+        TypeError,
+        "^cos:",
+    ),
+    ("cos a list", lambda f: attend(cos=[1.0], sin=[0.0]), TypeError, "^cos:"),
+    ("scale of NaN", lambda f: attend(scale=NAN), ValueError, "^scale:"),
+    ("scale of text", lambda f: attend(scale="1"), (TypeError, ValueError), "^scale:"),
+    ("out of another shape", lambda f: attend(out=torch.zeros(2, 4, 6, 32)), ValueError, "^out:"),
+    ("out of another dtype", lambda f: attend(out=torch.zeros(2, 4, 6, 64).half()), (TypeError, ValueError), "^out:"),
+    ("out a list", lambda f: attend(out=[]), TypeError, "^out:"),
+]
+
+SELECT = [
+    ("logits a list", lambda f: select(logits=[0.0]), TypeError, "^logits:"),
+    ("logits of integers", lambda f: select(logits=torch.zeros(2, 4, 10, dtype=torch.int64)), TypeError, "^logits:"),
+    ("logits of two dimensions", lambda f: select(logits=torch.zeros(4, 10)), ValueError, "^logits:"),
+    ("logits without a vocabulary", lambda f: select(logits=torch.zeros(2, 4, 0)), ValueError, "^logits:"),
+    ("tokens of int32", lambda f: select(tokens=torch.full((2, 4), MASK, dtype=torch.int32)), TypeError, "^tokens:"),
+    ("tokens a list", lambda f: select(tokens=[[MASK] * 4] * 2), TypeError, "^tokens:"),
+    ("tokens of another shape", lambda f: select(tokens=torch.full((2, 5), MASK)), ValueError, "^tokens:"),
+    ("tokens elsewhere", lambda f: select(tokens=torch.full((2, 4), MASK, device=META)), ValueError, "^tokens:"),
+    ("mask_id past the vocabulary", lambda f: select(mask_id=10), ValueError, "^mask_id:.*10"),
+    ("mask_id negative", lambda f: select(mask_id=-1), ValueError, "^mask_id:"),
+    ("mask_id a float", lambda f: select(mask_id=9.0), TypeError, "^mask_id:"),
+    ("mask_id None", lambda f: select(mask_id=None), TypeError, "^mask_id:"),
+    ("mask_id in the padded tail", lambda f: select(vocab_size=9), ValueError, "mask_id.*vocab_size"),
+    ("vocab_size 0", lambda f: select(vocab_size=0), ValueError, "vocab_size"),
+    ("vocab_size past the logits", lambda f: select(vocab_size=11), ValueError, "vocab_size.*11"),
+    ("vocab_size a float", lambda f: select(vocab_size=10.0), TypeError, "vocab_size"),
+    (
+        "candidates of integers",
+        lambda f: select(candidates=torch.ones(2, 4, dtype=torch.int64)),
+        TypeError,
+        "^candidates:",
+    ),
+    ("candidates a list", lambda f: select(candidates=[[True] * 4] * 2), TypeError, "^candidates:"),
+    (
+        "candidates of another shape",
+        lambda f: select(candidates=torch.ones(2, 3, dtype=torch.bool)),
+        ValueError,
+        "^candidates:",
+    ),
+    (
+        "candidates elsewhere",
+        lambda f: select(candidates=torch.ones(2, 4, dtype=torch.bool, device=META)),
+        ValueError,
+        "^candidates:",
+    ),
+    ("no rule", lambda f: select(rule=None), TypeError, "^rule:"),
+    ("a number for a rule", lambda f: select(rule=0.9), TypeError, "^rule:"),
+    ("a rule for other rows", lambda f: select(rule=Threshold(torch.tensor([0.9]))), ValueError, "^rule:"),
+    ("an unknown score", lambda f: select(score="best"), ValueError, "^score:.*best"),
+    ("a negative temperature", lambda f: select(temperature=-1.0, seed=0), ValueError, "^temperature:"),
+    ("a temperature of NaN", lambda f: select(temperature=NAN, seed=0), ValueError, "^temperature:"),
+    ("a temperature of None", lambda f: select(temperature=None, seed=0), TypeError, "^temperature:"),
+    ("a temperature without a seed", lambda f: select(temperature=1.0), ValueError, "^seed:"),
+    ("random scores without a seed", lambda f: select(score="random"), ValueError, "^seed:"),
+    ("a seed of text", lambda f: select(temperature=1.0, seed="x"), TypeError, "^seed:"),
+    ("a seed past 64 bits", lambda f: select(temperature=1.0, seed=2**70), ValueError, "^seed:"),
+    ("seeds of int32", lambda f: select(temperature=1.0, seed=ints(1, 2)), TypeError, "^seed:"),
+    ("seeds for other rows", lambda f: select(temperature=1.0, seed=torch.tensor([1])), ValueError, "^seed:"),
+    ("steps of floats", lambda f: select(step=torch.zeros(2)), TypeError, "^step:"),
+    ("steps for other rows", lambda f: select(step=torch.zeros(3, dtype=torch.int64)), ValueError, "^step:"),
+    ("token_confidence of three dimensions", lambda f: token_confidence(torch.zeros(2, 4, 10)), ValueError, "^logits:"),
+    (
+        "token_confidence of an unknown score",
+        lambda f: token_confidence(torch.zeros(4, 10), score="x"),
+        ValueError,
+        "^score:",
+    ),
+]
+
+RULES = [
+    ("a threshold of NaN", lambda f: Threshold(NAN), ValueError, "tau"),
+    ("a threshold of text", lambda f: Threshold("0.9"), TypeError, "tau"),
+    ("a threshold of None", lambda f: Threshold(None), TypeError, "tau"),
+    ("a threshold that is a bool", lambda f: Threshold(True), TypeError, "tau"),
+    ("a tensor of integer thresholds", lambda f: Threshold(torch.tensor([1, 2])), TypeError, "tau"),
+    ("a tensor with a NaN threshold", lambda f: Threshold(torch.tensor([0.5, NAN])), ValueError, "tau"),
+    ("a factor of 0", lambda f: Factor(0.0), ValueError, r"\bf\b"),
+    ("a negative factor", lambda f: Factor(-1.0), ValueError, r"\bf\b"),
+    ("a factor of NaN", lambda f: Factor(NAN), ValueError, r"\bf\b"),
+    ("a factor of text", lambda f: Factor("1"), TypeError, r"\bf\b"),
+    ("a tensor with a factor of 0", lambda f: Factor(torch.tensor([1.0, 0.0])), ValueError, r"\bf\b"),
+    ("a quota of 0 steps", lambda f: Quota(0), ValueError, "steps.*0"),
+    ("a quota of -1 steps", lambda f: Quota(-1), ValueError, "steps"),
+    ("a quota of 2.5 steps", lambda f: Quota(2.5), TypeError, "steps"),
+    ("a tensor of float steps", lambda f: Quota(torch.tensor([2.0])), TypeError, "steps"),
+    ("a tensor with 0 steps", lambda f: Quota(torch.tensor([2, 0])), ValueError, "steps"),
+    ("an unknown schedule", lambda f: Quota(4, schedule="cosine"), ValueError, "schedule.*cosine"),
+]
+
+POINTWISE = [
+    (
+        "an RMSNorm weight of another width",
+        lambda f: rms_norm(torch.zeros(2, 8), torch.ones(7), 1e-5),
+        ValueError,
+        "weight",
+    ),
+    (
+        "a residual of another shape",
+        lambda f: rms_norm(torch.zeros(2, 8), torch.ones(8), 1e-5, torch.zeros(3, 8)),
+        ValueError,
+        "residual",
+    ),
+    ("an odd gate and up", lambda f: swiglu(torch.zeros(2, 7)), ValueError, "gate_up"),
+    (
+        "a rotation of another width",
+        lambda f: rope_to_cache(*[torch.zeros(1, 2, 2, 8)] * 3, torch.zeros(4, 8), torch.zeros(4, 8), ints(0)),
+        ValueError,
+        "cos",
+    ),
+    (
+        "a key cache without a value cache",
+        lambda f: rope_to_cache(
+            *[torch.zeros(1, 2, 2, 8)] * 3, torch.zeros(4, 4), torch.zeros(4, 4), ints(0), torch.zeros(1, 4, 2, 8)
+        ),
+        ValueError,
+        "v_cache",
+    ),
+]
+
+TABLE = [
+    pytest.param(*row[1:], id=f"{group}: {row[0]}")
+    for group, rows in (
+        ("generate", GENERATE),
+        ("logits", LOGITS),
+        ("load", LOAD),
+        ("block_attention", ATTENTION),
+        ("select", SELECT),
+        ("rules", RULES),
+        ("pointwise", POINTWISE),
+    )
+    for row in rows
+]
+
+
+def test_the_table_is_as_long_as_promised():
+    assert len(TABLE) >= 40
+
+
+@pytest.mark.parametrize("call, error, pattern", TABLE)
+def test_a_wrong_call_raises_the_stated_error(tmp_path, call, error, pattern):
+    with pytest.raises(error) as raised:
+        call(tmp_path)
+    assert re.search(pattern, str(raised.value)), str(raised.value)
+
+
+@pytest.mark.parametrize("mode", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_nan_logits_name_the_row_and_the_position(tmp_path, family, mode):
+    """The prompt of row 1 alone holds a token whose embedding is broken: row 0 must not be blamed."""
+    config = tiny.FAMILIES[family]
+    model = model_in(tmp_path, family)
+    broken = oracle_models.shape_of(config)["vocab"] - 8
+    model.embedding.weight[broken] = NAN
+    prompts = [torch.tensor([1, 2]), torch.tensor([1, broken, 2])]
+    with pytest.raises((ValueError, FloatingPointError, RuntimeError)) as raised:
+        fastdllm.generate(model, prompts, gen_length=4, block_length=2, cache=mode)
+    message = str(raised.value)
+    assert "NaN" in message
+    assert re.search(r"row\D*1\b", message), message
+    assert re.search(r"position\D*3\b", message), message
