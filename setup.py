@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.6"]
+TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.6", "kernels>=0.10"]
 
 setup(
     name="fastdllm",

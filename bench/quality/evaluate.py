@@ -76,21 +76,19 @@ def measure(model, tokenizer, problems: list[Problem], setting: dict, rows: int)
 
     rule = rules()[setting["rule"]](setting["block_length"])
     prompts = [torch.tensor(tokenizer.encode(prompt_of(problem)).ids) for problem in problems]
-    scores, counts, seconds = [], torch.zeros(3, dtype=torch.int64), 0.0
+    scores, counts = [], torch.zeros(3, dtype=torch.int64)
     for first in range(0, len(problems), rows):
         part = prompts[first : first + rows]
         done = generate(
             model, part, gen_length=GEN_LENGTH, block_length=setting["block_length"], cache=setting["cache"], rule=rule
         )
         counts += torch.stack([done.nfe.sum(), done.refreshes.sum(), done.cached_steps.sum()]).cpu()
-        seconds += done.seconds
         for problem, prompt, tokens in zip(problems[first : first + rows], part, done.tokens, strict=True):
             scores.append(score(problem, tokens[len(prompt) :].tolist(), tokenizer, model.config.stop_ids))
     accuracy, exact, text = (sum(column) / len(problems) for column in zip(*scores, strict=True))
     nfe, refreshes, cached = (counts.double() / len(problems)).tolist()
     values = (accuracy, exact, text / nfe, nfe, refreshes, cached, text)
-    rounded = {name: round(value, 4) for name, value in zip(SHOWN, values, strict=True)}
-    return setting | rounded | {"seconds": round(seconds, 3)}
+    return setting | {name: round(value, 4) for name, value in zip(SHOWN, values, strict=True)}
 
 
 def environment(device: str) -> dict:

@@ -39,7 +39,7 @@ CONFIGS = {
         rope_in_fp32=True, **_SHAPE,
     ),
     "tiny-dream": ModelConfig(
-        family="Dream", num_kv_heads=2, intermediate_size=768, rms_norm_eps=1e-6, qkv_bias=True, logit_shift=1,
+        family="Dream", num_kv_heads=2, intermediate_size=704, rms_norm_eps=1e-6, qkv_bias=True, logit_shift=1,
         rope_in_fp32=False, **_SHAPE,
     ),
 }  # fmt: skip
@@ -49,11 +49,12 @@ A masked diffusion language model of {parameters:.1f} million parameters with th
 and to test block-wise diffusion decoding. It solves arithmetic word problems of the kind it was trained on, nothing else.
 
 - Trained on: {problems:,} problems made by bench/quality/problems.py, fresh ones in every batch, train split only.
+- Start: {start}.
 - How long: {minutes:.1f} minutes on one {gpu}, {steps:,} steps, {tokens:,} tokens (canvas positions).
 - Prompt: `Question: <question> Answer:` on one line; give it a gen_length of 128.
 - Accuracy: not measured yet.
 
-Made with `python bench/quality/train.py {name}`, measured with `python bench/quality/evaluate.py`.
+Made with `python bench/quality/train.py {command}`, measured with `python bench/quality/evaluate.py`.
 """
 
 
@@ -79,6 +80,20 @@ def test_accuracy(model, rows: int = 256) -> float:
     return (model.logits(noisy).argmax(-1) == tokens)[asked].float().mean().item()
 
 
+@torch.no_grad()
+def warm_start(model: DiffusionTransformer, source: DiffusionTransformer) -> None:
+    """Start from another model's weights, as Dream starts from Qwen2.5's; key and value heads that now share one are
+    averaged (GQA, arXiv 2305.13245). Biases keep their zeros."""
+    given, heads = source.state_dict(), model.config.num_kv_heads
+    for name, parameter in model.named_parameters():
+        value = given.get(name, parameter)
+        if name.endswith("qkv.weight"):
+            queries, *shared = value.split([source.config.num_heads * source.config.head_dim] + [len(value) // 3] * 2)
+            pooled = [part.unflatten(0, (heads, -1, source.config.head_dim)).mean(1).flatten(0, 1) for part in shared]
+            value = torch.cat([queries, *pooled])
+        parameter.copy_(value)
+
+
 class Run:
     """One training run: the model, its optimiser and its clock, and how they are written to `out` and read back."""
 
@@ -87,6 +102,8 @@ class Run:
         self.device = torch.device(args.device)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.model = initialize(DiffusionTransformer(config).to(self.device), seed=args.seed)
+        if args.start_from:
+            warm_start(self.model, checkpoint.load(args.start_from, device=self.device, dtype=torch.float32))
         self.optimizer = Optimizer(self.model, args.muon_lr, args.adam_lr)  # before the cast: masters start unrounded
         self.model.to(dtype)
         self.optimizer.write()
@@ -115,9 +132,14 @@ class Run:
         copy.load_state_dict(self.optimizer.masters)
         checkpoint.save(copy.to(torch.bfloat16), self.out)
         write_tokenizer(self.out)
+        args = self.args
+        command = f"{self.name} --minutes {args.minutes:g} --rows {args.rows} --muon-lr {args.muon_lr} --adam-lr {args.adam_lr}"
+        command += f" --start-from fastdllm/assets/{args.start_from.name}" if args.start_from else ""
         card = CARD.format(
+            command=command,
             name=self.name, family="LLaDA" if config.family == "llada" else config.family,
-            parameters=sum(p.numel() for p in copy.parameters()) / 1e6, problems=self.done["steps"] * self.args.rows,
+            parameters=sum(p.numel() for p in copy.parameters()) / 1e6, problems=self.done["steps"] * args.rows,
+            start=f"the weights of {args.start_from.name}" if args.start_from else "random weights",
             minutes=self.done["seconds"] / 60, steps=self.done["steps"], tokens=self.done["tokens"],
             gpu=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
         )  # fmt: skip
@@ -185,6 +207,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=12.0, help="training time, all sessions together")
     parser.add_argument("--session-minutes", type=float, default=float("inf"), help="end this process after so long")
+    parser.add_argument("--start-from", type=Path, help="a trained model of the same width and depth to start from")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--workers", type=int, default=6)

@@ -1,0 +1,59 @@
+"""The wheel and the editable install, beside Hugging Face's `kernels`, whose import name our folder shares."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from test_floors import ROOT
+
+CHECK = """
+import sys, kernels, transformers
+from transformers.models.llama.modeling_llama import LlamaModel
+import fastdllm, fastdllm_kernels
+assert hasattr(kernels, "get_kernel"), f"import kernels gives {kernels.__path__}"
+print(fastdllm.__file__, fastdllm_kernels.__file__)
+"""
+
+
+def python(code, cwd, **environment):
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=clean | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The built wheel, from a copy of the sources: a build leaves folders behind."""
+    folder, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source")
+    for name in ("kernels", "fastdllm"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("fastdllm-*.whl"))
+
+
+def test_the_wheel_holds_both_packages_and_the_models(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assets = {f"fastdllm/assets/{name}" for name in ("demo.txt", "tiny-llada/model.safetensors", "tiny-dream/tokenizer.json")}
+    assert assets | {"fastdllm/decode.py", "fastdllm/families/dream.py", "fastdllm_kernels/attention.py"} <= names
+    assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
+
+
+def test_the_wheel_works_beside_the_kernels_client(wheel, tmp_path):
+    pytest.importorskip("kernels", reason="Hugging Face's kernels is in the test extra")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    paths = python(CHECK, tmp_path, PYTHONPATH=str(tmp_path / "site")).split()
+    assert all(path.startswith(str(tmp_path)) for path in paths)
+
+
+def test_from_the_repository_root_with_transformers_and_the_kernels_client():
+    pytest.importorskip("kernels", reason="Hugging Face's kernels is in the test extra")
+    paths = python(CHECK, ROOT).split()
+    assert all(path.startswith(str(ROOT)) for path in paths)
