@@ -14,6 +14,7 @@ import math
 
 import torch
 
+from . import backend
 from .pointwise import positions_of, rotate
 
 LIBRARY = torch.library.Library("fastdllm", "FRAGMENT")
@@ -58,12 +59,29 @@ LIBRARY.define(
 
 
 def _run(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale, out, lse):
+    arguments = (q, k, v, k_cache, v_cache, block_start, kv_len)
+    if backend.use_triton("block_attention", q, _unsupported(q, k, v, k_cache, v_cache, cos, sin, page_table, out)):
+        from .attention_triton import launch
+
+        launch(*arguments, kv_start, page_table, block_len, cos, sin, scale, out, lse)
+        return
     result = block_attention_reference(
-        q, k, v, k_cache, v_cache, block_start, kv_len, kv_start=kv_start, page_table=page_table, block_len=block_len,
-        cos=cos, sin=sin, scale=scale, return_lse=lse is not None, out=out,
+        *arguments, kv_start=kv_start, page_table=page_table, block_len=block_len, cos=cos, sin=sin, scale=scale,
+        return_lse=lse is not None, out=out,
     )
     if lse is not None:
         lse.copy_(result[1])
+
+
+def _unsupported(q, k, v, k_cache, v_cache, cos, sin, page_table, out):
+    """Why the kernel cannot take these inputs, or None."""
+    if q.shape[-1] > 256:
+        return f"the head dimension is {q.shape[-1]}, above 256"
+    named = dict(q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, cos=cos, sin=sin, page_table=page_table, out=out)
+    for name, tensor in named.items():
+        if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            return f"{name} is not contiguous in its last dimension"
+    return None
 
 
 LIBRARY.impl("block_attention", _run, "CompositeExplicitAutograd")
@@ -97,6 +115,8 @@ def block_attention(
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    elif not isinstance(out, torch.Tensor):
+        raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
     elif out.shape != q.shape or out.dtype != q.dtype or out.device != q.device:
         raise ValueError(f"out: expected {q.dtype} {tuple(q.shape)} on {q.device}, got {out.dtype} {tuple(out.shape)}")
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
@@ -131,10 +151,14 @@ def _check(q, k, v, k_cache, v_cache, page_table):
     if k_cache.shape[2:] != (kv_heads, dim) or (page_table is None and k_cache.shape[0] != rows):
         raise ValueError(f"k_cache: expected {layout} with B = {rows}, HK = {kv_heads}, D = {dim}, "
                          f"got {tuple(k_cache.shape)}")
+    if page_table is not None and not isinstance(page_table, torch.Tensor):
+        raise TypeError(f"page_table: expected a [B, pages] int32 tensor, got {type(page_table).__name__}")
     if page_table is not None and (page_table.ndim != 2 or page_table.shape[0] != rows):
         raise ValueError(f"page_table: expected [B, pages] with B = {rows}, got {tuple(page_table.shape)}")
     if page_table is not None and page_table.dtype != torch.int32:
         raise TypeError(f"page_table: expected int32, got {page_table.dtype}")
+    if page_table is not None and page_table.device != q.device:
+        raise ValueError(f"page_table: expected a tensor on {q.device}, as q, got one on {page_table.device}")
 
 
 def _check_spans(q, **spans):
@@ -157,6 +181,8 @@ def _check_rotation(q, cos, sin):
     for name, table in (("cos", cos), ("sin", sin)):
         if table is None:
             continue
+        if not isinstance(table, torch.Tensor):
+            raise TypeError(f"{name}: expected a [positions, D/2] tensor, got {type(table).__name__}")
         if table.ndim != 2 or 2 * table.shape[1] != q.shape[-1] or table.shape != cos.shape:
             raise ValueError(f"{name}: expected [positions, D/2] with D = {q.shape[-1]}, got {tuple(table.shape)}")
         if table.dtype not in (torch.float32, q.dtype) or table.device != q.device:

@@ -1,0 +1,491 @@
+"""block_attention in Triton: a flash pass over the keys that a row sees, split over keys where heads cannot fill the GPU.
+
+A program owns TILE_ROWS of the T * G query rows of one key head (G = H / HK query heads share it: keys are read once per
+tile, not once per head) and one of `splits` even shares of the row's visible keys. Visible keys are numbered without gaps,
+
+    0 .. prefix - 1         cached slot kv_start + i
+    prefix .. cached - 1    cached slot block_start + n + (i - prefix)
+    cached .. cached + n    the block's own key i - cached, rotated on the way in
+
+so that the share of a split is arithmetic on device values (short rows stay balanced) and the one loop over the cache knows
+no prefix, suffix or gap. With one split the kernel writes the result; with more it writes fp32 parts and their
+log-sum-exp, and `_merge` adds them up in a fixed order: equal inputs give equal bits, launch after launch.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from .pointwise import rope_to_cache
+
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+# Rotating takes registers beside the sums: few own keys at a time leave enough, and there are few of them.
+TILE_OWN = tl.constexpr(16)
+# Left alone, the assembler spills a few bytes to fit a third program on a multiprocessor, which shared memory forbids.
+REGISTERS = {"maxnreg": 255} if torch.version.hip is None else {}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the configuration needs to know of a GPU: multiprocessors, shared memory of a program in bytes, and whether a
+    kernel may be launched while the one before it still runs (`overlap`, Hopper and later)."""
+
+    multiprocessors: int
+    shared: int
+    overlap: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one call runs: TILE_ROWS query rows by TILE_KEYS keys a program, keys in `splits` shares.
+
+    peel_tail: full tiles run without a mask and the last one apart. rotate_first: q and k are rotated by a launch of their
+    own. overlap: the merge is launched early and waits on the device.
+    """
+
+    TILE_ROWS: int
+    TILE_KEYS: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+    peel_tail: bool = False
+    rotate_first: bool = False
+    overlap: bool = False
+
+
+@lru_cache(maxsize=4096)
+def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
+    """The configuration for q [B, T, H, D], k [B, T, HK, D] and `capacity` cached slots a row, `itemsize` bytes an element.
+
+    Pure: it sees host constants only, so a captured graph replays whatever the spans on the device say.
+    """
+    rows, tile_d = T * (H // HK), _tile_d(D)
+    tile_rows, tile_keys, warps, stages = _tiles(rows, B * HK, tile_d, itemsize, chip)
+    programs = _ceil_div(rows, tile_rows) * B * HK
+    keys = max(capacity, T)
+    splits = _splits(programs, keys, 2 if tile_rows <= 64 else 1, chip.multiprocessors)
+    # A mask on every tile costs the tensor cores of a large tile a tenth of their time; on a few tiles less than a tail does.
+    peel_tail = tile_rows >= 64 and keys // splits >= 8 * tile_keys
+    # Every row tile rotates the block's keys again, off the pipelined path: past a few tiles one more launch is cheaper.
+    rotate_first = splits == 1 and T > 256
+    return Config(tile_rows, tile_keys, warps, stages, splits, peel_tail, rotate_first, chip.overlap and splits > 1)
+
+
+def _ceil_div(a, b):
+    return -(-a // b)
+
+
+def _power_of_2(n):
+    """The next power of two, in plain Python: triton's own costs a launcher ten times as much."""
+    return 1 << (n - 1).bit_length()
+
+
+def _tile_d(D):
+    return max(16, _power_of_2(D))
+
+
+def _tiles(rows, groups, tile_d, itemsize, chip):
+    """(TILE_ROWS, TILE_KEYS, num_warps, num_stages) for `groups` = B * HK groups of `rows` query rows."""
+    held = max(16, _power_of_2(rows))
+    if itemsize == 4:
+        # Exact fp32 products run outside the tensor cores, from operands held in registers: small tiles, or they spill.
+        tile_rows, tile_keys, warps, stages = 16, 16, 8, 2
+    elif tile_d > 128:
+        # The sums of 64 rows fill the registers of 8 warps; older chips keep copies of the operands there as well.
+        tile_rows, tile_keys, warps, stages = min(held, 64 if chip.shared > 200000 else 32), 32, 8, 3
+    elif rows > 64 and _ceil_div(rows, 128) * groups >= chip.multiprocessors:
+        # Enough work to be bound by the tensor cores: 128 rows feed them at full width and halve what is read again.
+        tile_rows, tile_keys, warps, stages = 128, 64, 8, 3
+    else:
+        # Bound by memory or latency: the smallest tile that holds the rows, and two programs a multiprocessor, each with
+        # two tiles of keys and values in flight.
+        tile_rows, tile_keys, warps, stages = min(held, 64), 64, 4, 3
+    return _fitted(tile_rows, tile_keys, warps, stages, tile_d, itemsize, chip.shared)
+
+
+def _fitted(tile_rows, tile_keys, warps, stages, tile_d, itemsize, shared):
+    """The tiles, made smaller until their buffers fit: fewer keys first (the stages hide latency), then stages, then rows."""
+    while (tile_rows + 2 * stages * tile_keys) * tile_d * itemsize + 4096 > shared:
+        if tile_keys > 32:
+            tile_keys //= 2
+        elif stages > 2:
+            stages -= 1
+        elif tile_rows > 16:
+            tile_rows //= 2
+        elif tile_keys > 16:
+            tile_keys //= 2
+        else:
+            break
+    return tile_rows, tile_keys, warps, stages
+
+
+def _splits(programs, keys, resident, multiprocessors):
+    """Shares of the keys: as many as fill the GPU with `resident` programs a multiprocessor, none under 128 keys."""
+    if keys <= 256:
+        return 1  # reading a few tiles more takes less time than a second launch
+    return max(1, min(resident * multiprocessors // programs, keys // 128, 64))
+
+
+@triton.jit
+def _columns(D: tl.constexpr, TILE_D: tl.constexpr, PAIRED: tl.constexpr):
+    """Offsets of a tile's columns, and which exist. PAIRED: each half of D in its half of the tile, as rotation leaves it."""
+    column = tl.arange(0, TILE_D)
+    if PAIRED and D < TILE_D:
+        within = column % (TILE_D // 2)
+        return column // (TILE_D // 2) * (D // 2) + within, within < D // 2
+    else:
+        return column, column < D
+
+
+@triton.jit
+def _load(pointers, seen, inside, MASKED: tl.constexpr):
+    """A [rows, columns] tile, 0 wherever `seen` [rows] or `inside` [columns] says no: what lies there may be NaN."""
+    if MASKED:
+        return tl.load(pointers, mask=seen[:, None] & inside[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _rotated(x_ptr, offset, seen, position, cos_ptr, sin_ptr, cos_at, sin_at, D: tl.constexpr, TILE_D: tl.constexpr):
+    """Rows at `offset` rotated to `position`, with every operation rounded to the tables' dtype, as PyTorch does it."""
+    HALF: tl.constexpr = D // 2
+    rows: tl.constexpr = offset.shape[0]
+    column = tl.arange(0, TILE_D // 2)[None, :]
+    mask = seen[:, None] & (column < HALF)
+    x, angle = x_ptr + offset[:, None] + column, position.to(tl.int64)[:, None]
+    first = tl.load(x, mask=mask, other=0.0)
+    second = tl.load(x + HALF, mask=mask, other=0.0)
+    cos = tl.load(cos_ptr + angle * cos_at + column, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + angle * sin_at + column, mask=mask, other=0.0)
+    left = _product(first, cos) - _product(second, sin)
+    right = _product(second, cos) + _product(first, sin)
+    pair = tl.join(left.to(cos.dtype).to(first.dtype), right.to(cos.dtype).to(first.dtype))
+    return tl.reshape(tl.permute(pair, (0, 2, 1)), (rows, TILE_D))
+
+
+@triton.jit
+def _product(x, table):
+    """x * table rounded to the table's dtype, as fp32: no fused multiply-add may skip the rounding."""
+    return (x.to(table.dtype).to(tl.float32) * table.to(tl.float32)).to(table.dtype).to(tl.float32)
+
+
+@triton.jit
+def _queries(q_ptr, offset, asked, position, cos_ptr, sin_ptr, cos_at, sin_at, D: tl.constexpr, TILE_D: tl.constexpr,
+             NEGATIVE: tl.constexpr):  # fmt: skip
+    """The tile's queries, rotated where there are tables, with the sign of the scale; rows not `asked` are 0."""
+    if cos_ptr is not None:
+        q = _rotated(q_ptr, offset, asked, position, cos_ptr, sin_ptr, cos_at, sin_at, D, TILE_D)
+    else:
+        column, inside = _columns(D, TILE_D, False)
+        q = _load(q_ptr + offset[:, None] + column[None, :], asked, inside, True)
+    if NEGATIVE:
+        q = -q
+    return q
+
+
+@triton.jit
+def _fold(q, k, v, seen, top, total, acc, scale, MASKED: tl.constexpr):
+    """Fold one tile of keys and values into the running maximum, sum and weighted values (all in powers of two)."""
+    if q.dtype == tl.float32:
+        # Exact products hold their operands in registers: 16 columns of D at a time, spread over the warps, or they spill.
+        PARTS: tl.constexpr = q.shape[1] // 16
+        left = tl.permute(tl.reshape(q, (q.shape[0], PARTS, 16)), (1, 0, 2))
+        right = tl.permute(tl.reshape(k, (k.shape[0], PARTS, 16)), (1, 2, 0))
+        scores = tl.sum(tl.dot(left, right, input_precision="ieee"), 0)
+    else:
+        scores = tl.dot(q, tl.trans(k))
+    if MASKED:
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return new_top, total, acc
+
+
+@triton.jit
+def _fold_stored(
+    q, top, total, acc, k_ptr, v_ptr, k_at, v_at, begin, end, prefix, first, jump, page_ptr, k_page, v_page, scale,
+    D: tl.constexpr, TILE_D: tl.constexpr, TILE_KEYS: tl.constexpr, PAIRED: tl.constexpr, PAGE: tl.constexpr,
+    MASKED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Fold keys begin .. end - 1, read as they are: key i lies in slot first + i below `prefix`, and in jump + i from there."""
+    k_column, k_inside = _columns(D, TILE_D, PAIRED)
+    v_column, v_inside = _columns(D, TILE_D, False)
+    PARTIAL: tl.constexpr = MASKED or D < TILE_D
+    for at in tl.range(begin, end, TILE_KEYS, num_stages=STAGES):
+        key = at + tl.arange(0, TILE_KEYS)
+        seen = key < end
+        slot = key + tl.where(key < prefix, first, jump)
+        if PAGE > 0:
+            page = tl.load(page_ptr + slot // PAGE, mask=seen, other=0).to(tl.int64)
+            slot = (slot % PAGE).to(tl.int64)
+            k_row, v_row = page * k_page + slot * k_at, page * v_page + slot * v_at
+        else:
+            slot = slot.to(tl.int64)
+            k_row, v_row = slot * k_at, slot * v_at
+        k = _load(k_ptr + k_row[:, None] + k_column[None, :], seen, k_inside, PARTIAL)
+        v = _load(v_ptr + v_row[:, None] + v_column[None, :], seen, v_inside, PARTIAL)
+        top, total, acc = _fold(q, k, v, seen, top, total, acc, scale, MASKED)
+    return top, total, acc
+
+
+@triton.jit
+def _fold_range(
+    q, top, total, acc, k_ptr, v_ptr, k_at, v_at, begin, end, prefix, first, jump, page_ptr, k_page, v_page, scale,
+    D: tl.constexpr, TILE_D: tl.constexpr, TILE_KEYS: tl.constexpr, PAIRED: tl.constexpr, PAGE: tl.constexpr,
+    PEEL_TAIL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`_fold_stored` over begin .. end - 1: with a mask on every tile, or with full tiles bare and the rest apart.
+
+    The rest runs in two stages: its one tile then goes straight to shared memory, where one stage would take registers.
+    """
+    if PEEL_TAIL:
+        tail = begin + (end - begin) // TILE_KEYS * TILE_KEYS
+        top, total, acc = _fold_stored(
+            q, top, total, acc, k_ptr, v_ptr, k_at, v_at, begin, tail, prefix, first, jump, page_ptr, k_page, v_page,
+            scale, D, TILE_D, TILE_KEYS, PAIRED, PAGE, False, STAGES)  # fmt: skip
+        return _fold_stored(
+            q, top, total, acc, k_ptr, v_ptr, k_at, v_at, tail, end, prefix, first, jump, page_ptr, k_page, v_page,
+            scale, D, TILE_D, TILE_KEYS, PAIRED, PAGE, True, 2)  # fmt: skip
+    else:
+        return _fold_stored(
+            q, top, total, acc, k_ptr, v_ptr, k_at, v_at, begin, end, prefix, first, jump, page_ptr, k_page, v_page,
+            scale, D, TILE_D, TILE_KEYS, PAIRED, PAGE, True, STAGES)  # fmt: skip
+
+
+@triton.jit
+def _fold_rotated(
+    q, top, total, acc, k_ptr, v_ptr, k_at, v_at, begin, end, start, positions, cos_ptr, sin_ptr, cos_at, sin_at, scale,
+    D: tl.constexpr, TILE_D: tl.constexpr,
+):  # fmt: skip
+    """Fold the block's own keys begin .. end - 1, rotated to positions start + key."""
+    column, inside = _columns(D, TILE_D, False)
+    for at in tl.range(begin, end, TILE_OWN, num_stages=1):
+        key = at + tl.arange(0, TILE_OWN)
+        seen, row = key < end, key.to(tl.int64)
+        position = tl.minimum(start + key, positions - 1)
+        k = _rotated(k_ptr, row * k_at, seen, position, cos_ptr, sin_ptr, cos_at, sin_at, D, TILE_D)
+        v = _load(v_ptr + (row * v_at)[:, None] + column[None, :], seen, inside, True)
+        top, total, acc = _fold(q, k, v, seen, top, total, acc, scale, True)
+    return top, total, acc
+
+
+@triton.jit
+def _place(index, tiles, HK: tl.constexpr):
+    """(row tile, key head, row of the batch) of a program."""
+    group = index // tiles
+    return index % tiles, (group % HK).to(tl.int64), (group // HK).to(tl.int64)
+
+
+@triton.jit
+def _spans(b, T, block_start_ptr, kv_len_ptr, kv_start_ptr, block_len_ptr):
+    """What row b sees: (block's start, its length, own keys of it, first cached slot, keys before the block, cached keys)."""
+    start, kv_len = tl.load(block_start_ptr + b), tl.load(kv_len_ptr + b)
+    first, length = 0, T
+    if kv_start_ptr is not None:
+        first = tl.load(kv_start_ptr + b)
+    if block_len_ptr is not None:
+        length = tl.load(block_len_ptr + b)
+    own = tl.maximum(tl.minimum(length, T), 0)
+    prefix = tl.maximum(start - first, 0)
+    return start, length, own, first, prefix, prefix + tl.maximum(kv_len - start - length, 0)
+
+
+@triton.jit
+def _rows(tile, kv_head, own, G: tl.constexpr, TILE_ROWS: tl.constexpr):
+    """A tile's rows: (position in the block, query head, whether the row is one of the block's `own` positions)."""
+    row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    return row // G, kv_head * G + row % G, row < own * G
+
+
+@triton.jit(do_not_specialize=["tiles", "T", "lse_split", "positions"])
+def _attend(
+    q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, out_ptr, lse_ptr, block_start_ptr, kv_len_ptr, kv_start_ptr,
+    page_table_ptr, block_len_ptr, cos_ptr, sin_ptr, scale, tiles, T, positions,
+    q_row, q_at, q_head, k_row, k_at, k_head, v_row, v_at, v_head, kc_row, kc_at, kc_head, vc_row, vc_at, vc_head,
+    out_row, out_at, out_head, out_split, lse_split, page_row, cos_at, sin_at,
+    HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, TILE_D: tl.constexpr, PAGE: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr, PEEL_TAIL: tl.constexpr, NEGATIVE: tl.constexpr,
+    OVERLAP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One row tile of one key head (program axis 0, tiles fastest so that they share keys in L2) and one split (axis 1)."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    if v_at is None:
+        v_row, v_at, v_head = k_row, k_at, k_head
+    if vc_at is None:
+        vc_row, vc_at, vc_head = kc_row, kc_at, kc_head
+    ROTATE: tl.constexpr = cos_ptr is not None
+    tile, kv_head, b = _place(tl.program_id(0), tiles, HK)
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    start, length, own, first, prefix, cached = _spans(b, T, block_start_ptr, kv_len_ptr, kv_start_ptr, block_len_ptr)
+    # A tile past the row's block has nothing to compute; its zeros are written all the same.
+    keys = tl.where(tile * TILE_ROWS < own * G, cached + own, 0)
+    GRAIN: tl.constexpr = TILE_KEYS if PEEL_TAIL else 16
+    share = tl.cdiv(tl.cdiv(keys, splits), GRAIN) * GRAIN
+    begin = tl.minimum(split * share, keys)
+    end = tl.minimum(begin + share, keys)
+
+    t, head, asked = _rows(tile, kv_head, own, G, TILE_ROWS)
+    q = _queries(q_ptr, b * q_row + t.to(tl.int64) * q_at + head * q_head, asked, tl.minimum(start + t, positions - 1),
+                 cos_ptr, sin_ptr, cos_at, sin_at, D, TILE_D, NEGATIVE)  # fmt: skip
+    top = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((TILE_ROWS,), tl.float32)
+    acc = tl.zeros((TILE_ROWS, TILE_D), tl.float32)
+    page_ptr, k_page, v_page = 0, 0, 0
+    k_base, v_base = k_cache_ptr + kv_head * kc_head, v_cache_ptr + kv_head * vc_head
+    if PAGE > 0:
+        page_ptr, k_page, v_page = page_table_ptr + b * page_row, kc_row, vc_row
+    else:
+        k_base, v_base = k_base + b * kc_row, v_base + b * vc_row
+    top, total, acc = _fold_range(
+        q, top, total, acc, k_base, v_base, kc_at, vc_at, tl.minimum(begin, cached), tl.minimum(end, cached),
+        prefix, first, start + length - prefix, page_ptr, k_page, v_page, scale,
+        D, TILE_D, TILE_KEYS, ROTATE, PAGE, PEEL_TAIL, STAGES)  # fmt: skip
+    k_base, v_base = k_ptr + b * k_row + kv_head * k_head, v_ptr + b * v_row + kv_head * v_head
+    begin, end = tl.maximum(begin - cached, 0), tl.maximum(end - cached, 0)
+    if ROTATE:
+        top, total, acc = _fold_rotated(
+            q, top, total, acc, k_base, v_base, k_at, v_at, begin, end, start, positions, cos_ptr, sin_ptr,
+            cos_at, sin_at, scale, D, TILE_D)  # fmt: skip
+    else:
+        top, total, acc = _fold_range(
+            q, top, total, acc, k_base, v_base, k_at, v_at, begin, end, 0, 0, 0, 0, 0, 0, scale,
+            D, TILE_D, TILE_KEYS, False, 0, PEEL_TAIL, STAGES)  # fmt: skip
+
+    # Axis 2 has one program: its 0 makes these new values, where the same from above would hold registers in the loops.
+    tile, kv_head, b = _place(tl.program_id(0) + tl.program_id(2), tiles, HK)
+    t, head, asked = _rows(tile, kv_head, own, G, TILE_ROWS)
+    total = tl.where(total == 0, 1.0, total)
+    result = tl.where(asked[:, None], acc / total[:, None], 0.0)
+    column, inside = _columns(D, TILE_D, False)
+    split = (tl.program_id(1) + tl.program_id(2)).to(tl.int64)
+    offset = split * out_split + b * out_row + t.to(tl.int64) * out_at + head * out_head
+    tl.store(out_ptr + offset[:, None] + column[None, :], result.to(out_ptr.dtype.element_ty),
+             mask=(t < T)[:, None] & inside[None, :])  # fmt: skip
+    if lse_ptr is not None:
+        lse = tl.where(asked, (top + tl.log2(total)) * LN2, float("-inf"))
+        tl.store(lse_ptr + split * lse_split + (b * T + t) * (HK * G) + head, lse, mask=t < T)
+
+
+@triton.jit(do_not_specialize=["rows", "T"])
+def _merge(
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, rows, T, out_row, out_at, out_head,
+    H: tl.constexpr, D: tl.constexpr, TILE_D: tl.constexpr, SPLITS: tl.constexpr, TILE_SPLITS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """out = sum_s exp(lse_s - lse) part_s for TILE_ROWS of the B * T * H rows; part [SPLITS, rows, D] fp32."""
+    row = (tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(tl.int64)
+    split = tl.arange(0, TILE_SPLITS).to(tl.int64)
+    column = tl.arange(0, TILE_D)
+    real = row < rows
+    known = (split < SPLITS)[:, None] & real[None, :]
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    index = split[:, None] * rows + row[None, :]
+    part_lse = tl.load(part_lse_ptr + index, mask=known, other=float("-inf"))
+    part = tl.load(part_ptr + index[:, :, None] * D + column[None, None, :],
+                   mask=known[:, :, None] & (column < D)[None, None, :], other=0.0)  # fmt: skip
+    top = tl.max(part_lse, 0)
+    level = tl.where(top == float("-inf"), 0.0, top)
+    weights = tl.exp2((part_lse - level[None, :]) * LOG2E)
+    total = tl.sum(weights, 0)
+    total = tl.where(total == 0, 1.0, total)
+    result = tl.sum(part * weights[:, :, None], 0) / total[:, None]
+    offset = row // (H * T) * out_row + row // H % T * out_at + row % H * out_head
+    tl.store(out_ptr + offset[:, None] + column[None, :], result.to(out_ptr.dtype.element_ty),
+             mask=real[:, None] & (column < D)[None, :])  # fmt: skip
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, top + tl.log2(total) * LN2, mask=real)
+
+
+@cache
+def chip_of(device) -> Chip:
+    """What `device` has; for the interpreter on a CPU, one multiprocessor, so that it runs no more programs than it must."""
+    if device.type != "cuda":
+        return Chip(1, 232448)
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", 65536)
+    overlap = torch.version.cuda is not None and properties.major >= 9 and shared >= 232448
+    return Chip(properties.multi_processor_count, shared, overlap)
+
+
+def launch(
+    q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale, out, lse, chosen=None,
+):
+    """Run the kernel into `out` and `lse` (or None); `chosen`, a Config, replaces the one that `config` picks."""
+    B, T, H, D = q.shape
+    HK, slots = k.shape[2], k_cache.shape[1]
+    capacity = slots if page_table is None else slots * page_table.shape[1]
+    chosen = chosen or config(B, T, H, HK, D, capacity, q.element_size(), chip_of(q.device))
+    block_start, kv_len, kv_start, block_len = map(_dense, (block_start, kv_len, kv_start, block_len))
+    with _on_device(q):
+        if chosen.rotate_first and cos is not None:
+            q, k = rope_to_cache(q, k, v, cos, sin, block_start)
+            cos = sin = None
+        if chosen.splits == 1:
+            _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale,
+                           out, out.stride(), 0, lse, chosen)  # fmt: skip
+            return
+        # From PyTorch's allocator, which keeps what a stream or a captured graph still uses apart: reuse is safe.
+        part = torch.empty((chosen.splits, B, T, H, D), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((chosen.splits, B, T, H), dtype=torch.float32, device=q.device)
+        _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale,
+                       part, part.stride()[1:], part.stride(0), part_lse, chosen)  # fmt: skip
+        _launch_merge(part, part_lse, out, lse, chosen)
+
+
+def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale,
+                   out, out_stride, out_split, lse, chosen):  # fmt: skip
+    B, T, H, D = q.shape
+    HK = k.shape[2]
+    tiles = _ceil_div(T * (H // HK), chosen.TILE_ROWS)
+    # The sign of the scale goes into q, so that the largest product is the largest score; 0 becomes too small to matter.
+    power = max(abs(scale) * LOG2E.value, 1e-37)
+    _attend[tiles * B * HK, chosen.splits](
+        q, k, v, k_cache, v_cache, out, lse, block_start, kv_len, kv_start, page_table, block_len, cos, sin,
+        power, tiles, T, 0 if cos is None else cos.shape[0],
+        *q.stride()[:3], *_two_strides(k, v), *_two_strides(k_cache, v_cache), *out_stride[:3],
+        out_split, B * T * H, 0 if page_table is None else page_table.stride(0),
+        0 if cos is None else cos.stride(0), 0 if sin is None else sin.stride(0),
+        HK=HK, G=H // HK, D=D, TILE_D=_tile_d(D), PAGE=0 if page_table is None else k_cache.shape[1],
+        TILE_ROWS=chosen.TILE_ROWS, TILE_KEYS=chosen.TILE_KEYS, PEEL_TAIL=chosen.peel_tail, NEGATIVE=scale < 0,
+        OVERLAP=chosen.overlap, STAGES=chosen.num_stages, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+        enable_fp_fusion=True, **REGISTERS,
+    )  # fmt: skip
+
+
+def _two_strides(k, v):
+    """The first three strides of k and of v; None for v's where they are equal: one address then serves both."""
+    return (*k.stride()[:3], *((None,) * 3 if k.stride() == v.stride() else v.stride()[:3]))
+
+
+def _launch_merge(part, part_lse, out, lse, chosen):
+    splits, B, T, H, D = part.shape
+    tile_splits, tile_d = _power_of_2(splits), _tile_d(D)
+    tile_rows = max(1, 4096 // (tile_splits * tile_d))
+    extra = {"launch_pdl": True} if chosen.overlap else {}
+    _merge[(_ceil_div(B * T * H, tile_rows),)](
+        part, part_lse, out, lse, B * T * H, T, *out.stride()[:3],
+        H=H, D=D, TILE_D=tile_d, SPLITS=splits, TILE_SPLITS=tile_splits, TILE_ROWS=tile_rows, OVERLAP=chosen.overlap,
+        num_warps=4, enable_fp_fusion=True, **extra,
+    )  # fmt: skip
+
+
+def _dense(span):
+    """A [B] tensor whose elements follow one another (a column of a table of spans is copied, on the device)."""
+    return span if span is None or span.stride(0) == 1 else span.contiguous()
+
+
+def _on_device(tensor):
+    """Triton launches on the current device: make it the tensor's where it is another."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()

@@ -1,0 +1,83 @@
+"""block_attention compiles for every chip without spills and within its shared memory, in every configuration it can pick.
+
+On a machine with two cores each kernel takes 1 to 4 seconds, so by default every chip gets the shapes that models have and
+the corners of the configuration function; FASTDLLM_COMPILE_ALL=1 adds the rest.
+"""
+
+import os
+
+import compile_check
+import pytest
+import torch
+
+# (B, T, H, HK, D, slots, dtype, rotation, page size or 0). Which branch each one reaches is said beside it.
+COMMON = [
+    (1, 32, 32, 32, 128, 2048, torch.bfloat16, "fp32", 0),  # LLaDA's step: 32 rows, split over keys
+    (8, 32, 32, 32, 128, 2048, torch.bfloat16, "fp32", 0),  # heads fill the GPU: one split
+    (1, 32, 28, 4, 128, 2048, torch.bfloat16, "own", 0),  # Dream's step: 64 rows, group 7
+    (32, 32, 28, 4, 128, 2048, torch.bfloat16, "own", 16),  # 128 rows, pages
+    (1, 2048, 32, 32, 128, 2048, torch.bfloat16, None, 0),  # a whole canvas
+    (1, 32, 32, 32, 128, 2048, torch.float32, "own", 0),  # exact fp32 products
+    (1, 1, 8, 8, 64, 1024, torch.float16, "own", 256),  # 16 rows of padding around one
+    (1, 32, 8, 8, 96, 2048, torch.float16, "fp32", 0),  # a padded head dimension
+    (64, 512, 8, 1, 256, 2048, torch.bfloat16, None, 0),  # D 256 has its own tiles
+    (1, 32, 8, 8, 256, 2048, torch.float32, "own", 0),
+]
+REST = [
+    (1, T, H, HK, D, slots, dtype, rotation, page)
+    for T, H, HK in ((1, 32, 32), (4, 32, 8), (32, 32, 32), (64, 32, 32), (256, 28, 4), (2048, 32, 32))
+    for D in (16, 64, 96, 128, 256)
+    for slots, dtype, rotation, page in (
+        (1024, torch.bfloat16, "fp32", 0),
+        (8192, torch.bfloat16, "own", 1),
+        (2048, torch.float16, None, 100),
+        (2048, torch.float32, "own", 32),
+    )
+]
+
+
+def launches(arch):
+    """Launch every case as the op would on that chip."""
+    from fastdllm_kernels.attention_triton import Chip
+
+    chip = Chip(compile_check.MULTIPROCESSORS[arch], compile_check.SHARED_LIMIT[arch], overlap=arch >= 90)
+    for case in COMMON + (REST if os.environ.get("FASTDLLM_COMPILE_ALL") else []):
+        launch_case(chip, *case)
+
+
+def launches_on_less_shared_memory(arch):
+    """The same chip with the shared memory of sm_86 and sm_89: the tiles shrink."""
+    from fastdllm_kernels.attention_triton import Chip
+
+    for case in COMMON:
+        launch_case(Chip(82, compile_check.SHARED_LIMIT[86]), *case)
+
+
+def launch_case(chip, B, T, H, HK, D, slots, dtype, rotation, page):
+    from fastdllm_kernels.attention_triton import config, launch
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    spans = [empty(B, dtype=torch.int32) for _ in range(4)]
+    cache = (B, slots, HK, D) if not page else (64, page, HK, D)
+    table = empty(B, -(-slots // page), dtype=torch.int32) if page else None
+    chosen = config(B, T, H, HK, D, slots, dtype.itemsize, chip)
+    tables = (None, None)
+    if rotation and not chosen.rotate_first:
+        tables = (empty(slots, D // 2, dtype=dtype if rotation == "own" else torch.float32),) * 2
+    launch(
+        empty(B, T, H, D), empty(B, T, HK, D), empty(B, T, HK, D), empty(*cache), empty(*cache), *spans[:3], table, spans[3],
+        *tables, D**-0.5, empty(B, T, H, D), empty(B, T, H, dtype=torch.float32), chosen,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", compile_check.ARCHITECTURES)
+def test_every_configuration_fits(arch):
+    compile_check.assert_fits(compile_check.compile_launches(__file__, "launches", arch))
+
+
+def test_configurations_shrink_to_a_small_chip():
+    compiled = compile_check.compile_launches(__file__, "launches_on_less_shared_memory", 80)
+    compile_check.assert_fits(compiled)
+    assert max(kernel.shared for kernel in compiled) <= compile_check.SHARED_LIMIT[86]
