@@ -20,12 +20,12 @@ lint: $(VENV)/test-tools
 	$(RUN) -m ruff check .
 
 # On a machine with a GPU, the same tests compiled, and more: one process, since it owns the GPU.
-gpu-test: $(VENV)/installed
+gpu-test: $(VENV)/test-tools
 	$(RUN) -m pytest
 
-bench: $(VENV)/installed
+bench: $(VENV)/bench-tools
 	$(RUN) -m pytest bench --benchmark --benchmark-json=bench/results/kernels.json
-	$(RUN) bench/report.py bench/results/kernels.json
+	$(RUN) bench/report.py bench/results/kernels.json --plots bench/results
 
 # A virtual environment of a virtual environment does not see its packages; a .pth file shows them to it.
 $(VENV)/python:
@@ -42,6 +42,6 @@ $(VENV)/installed: $(VENV)/python setup.py
 	$(PIP) --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/test-tools: $(VENV)/installed
-	$(PIP) --no-build-isolation -e ".[test]"
+$(VENV)/%-tools: $(VENV)/installed
+	$(PIP) --no-build-isolation -e ".[$*]"
 	@touch $@
