@@ -4,7 +4,10 @@ from fastdllm_kernels import Factor, Quota, Threshold
 
 from .checkpoint import load
 from .decode import Generation, StepEvent, generate
+from .patch import replace_attention, restore_attention
 
 __version__ = "0.1.0"
 
-__all__ = ["Factor", "Generation", "Quota", "StepEvent", "Threshold", "generate", "load"]
+__all__ = [
+    "Factor", "Generation", "Quota", "StepEvent", "Threshold", "generate", "load", "replace_attention", "restore_attention",
+]

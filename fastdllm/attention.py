@@ -52,25 +52,27 @@ class BlockAttention(nn.Module):
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = self.qkv(x).view(rows, width, heads + 2 * kv_heads, self.head_dim)
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
-        out = self._attend(q, k, v).reshape(rows, width, heads * self.head_dim)
+        out = attend(q, k, v, self.rotary, self.cache, self.layer).reshape(rows, width, heads * self.head_dim)
         return self.out(out)
 
-    def _attend(self, q, k, v):
-        cos, sin = self.rotary(q)
-        if self.cache is None:
-            start = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
-            q, k = rope_to_cache(q, k, v, cos, sin, start)
-            return full_attention(q, k, v, None)
-        span, (k_cache, v_cache) = self.cache.span, self.cache.layer(self.layer)
-        if span.whole:
-            q, k = rope_to_cache(
-                q, k, v, cos, sin, span.start, k_cache, v_cache, length=span.length, page_table=span.page_table
-            )
-            return full_attention(q, k, v, span)
-        return block_attention(
-            q, k, v, k_cache, v_cache, span.start, span.kv_len, page_table=span.page_table, cos=cos, sin=sin,
-            block_len=span.length if span.ragged else None,
+
+def attend(q, k, v, rotary: RotaryTable, cache: KVCache | None, layer: int) -> torch.Tensor:
+    """BlockAttention between its projections: q [R, T, H, D] and k, v [R, T, HK, D], not rotated yet -> [R, T, H, D]."""
+    cos, sin = rotary(q)
+    if cache is None:
+        start = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
+        q, k = rope_to_cache(q, k, v, cos, sin, start)
+        return full_attention(q, k, v, None)
+    span, (k_cache, v_cache) = cache.span, cache.layer(layer)
+    if span.whole:
+        q, k = rope_to_cache(
+            q, k, v, cos, sin, span.start, k_cache, v_cache, length=span.length, page_table=span.page_table
         )
+        return full_attention(q, k, v, span)
+    return block_attention(
+        q, k, v, k_cache, v_cache, span.start, span.kv_len, page_table=span.page_table, cos=cos, sin=sin,
+        block_len=span.length if span.ragged else None,
+    )
 
 
 def full_attention(q, k, v, span: Span | None):

@@ -70,19 +70,20 @@ def generate(
 ) -> Generation:
     """Fill gen_length masks after each prompt, block by block.
 
-    model: what `fastdllm.load` returns. prompts: a list of 1-D id sequences of any lengths, or a [B, P] tensor; a row gets the
-    tokens it would get alone. cache: "none" (a full forward every step), "prefix" or "dual". rule: Threshold, Factor,
-    Quota (a parameter may be a [B] tensor), or a function (scores [B, T] fp32, candidates [B, T] bool, step [B] int64) ->
-    commit [B, T] bool, called with the rows of one forward. score: "confidence", "margin", "entropy" or "random".
-    temperature 0 is greedy; top_p in (0, 1] and top_k >= 1 filter the proposals. seed: row b draws as a single row with
-    seed + b would; None takes one from torch's global generator. stop_ids: None for the model's end-of-text ids, () to
+    model: what `fastdllm.load` or `fastdllm.replace_attention` returns. prompts: a list of 1-D id sequences of any lengths, or
+    a [B, P] tensor; a row gets the tokens it would get alone. cache: "none" (a full forward every step), "prefix" or "dual".
+    rule: Threshold, Factor, Quota (a parameter may be a [B] tensor), or a function (scores [B, T] fp32, candidates [B, T]
+    bool, step [B] int64) -> commit [B, T] bool, called with the rows of one forward. score: "confidence", "margin", "entropy"
+    or "random". temperature 0 is greedy; top_p in (0, 1] and top_k >= 1 filter the proposals. seed: row b draws as a single
+    row with seed + b would; None takes one from torch's global generator. stop_ids: None for the model's end-of-text ids, () to
     never stop. on_step(StepEvent) is called after every forward.
 
     Raises TypeError and ValueError, naming the argument, before any work is done; ValueError naming row and position when
     the logits of a candidate hold a NaN.
     """
+    model = getattr(model, "fastdllm_adapter", model)  # what replace_attention leaves on somebody else's model
     if not all(hasattr(model, name) for name in ("config", "hidden_states", "head", "attach")):
-        raise TypeError(f"model: expected what fastdllm.load returns, got {type(model).__name__}")
+        raise TypeError(f"model: expected what fastdllm.load or replace_attention returns, got {type(model).__name__}")
     config = model.config
     prompts = arguments.prompt_ids(prompts, config.vocab_size)
     arguments.integer("gen_length", gen_length, 1)

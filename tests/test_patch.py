@@ -1,0 +1,644 @@
+"""replace_attention on somebody else's models: the published module structures restated, and transformers' own classes."""
+
+import copy
+from types import SimpleNamespace
+
+import oracle_models
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import fastdllm
+
+# Dream's published config sets the older name, and so does the one restated here.
+pytestmark = pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated")
+
+CACHES = ("none", "prefix", "dual")
+RULES = (fastdllm.Threshold(0.2), fastdllm.Factor(3.0))
+
+
+class Norm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def half_turn(x):
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([-b, a], dim=-1)
+
+
+def angles(theta, dim, positions):
+    frequency = theta ** -(torch.arange(0, dim, 2).float() / dim)
+    angle = torch.outer(positions.float(), frequency)
+    return torch.cat([angle, angle], dim=-1)
+
+
+def widen(x, heads):
+    """Repeat key and value heads [B, HK, L, D] for grouped queries."""
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+# LLaDA as published: the layer projects, its method `attention` does the rest, the head sits inside the inner model.
+
+
+class LLaDAConfig(PretrainedConfig):
+    model_type = "llada"
+
+    def __init__(self, use_cache=False, **values):
+        super().__init__(**{**values, "use_cache": use_cache})
+
+
+class LLaDARotary(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def forward(self, q, k):
+        """Rotates q as the last rows of what k spans."""
+        length, dim = k.shape[2], k.shape[3]
+        angle = angles(self.config.rope_theta, dim, torch.arange(length))
+        turn = lambda x, a: (x.float() * a.cos() + half_turn(x.float()) * a.sin()).to(x.dtype)  # noqa: E731
+        return turn(q, angle[length - q.shape[2] :]), turn(k, angle)
+
+
+class LLaDALlamaBlock(nn.Module):
+    def __init__(self, layer_id, config):
+        super().__init__()
+        self.layer_id, self.config = layer_id, config
+        width, mlp, kv = config.d_model, config.mlp_hidden_size, config.d_model // config.n_heads * config.n_kv_heads
+        self.attn_norm, self.ff_norm = Norm(width, config.rms_norm_eps), Norm(width, config.rms_norm_eps)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj, self.v_proj = nn.Linear(width, kv, bias=False), nn.Linear(width, kv, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.ff_proj, self.up_proj = nn.Linear(width, mlp, bias=False), nn.Linear(width, mlp, bias=False)
+        self.ff_out, self.act, self.dropout = nn.Linear(mlp, width, bias=False), nn.SiLU(), nn.Dropout(0.0)
+        self.rotary_emb = LLaDARotary(config)
+
+    def attention(self, q, k, v, attention_bias=None, layer_past=None, use_cache=False):
+        rows, length, width = q.shape
+        heads = self.config.n_heads
+        q, k, v = (x.view(rows, length, -1, width // heads).transpose(1, 2) for x in (q, k, v))
+        if layer_past is not None:
+            k, v = (torch.cat([past, x], dim=-2) for past, x in zip(layer_past, (k, v), strict=True))
+        present = (k, v) if use_cache else None
+        q, k = self.rotary_emb(q, k)
+        out = functional.scaled_dot_product_attention(q, widen(k, heads), widen(v, heads), is_causal=False)
+        return self.attn_out(out.transpose(1, 2).reshape(rows, length, width)), present
+
+    def forward(self, x, attention_bias=None, layer_past=None, use_cache=False):
+        normed = self.attn_norm(x)
+        q, k, v = self.q_proj(normed), self.k_proj(normed), self.v_proj(normed)
+        out, present = self.attention(q, k, v, attention_bias, layer_past=layer_past, use_cache=use_cache)
+        x = x + self.dropout(out)
+        normed = self.ff_norm(x)
+        return x + self.dropout(self.ff_out(self.act(self.ff_proj(normed)) * self.up_proj(normed))), present
+
+
+class LLaDAModel(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        parts = {
+            "wte": nn.Embedding(config.embedding_size, config.d_model),
+            "emb_drop": nn.Dropout(0.0),
+            "blocks": nn.ModuleList(LLaDALlamaBlock(i, config) for i in range(config.n_layers)),
+            "ln_f": Norm(config.d_model, config.rms_norm_eps),
+        }
+        if not config.weight_tying:
+            parts["ff_out"] = nn.Linear(config.d_model, config.embedding_size, bias=False)
+        self.transformer = nn.ModuleDict(parts)
+
+    def forward(self, input_ids, past_key_values=None, use_cache=False):
+        parts = self.transformer
+        x, presents = parts.emb_drop(parts.wte(input_ids)), []
+        for block, past in zip(parts.blocks, past_key_values or [None] * len(parts.blocks), strict=True):
+            x, present = block(x, attention_bias=None, layer_past=past, use_cache=use_cache)
+            presents.append(present)
+        x = parts.ln_f(x)
+        logits = functional.linear(x, parts.wte.weight) if self.config.weight_tying else parts.ff_out(x)
+        return SimpleNamespace(logits=logits, past_key_values=presents if use_cache else None)
+
+
+class LLaDAModelLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.model = config, LLaDAModel(config)
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None):
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        return self.model(input_ids, past_key_values, use_cache)
+
+
+# Dream as published: Qwen2's layers, self_attn returning three things, RoPE tables from the inner model.
+
+
+class DreamConfig(PretrainedConfig):
+    model_type = "Dream"
+
+    def __init__(self, rope_theta=10000.0, rope_scaling=None, use_cache=True, tie_word_embeddings=False, **values):
+        self.rope_theta, self.rope_scaling, self.use_cache = rope_theta, rope_scaling, use_cache
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **values)
+
+
+class DreamAttention(nn.Module):
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.layer_idx, self.num_heads, self.num_key_value_heads = (
+            layer_idx, config.num_attention_heads, config.num_key_value_heads
+        )
+        width, self.head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
+        kv = self.head_dim * self.num_key_value_heads
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(width, width), nn.Linear(width, kv), nn.Linear(width, kv)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, hidden_states, attention_mask=None, position_ids=None, past_key_value=None, output_attentions=False,
+        use_cache=False, cache_position=None, position_embeddings=None,
+    ):
+        rows, length, width = hidden_states.shape
+        q, k, v = (
+            project(hidden_states).view(rows, length, -1, self.head_dim).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cos, sin = (x.unsqueeze(1) for x in position_embeddings)
+        q, k = (x * cos + half_turn(x) * sin for x in (q, k))
+        mask = attention_mask if isinstance(attention_mask, torch.Tensor) else None
+        k, v = widen(k, self.num_heads), widen(v, self.num_heads)
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=False)
+        return self.o_proj(out.transpose(1, 2).reshape(rows, length, width)), None, past_key_value
+
+
+class DreamMLP(nn.Module):
+    def __init__(self, width, mlp):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(width, mlp, bias=False), nn.Linear(width, mlp, bias=False)
+        self.down_proj = nn.Linear(mlp, width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DreamDecoderLayer(nn.Module):
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.self_attn = DreamAttention(config, layer_idx)
+        self.mlp = DreamMLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, hidden_states, attention_mask=None, position_ids=None, past_key_value=None, output_attentions=False,
+        use_cache=False, cache_position=None, position_embeddings=None,
+    ):
+        out, _, present = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states), attention_mask=attention_mask, position_ids=position_ids,
+            past_key_value=past_key_value, output_attentions=output_attentions, use_cache=use_cache,
+            cache_position=cache_position, position_embeddings=position_embeddings,
+        )
+        hidden_states = hidden_states + out
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return (hidden_states, present) if use_cache else (hidden_states,)
+
+
+class DreamRotaryEmbedding(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        dim = config.hidden_size // config.num_attention_heads
+        inv_freq = config.rope_theta ** -(torch.arange(0, dim, 2).float() / dim)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+    def forward(self, x, position_ids):
+        angle = position_ids[..., None].float() * self.inv_freq
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+
+
+class DreamBaseModel(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DreamDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = DreamRotaryEmbedding(config)
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        x, past = self.embed_tokens(input_ids), object() if use_cache else None
+        if position_ids is None:
+            position_ids = torch.arange(x.shape[1])[None]
+        tables = self.rotary_emb(x, position_ids)
+        for layer in self.layers:
+            outputs = layer(
+                x, attention_mask=attention_mask, position_ids=position_ids, past_key_value=past, use_cache=use_cache,
+                position_embeddings=tables,
+            )
+            x = outputs[0]
+        return SimpleNamespace(last_hidden_state=self.norm(x), past_key_values=outputs[1] if use_cache else None)
+
+
+class DreamModel(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.model = config, DreamBaseModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, input_ids, attention_mask="full", position_ids=None, use_cache=None):
+        outputs = self.model(input_ids, attention_mask, position_ids, use_cache)
+        outputs.logits = self.lm_head(outputs.last_hidden_state)
+        return outputs
+
+
+def without(config, *keys):
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+def as_transformers(build, config_type, raw, state, **options):
+    """transformers' own class with a published checkpoint of either family; biases that it lacks are 0."""
+    shape = oracle_models.shape_of(raw)
+    config = config_type(
+        hidden_size=shape["width"], num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"], intermediate_size=shape["mlp"], vocab_size=shape["vocab"],
+        rms_norm_eps=shape["eps"], max_position_embeddings=96, tie_word_embeddings=False, pad_token_id=None,
+        bos_token_id=None, eos_token_id=raw["eos_token_id"], **options,
+        rope_parameters={"rope_type": "default", "rope_theta": shape["theta"]},
+    )
+    model = build(config).eval()
+    theirs, names = shape["names"], oracle_models.DREAM_NAMES
+    renamed = {}
+    for name, value in state.items():
+        if name in theirs.values():
+            renamed[names[next(part for part in theirs if theirs[part] == name)]] = value
+            continue
+        prefix, layer = next(
+            (theirs["layer"].format(i), i) for i in range(shape["layers"]) if name.startswith(theirs["layer"].format(i))
+        )
+        stem, _, kind = name.removeprefix(prefix).rpartition(".")
+        part = next(part for part in theirs if part != "layer" and theirs[part].removesuffix(".weight") == stem)
+        renamed[names["layer"].format(layer) + names[part].removesuffix(".weight") + "." + kind] = value
+    blank = {name: torch.zeros_like(value) for name, value in model.state_dict().items() if name.endswith(".bias")}
+    model.load_state_dict({**blank, **renamed})
+    return model
+
+
+def build(kind, native_folder, seed=0):
+    """(somebody else's model, the keywords it needs, the native model with the same weights)."""
+    raw = tiny.DREAM if "dream" in kind.lower() else {**tiny.LLADA, "n_kv_heads": 2, "weight_tying": "tied" in kind}
+    native, state = tiny.build(native_folder, raw, seed)
+    ids = {"mask_id": raw["mask_token_id"]}
+    if kind == "Dream":
+        model = DreamModel(DreamConfig(**without(raw, "model_type")))
+        model.load_state_dict(state)
+        return model.eval(), {}, native
+    if kind.startswith("LLaDA"):
+        model = LLaDAModelLM(LLaDAConfig(**without(raw, "model_type")))
+        model.load_state_dict(state)
+        return model.eval(), {}, native
+    if kind == "Llama, llada":
+        return as_transformers(LlamaForCausalLM, LlamaConfig, raw, state), ids, native
+    if kind == "Llama, dream":
+        options = {**ids, "family": "Dream"}
+        return as_transformers(LlamaForCausalLM, LlamaConfig, raw, state, attention_bias=True), options, native
+    if kind == "Qwen2, dream":
+        return as_transformers(Qwen2ForCausalLM, Qwen2Config, raw, state), ids, native
+    return as_transformers(Qwen2ForCausalLM, Qwen2Config, raw, state), {**ids, "family": "llada"}, native
+
+
+KINDS = ("LLaDA", "LLaDA tied", "Dream", "Llama, llada", "Llama, dream", "Qwen2, llada", "Qwen2, dream")
+PUBLISHED = ("LLaDA", "Dream")
+
+
+@pytest.fixture(params=KINDS)
+def case(request, tmp_path):
+    return build(request.param, tmp_path)
+
+
+@pytest.fixture(params=PUBLISHED)
+def published(request, tmp_path):
+    return build(request.param, tmp_path)
+
+
+def some_tokens(vocab, rows=2, length=13):
+    return torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def forward(model, tokens, **options):
+    with torch.no_grad():
+        return model(tokens, use_cache=False, **options).logits
+
+
+def decode(model, **options):
+    generator = torch.Generator().manual_seed(11)
+    prompts = [torch.randint(0, 36, (length,), generator=generator) for length in (5, 9, 1)]
+    options = {"gen_length": 20, "block_length": 8, "stop_ids": (), **options}
+    return fastdllm.generate(model, prompts, **options)
+
+
+def assert_same(ours, native):
+    assert [row.tolist() for row in ours.tokens] == [row.tolist() for row in native.tokens]
+    assert torch.equal(ours.refreshes, native.refreshes) and torch.equal(ours.cached_steps, native.cached_steps)
+
+
+def test_tokens_and_forwards_equal_the_native_models(case):
+    model, options, native = case
+    assert fastdllm.replace_attention(model, **options) is model
+    for cache in CACHES:
+        for rule in RULES:
+            wanted = decode(native, cache=cache, rule=rule)
+            assert wanted.nfe.min() < 20, "a rule that commits one token a step proves little"
+            assert_same(decode(model, cache=cache, rule=rule), wanted)
+
+
+def test_the_families_own_sampling_holds(case):
+    """The shift, the scores after filtering and the stop ids come with the family."""
+    model, options, native = case
+    fastdllm.replace_attention(model, **options)
+    sampled = {"temperature": 0.7, "top_p": 0.9, "seed": 5, "stop_ids": None}
+    assert_same(decode(model, **sampled), decode(native, **sampled))
+    adapter = model.fastdllm_adapter
+    for name in ("family", "logit_shift", "rope_in_fp32", "mask_id", "stop_ids", "num_layers", "num_kv_heads", "head_dim"):
+        assert getattr(adapter.config, name) == getattr(native.config, name), name
+    assert (adapter.device, adapter.dtype) == (native.device, native.dtype)
+
+
+def test_a_plain_forward_is_full_attention(case):
+    model, options, native = case
+    tokens = some_tokens(native.config.vocab_size)
+    fastdllm.replace_attention(model, **options)
+    decode(model)  # leaves no cache behind
+    with torch.no_grad():
+        wanted = native.head(native.hidden_states(tokens))
+    torch.testing.assert_close(forward(model, tokens), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_published_models_forward_stays_what_it_was(published):
+    model, _, _ = published
+    tokens = some_tokens(40)
+    wanted = forward(model, tokens)
+    fastdllm.replace_attention(model)
+    torch.testing.assert_close(forward(model, tokens), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(forward(model, tokens, attention_mask=None), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_restore_is_bit_identical_and_leaves_nothing(case):
+    model, options, native = case
+    tokens = some_tokens(native.config.vocab_size)
+    before, keys = forward(model, tokens), list(model.state_dict())
+    own = {name: set(module.__dict__) for name, module in model.named_modules()}
+    config = dict(vars(model.config))
+    fastdllm.replace_attention(model, **options)
+    assert list(model.state_dict()) == keys
+    assert not torch.equal(forward(model, tokens), before) or not isinstance(model, (LlamaForCausalLM, Qwen2ForCausalLM))
+    decode(model)
+    assert fastdllm.restore_attention(model) is model
+    assert torch.equal(forward(model, tokens), before)
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == own
+    assert vars(model.config) == config
+    with pytest.raises(TypeError, match="replace_attention"):
+        decode(model)
+    assert fastdllm.restore_attention(model) is model
+
+
+def test_only_the_instance_is_replaced(tmp_path):
+    for kind in ("LLaDA", "Dream", "Llama, llada"):
+        model, options, native = build(kind, tmp_path / kind)
+        other = copy.deepcopy(model)
+        tokens = some_tokens(native.config.vocab_size)
+        before = forward(other, tokens)
+        fastdllm.replace_attention(model, **options)
+        assert torch.equal(forward(other, tokens), before)
+        assert not hasattr(other, "fastdllm_adapter")
+
+
+def test_replacing_twice_is_replacing_once(published):
+    model, _, native = published
+    tokens = some_tokens(40)
+    before = forward(model, tokens)
+    adapter = fastdllm.replace_attention(model).fastdllm_adapter
+    assert fastdllm.replace_attention(model).fastdllm_adapter is adapter
+    fastdllm.replace_attention(model, mask_id=1)
+    assert model.fastdllm_adapter.config.mask_id == 1
+    fastdllm.replace_attention(model, mask_id=native.config.mask_id)
+    assert_same(decode(model), decode(native))
+    fastdllm.restore_attention(model)
+    assert torch.equal(forward(model, tokens), before)
+
+
+def test_a_copy_of_a_replaced_model_stands_alone(published):
+    model, _, native = published
+    wanted = decode(native)
+    twin = copy.deepcopy(fastdllm.replace_attention(model))
+    fastdllm.restore_attention(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_same(decode(twin), wanted)
+
+
+def test_dreams_uninitialised_rope_table_is_never_read(tmp_path):
+    model, _, native = build("Dream", tmp_path)
+    model.model.rotary_emb.inv_freq.fill_(torch.nan)
+    fastdllm.replace_attention(model)
+    assert forward(model, some_tokens(40)).isfinite().all()
+    assert_same(decode(model), decode(native))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "tied" not in kind])  # that one has no head module to watch
+def test_the_head_runs_on_the_blocks_rows_only(kind, tmp_path):
+    model, options, native = build(kind, tmp_path)
+    fastdllm.replace_attention(model, **options)
+    widths = []
+    head = model.model.transformer.ff_out if kind == "LLaDA" else model.lm_head
+    head.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
+    for cache in CACHES:
+        decode(model, cache=cache)
+    assert widths and max(widths) <= 8
+
+
+class LowRank(nn.Module):
+    """What an adapter library puts around a projection."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.calls = base, 0
+        generator = torch.Generator().manual_seed(1)
+        self.down = nn.Parameter(0.2 * torch.randn(2, base.in_features, generator=generator))
+        self.up = nn.Parameter(0.2 * torch.randn(base.out_features, 2, generator=generator))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["wrapped before", "wrapped after"])
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_wrapped_projections_are_called(kind, after, tmp_path):
+    model, _, native = build(kind, tmp_path)
+    if after:
+        fastdllm.replace_attention(model)
+    layers = model.model.transformer.blocks if kind == "LLaDA" else [layer.self_attn for layer in model.model.layers]
+    out = "attn_out" if kind == "LLaDA" else "o_proj"
+    for name in ("q_proj", out):
+        setattr(layers[0], name, LowRank(getattr(layers[0], name)))
+    fastdllm.replace_attention(model)
+    ours = decode(model)
+    # One native forward for each of theirs, with the same low-rank weights folded in.
+    q, o = layers[0].q_proj, getattr(layers[0], out)
+    first = native.layers[0].attention
+    with torch.no_grad():
+        first.qkv.weight[: q.up.shape[0]] += q.up @ q.down
+        first.out.weight += o.up @ o.down
+    assert_same(ours, decode(native))
+    assert q.calls == o.calls > 0
+
+
+def test_a_peft_model_is_seen_through(tmp_path):
+    model, _, native = build("Dream", tmp_path)
+
+    class Wrapper(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base_model = base
+
+        def get_base_model(self):
+            return self.base_model
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.base_model, name)
+
+    wrapped = Wrapper(model)
+    assert fastdllm.replace_attention(wrapped) is wrapped
+    assert_same(decode(wrapped), decode(native))
+    fastdllm.restore_attention(wrapped)
+    assert not hasattr(wrapped, "fastdllm_adapter")
+
+
+def test_an_override_that_was_there_comes_back(tmp_path):
+    model, _, _ = build("Dream", tmp_path)
+    attention = model.model.layers[1].self_attn
+    calls = []
+    attention.forward = lambda *args, **values: calls.append(1) or type(attention).forward(attention, *args, **values)
+    hook = attention.forward
+    fastdllm.restore_attention(fastdllm.replace_attention(model))
+    assert attention.forward is hook
+    forward(model, some_tokens(40))
+    assert calls == [1]
+
+
+def test_llada_without_use_cache_is_worked_around_and_said(tmp_path, caplog):
+    model, _, _ = build("LLaDA", tmp_path)
+    lost = not hasattr(model.config, "use_cache")
+    if not lost:  # transformers 4 keeps it
+        del model.config.use_cache
+    with pytest.raises(AttributeError):
+        model(some_tokens(40))
+    fastdllm.replace_attention(model)
+    assert "use_cache" in caplog.text
+    assert model(some_tokens(40)).logits.shape == (2, 13, 40)
+    fastdllm.restore_attention(model)
+    assert not hasattr(model.config, "use_cache")
+
+
+def test_outputs_keep_their_form(tmp_path):
+    llada, _, _ = build("LLaDA", tmp_path / "llada")
+    tokens = some_tokens(40)
+    wanted = llada(tokens, use_cache=True).past_key_values
+    fastdllm.replace_attention(llada)
+    present = llada(tokens, use_cache=True).past_key_values
+    for ours, theirs in zip(present, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="layer_past"):
+        llada(tokens, past_key_values=present)
+    dream, _, _ = build("Dream", tmp_path / "dream")
+    fastdllm.replace_attention(dream)
+    assert dream(tokens).past_key_values is None  # nothing that a later call could continue from wrongly
+
+
+def test_what_a_plain_forward_cannot_honour_is_refused(tmp_path):
+    model, options, _ = build("Llama, llada", tmp_path / "llama")
+    fastdllm.replace_attention(model, **options)
+    tokens = some_tokens(40)
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        assert forward(model, tokens, attention_mask=torch.ones_like(tokens)).shape == (2, 13, 40)
+        for hole in (0, 12):  # padded on the left, on the right
+            mask = torch.ones_like(tokens)
+            mask[1, hole] = 0
+            with pytest.raises(ValueError, match="attention_mask.*padding"):
+                forward(model, tokens, attention_mask=mask)
+    with pytest.raises(ValueError, match="position_ids"):
+        forward(model, tokens, position_ids=torch.arange(13)[None] + 4)
+    with pytest.raises(ValueError, match="at most 96 positions, got 97"):
+        forward(model, some_tokens(40, length=97))
+    dream, _, _ = build("Dream", tmp_path / "dream")
+    fastdllm.replace_attention(dream)
+    mask = torch.ones(2, 1, 13, 13, dtype=torch.bool)
+    assert forward(dream, tokens, attention_mask=mask).shape == (2, 13, 43)
+    mask[0, :, :, :2] = False
+    with pytest.raises(ValueError, match="attention_mask"):
+        forward(dream, tokens, attention_mask=mask)
+
+
+def small(build, config_type, **values):
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32, "vocab_size": 40}
+    return build(config_type(**{**shape, **values}))
+
+
+def headless(tmp_path):
+    model, _, _ = build("LLaDA", tmp_path)
+    del model.model.transformer["ff_out"]
+    del model.model.transformer.blocks[1].v_proj
+    return model
+
+
+scaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}}
+REFUSED = {
+    "another architecture": (
+        lambda _: small(MistralForCausalLM, MistralConfig, num_key_value_heads=4), {}, ValueError,
+        r"MistralForCausalLM.*'mistral'.*llada \(model\.transformer\.blocks\).*qwen2 \(model\.layers\)",
+    ),
+    "names that are not there": (
+        headless, {}, ValueError, r"no model\.transformer\.ff_out, model\.transformer\.blocks\.1\.v_proj",
+    ),
+    "no config": (lambda _: nn.Linear(2, 2), {}, TypeError, "config.*Linear"),
+    "no module": (lambda _: "model", {}, TypeError, "str"),
+    "no mask id": (lambda _: small(LlamaForCausalLM, LlamaConfig), {}, ValueError, "model.config.*mask_token_id.*mask_id="),
+    "no stop id": (
+        lambda _: small(Qwen2ForCausalLM, Qwen2Config, num_key_value_heads=4), {"mask_id": 3}, ValueError, "eos.*stop_ids=",
+    ),
+    "a mask id outside": (lambda _: small(LlamaForCausalLM, LlamaConfig), {"mask_id": 40}, ValueError, "mask_id"),
+    "an unknown family": (
+        lambda _: small(LlamaForCausalLM, LlamaConfig), {"mask_id": 3, "family": "gpt"}, ValueError, "family.*Dream, llada",
+    ),
+    "scaled rope": (
+        lambda _: small(LlamaForCausalLM, LlamaConfig, **scaled), {"mask_id": 3}, ValueError, "model.config.*rope_scaling",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_it_cannot_do_is_refused_before_anything_changes(name, tmp_path):
+    make, options, error, message = REFUSED[name]
+    model = make(tmp_path)
+    with pytest.raises(error, match=message):
+        fastdllm.replace_attention(model, **options)
+    assert not hasattr(model, "fastdllm_adapter")
