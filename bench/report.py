@@ -109,6 +109,7 @@ def plots(ops, folder):
     import matplotlib
 
     matplotlib.use("Agg")
+    Path(folder).mkdir(parents=True, exist_ok=True)
     attention = by_size(ops.get("block_attention", {}), r"32-32 heads, B 1, T 32, (\d+) keys")
     select = by_size(ops.get("confidence_select", {}), r"V 126464, (\d+) rows")
     for name, axis, sizes in (("block-attention", "keys", attention), ("select", "rows", select)):

@@ -5,16 +5,21 @@ from .pointwise import rms_norm, rms_norm_reference, rope_to_cache, rope_to_cach
 from .rules import Factor, Quota, Threshold
 from .select import (
     Confidence,
+    Partials,
     Selection,
     confidence_select,
     confidence_select_reference,
+    merge_confidence_partials,
     token_confidence,
+    token_confidence_partials,
+    token_confidence_partials_reference,
     token_confidence_reference,
 )
 
 __all__ = [
     "Confidence",
     "Factor",
+    "Partials",
     "Quota",
     "Selection",
     "Threshold",
@@ -22,6 +27,7 @@ __all__ = [
     "block_attention_reference",
     "confidence_select",
     "confidence_select_reference",
+    "merge_confidence_partials",
     "rms_norm",
     "rms_norm_reference",
     "rope_to_cache",
@@ -29,5 +35,7 @@ __all__ = [
     "swiglu",
     "swiglu_reference",
     "token_confidence",
+    "token_confidence_partials",
+    "token_confidence_partials_reference",
     "token_confidence_reference",
 ]

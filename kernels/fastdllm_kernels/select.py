@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import backend
 from .rules import Factor, Quota, Threshold
 
 SCORES = ("confidence", "margin", "entropy", "random")
@@ -29,7 +30,8 @@ class Selection(NamedTuple):
     """What one step decided: token_ids [B, T] int64, score [B, T] fp32, committed [B, T] bool, remaining [B] int32.
 
     Where a position is no candidate, token_ids is the token it holds and score is -inf. remaining counts a row's candidates
-    left; -(1 + t) says that the logits of candidate t (the row's first such) hold a NaN, and was not committed.
+    left; -(1 + t) says that the logits of candidate t (the row's first such) hold a NaN: it was not committed, its score is NaN
+    and its entry of token_ids means nothing.
     """
 
     token_ids: torch.Tensor
@@ -48,17 +50,40 @@ class Confidence(NamedTuple):
     margin: torch.Tensor | None = None
 
 
+class Partials(NamedTuple):
+    """What a part of the vocabulary says of N rows, in [N] tensors (fp32 but for the id and the flag); z are its logits.
+
+    maximum: the largest z. total: sum exp(z - maximum). weighted: sum exp(z - maximum)(z - maximum). best: what was compared
+    of the proposal, z or z / T + noise. logit: its z. top, second: the two largest z among what may be proposed. token_ids:
+    the proposal's id in the whole vocabulary, int64. has_nan: bool.
+    """
+
+    maximum: torch.Tensor
+    total: torch.Tensor
+    weighted: torch.Tensor
+    best: torch.Tensor
+    logit: torch.Tensor
+    top: torch.Tensor
+    second: torch.Tensor
+    token_ids: torch.Tensor
+    has_nan: torch.Tensor
+
+
 _M0, _M1, _W0, _W1, _U32 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
 
 
 def philox(seed, x0, x1):
     """Philox4x32-10 (Salmon et al., SC 2011) of counters (x0, x1, 0, 0) under 64-bit keys: four int64 tensors of 32 bits.
 
-    seed, x0, x1: int64 tensors that broadcast; the counters lie in [0, 2^32).
+    seed, x0, x1: int64 tensors that broadcast; of the counters the low 32 bits count.
     """
     k0, k1 = seed & _U32, (seed >> 32) & _U32
-    x0, x1, k0, k1 = torch.broadcast_tensors(x0, x1, k0, k1)
-    x2, x3 = torch.zeros_like(x0), torch.zeros_like(x0)
+    x0, x1, k0, k1 = torch.broadcast_tensors(x0 & _U32, x1 & _U32, k0, k1)
+    return philox_rounds(x0, x1, torch.zeros_like(x0), torch.zeros_like(x0), k0, k1)
+
+
+def philox_rounds(x0, x1, x2, x3, k0, k1):
+    """The ten rounds of Philox4x32 on counters and keys of 32 bits, held in int64."""
     for _ in range(10):
         high0, low0 = _multiply(x0, _M0)
         high1, low1 = _multiply(x2, _M1)
@@ -79,15 +104,15 @@ def log_exponential(high, low):
 
     Near U = 1 the direct logarithm loses every digit; there E = -log1p(-(1 - U)) with 1 - U counted from the top.
     """
-    scale = 2.0**-32
-    u = (high.float() + (low.float() + 0.5) * scale) * scale
-    rest = ((_U32 - high).float() + ((_U32 - low).float() + 0.5) * scale) * scale
-    return torch.log(torch.where(high < 2**31, -torch.log(u), -torch.log1p(-rest)))
+    near_one, scale = high >= 2**31, 2.0**-32
+    high, low = torch.where(near_one, _U32 - high, high), torch.where(near_one, _U32 - low, low)
+    value = (high.float() + (low.float() + 0.5) * scale) * scale  # U, or 1 - U where that is smaller
+    return torch.log(torch.where(near_one, -torch.log1p(-value), -torch.log(value)))
 
 
-def gumbel_noise(seed, position, vocab):
-    """-ln E [.., vocab] fp32 of rows keyed by seed [..] and counted by position [..]: standard Gumbel variates."""
-    column = torch.arange((vocab + 1) // 2, device=seed.device)
+def gumbel_noise(seed, position, vocab, start=0):
+    """-ln E [.., vocab] fp32 of rows keyed by seed [..], counted by position [..]: Gumbel variates of columns from start on."""
+    column = start // 2 + torch.arange((vocab + 1) // 2, device=seed.device)
     words = philox(seed[..., None], column, position[..., None])
     pairs = torch.stack([log_exponential(words[0], words[1]), log_exponential(words[2], words[3])], dim=-1)
     return -pairs.flatten(-2)[..., :vocab]
@@ -103,30 +128,105 @@ def token_confidence_reference(
     return_logsumexp=False, return_entropy=False, return_margin=False,
 ):
     """See `token_confidence`."""
-    vocab = logits.shape[-1] if vocab_size is None else vocab_size
-    z = logits[:, :vocab].float()
+    draw = dict(seed=seed, position=position)
+    partials = token_confidence_partials_reference(
+        logits, mask_id=mask_id, temperature=temperature, vocab_size=vocab_size, **draw
+    )
+    return merge_confidence_partials(
+        [partials], score=score, return_logsumexp=return_logsumexp, return_entropy=return_entropy,
+        return_margin=return_margin, **draw,
+    )
+
+
+def _compared(z, mask_id, temperature, seed, position, start=0):
+    """The logits [N, V] of what may be proposed, -inf elsewhere; and what the proposal is the largest of."""
     offered = z.clone()
-    if mask_id is not None:
+    if mask_id is not None and 0 <= mask_id < z.shape[1]:
         offered[:, mask_id] = -math.inf
+    if temperature == 0:
+        return offered, offered
+    noise = gumbel_noise(_seeds(seed, position), position, z.shape[1], start)
+    return offered, torch.where(offered == -math.inf, offered, offered * inverse(temperature) + noise)
+
+
+def _argmax(compared, mask_id):
+    """The lowest id of the largest entry; of a row of -inf the lowest that is not the mask."""
+    spare = int(mask_id == 0 and compared.shape[1] > 1)
+    return torch.where((compared == -math.inf).all(-1), spare, compared.argmax(-1))
+
+
+def inverse(temperature):
+    """1 / temperature as both backends multiply by it (0 for 0); bounded, so that it is finite in fp32 too."""
+    return min(1 / temperature, 1e30) if temperature else 0.0
+
+
+def token_confidence_partials_reference(
+    logits, *, vocab_start=0, mask_id=None, temperature=0.0, seed=None, position=None, vocab_size=None
+):
+    """See `token_confidence_partials`."""
+    z = logits[:, :vocab_size].float()
     rows = torch.arange(len(z), device=z.device)
     position = rows if position is None else position.to(torch.int64)
-    drawn = offered
-    if temperature > 0:
-        drawn = offered / temperature + gumbel_noise(_seeds(seed, rows), position, vocab)
-        drawn = drawn.masked_fill(offered == -math.inf, -math.inf)
-    token_ids = drawn.argmax(-1)
-    lse = torch.logsumexp(z, -1)
-    # A row without a finite logit has probability 0 everywhere, not NaN.
-    shift = torch.where(lse == -math.inf, 0, lse)[:, None]
-    p = torch.exp(z - shift)
-    entropy = torch.where(p > 0, p * (z - shift), 0 * p).sum(-1)
-    top = torch.exp(offered.topk(min(2, vocab), dim=-1).values - shift)
-    margin = top[:, 0] - top[:, 1] if vocab > 1 else top[:, 0]
-    chosen = {"confidence": p[rows, token_ids], "margin": margin, "entropy": entropy}
-    value = uniform(_seeds(seed, rows), position) if score == "random" else chosen[score]
-    value = value.masked_fill(z.isnan().any(-1), math.nan)
-    return Confidence(token_ids, value, lse if return_logsumexp else None, entropy if return_entropy else None,
-                      margin if return_margin else None)
+    barred = None if mask_id is None else mask_id - vocab_start
+    offered, compared = _compared(z, barred, temperature, seed, position, vocab_start)
+    token_ids = _argmax(compared, barred)
+    maximum = z.amax(-1)
+    away = z - torch.where(maximum == -math.inf, 0, maximum)[:, None]
+    power = torch.exp(away)
+    top = offered.topk(min(2, z.shape[1]), dim=-1).values
+    second = top[:, 1] if z.shape[1] > 1 else torch.full_like(maximum, -math.inf)
+    return Partials(
+        maximum, power.sum(-1), torch.where(power > 0, power * away, 0 * power).sum(-1), compared[rows, token_ids],
+        offered[rows, token_ids], top[:, 0], second, token_ids + vocab_start, z.isnan().any(-1),
+    )
+
+
+def merge_confidence_partials(
+    partials, *, score="confidence", seed=None, position=None, return_logsumexp=False, return_entropy=False,
+    return_margin=False,
+):
+    """The Confidence of N rows from the Partials of the parts of their vocabulary, in any order: small tensors, no logits.
+
+    partials: a non-empty list of Partials of equal shape on one device, made with equal mask_id, temperature, seed and
+    position. score, seed, position (both for score "random") and the returned fields are those of `token_confidence`.
+    """
+    if not partials:
+        raise ValueError("partials: expected at least one Partials, got none")
+    if score not in SCORES:
+        raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
+    part = Partials(*(torch.stack(field) for field in zip(*partials, strict=True)))
+    maximum = part.maximum.amax(0)
+    away = part.maximum - torch.where(maximum == -math.inf, 0, maximum)
+    scale = torch.exp(away)
+    total = (part.total * scale).sum(0)
+    moved = torch.where(part.maximum == -math.inf, 0, away)
+    weighted = ((part.weighted + moved * part.total) * scale).sum(0)
+    # 1 where nothing is above -inf, or where +inf takes all.
+    total = torch.where(maximum.isinf(), 1, total)
+    best = part.best.masked_fill(part.has_nan, math.inf)
+    tied = best == best.amax(0)
+    token_ids = torch.where(tied, part.token_ids, torch.iinfo(torch.int64).max).amin(0)
+    logit = torch.where(part.token_ids == token_ids, part.logit, -math.inf).amax(0)
+    top = torch.cat([part.top, part.second]).topk(2, dim=0).values
+
+    def probability(z):
+        return torch.exp(z - torch.where(maximum == -math.inf, 0, maximum)) / total
+
+    has_nan = part.has_nan.any(0)
+    values = {
+        "confidence": probability(logit),
+        "margin": probability(top[0]) - probability(top[1]),
+        "entropy": torch.where(maximum == math.inf, math.nan, weighted / total - torch.log(total)),
+        "logsumexp": maximum + torch.log(total),
+    }
+    if score == "random":
+        rows = torch.arange(len(maximum), device=maximum.device)
+        values["random"] = uniform(_seeds(seed, rows), rows if position is None else position)
+    values = {name: value.masked_fill(has_nan, math.nan) for name, value in values.items()}
+    return Confidence(
+        token_ids, values[score], values["logsumexp"] if return_logsumexp else None,
+        values["entropy"] if return_entropy else None, values["margin"] if return_margin else None,
+    )
 
 
 def confidence_select_reference(
@@ -160,9 +260,17 @@ def _seeds(seed, like):
 
 LIBRARY = torch.library.Library("fastdllm", "FRAGMENT")
 LIBRARY.define(
-    "confidence_select(Tensor logits, Tensor(a!) tokens, Tensor candidates, int mask_id, str rule, Tensor parameter, "
-    "str score, float temperature, Tensor? seed, int vocab_size, Tensor? step, Tensor(b!) token_ids, Tensor(c!) value, "
-    "Tensor(d!) committed, Tensor(e!) remaining) -> ()"
+    "confidence_select(Tensor logits, Tensor(a!) tokens, Tensor? candidates, int mask_id, str rule, Tensor? parameter, "
+    "float number, str score, float temperature, Tensor? seed, int seed_number, int vocab_size, Tensor? step, "
+    "Tensor(b!) token_ids, Tensor(c!) value, Tensor(d!) committed, Tensor(e!) remaining) -> ()"
+)
+LIBRARY.define(
+    "token_confidence(Tensor logits, int? mask_id, str score, float temperature, Tensor? seed, int seed_number, "
+    "Tensor? position, int vocab_size, bool entropy, bool margin) -> (Tensor token_ids, Tensor values)"
+)
+LIBRARY.define(
+    "token_confidence_partials(Tensor logits, int? mask_id, float temperature, Tensor? seed, int seed_number, "
+    "Tensor? position, int vocab_size, int vocab_start) -> (Tensor token_ids, Tensor has_nan, Tensor values)"
 )
 RULES = {
     "threshold": Threshold,
@@ -170,19 +278,82 @@ RULES = {
     "quota": Quota,
     "quota_dream": lambda steps: Quota(steps, schedule="dream"),
 }
+# One program ranks a row's block, its work growing with the square of the length; past this the reference does it.
+WIDEST_KERNEL = 2048
 
 
-def _run(logits, tokens, candidates, mask_id, rule, parameter, score, temperature, seed, vocab_size, step, *results):
+def _unsupported(logits):
+    """Why the kernel cannot take these logits, or None."""
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        return "the logits are not contiguous in the vocabulary"
+    if logits.ndim == 3 and logits.shape[1] > WIDEST_KERNEL:
+        return f"the block length is {logits.shape[1]}, above {WIDEST_KERNEL}"
+    return None
+
+
+def _run_select(logits, tokens, candidates, mask_id, rule, parameter, number, score, temperature, seed, seed_number, vocab_size,
+                step, *results):  # fmt: skip
+    if backend.use_triton("confidence_select", logits, _unsupported(logits)):
+        from .select_triton import launch_select
+
+        launch_select(logits, tokens, candidates, mask_id, rule, parameter, number, score, temperature, seed, seed_number,
+                      vocab_size, step, *results)  # fmt: skip
+        return
+    if parameter is None:
+        parameter = int(number) if rule.startswith("quota") else number
+        parameter = torch.full(tokens.shape[:1], parameter, device=tokens.device)
     selection = confidence_select_reference(
         logits, tokens, mask_id=mask_id, rule=RULES[rule](parameter), candidates=candidates, score=score,
-        temperature=temperature, seed=seed, vocab_size=vocab_size, step=step,
+        temperature=temperature, seed=seed_number if seed is None else seed, vocab_size=vocab_size, step=step,
     )
     for result, value in zip(results, selection, strict=True):
         result.copy_(value)
 
 
-LIBRARY.impl("confidence_select", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fastdllm::confidence_select", lambda *arguments: None, lib=LIBRARY)
+def _run_confidence(logits, mask_id, score, temperature, seed, seed_number, position, vocab_size, entropy, margin):
+    if backend.use_triton("token_confidence", logits, _unsupported(logits)):
+        from .select_triton import launch_confidence
+
+        token_ids, _, values = launch_confidence(logits, mask_id, score, temperature, seed, seed_number, position, vocab_size,
+                                                 0, entropy, margin)  # fmt: skip
+        return token_ids, values
+    token_ids, *values = token_confidence_reference(
+        logits, mask_id=mask_id, score=score, temperature=temperature, seed=seed_number if seed is None else seed,
+        position=position, vocab_size=vocab_size, return_logsumexp=True, return_entropy=True, return_margin=True,
+    )
+    return token_ids, torch.stack(values)
+
+
+def _run_partials(logits, mask_id, temperature, seed, seed_number, position, vocab_size, vocab_start):
+    if backend.use_triton("token_confidence_partials", logits, _unsupported(logits)):
+        from .select_triton import launch_confidence
+
+        return launch_confidence(logits, mask_id, None, temperature, seed, seed_number, position, vocab_size, vocab_start,
+                                 True, True)  # fmt: skip
+    *values, token_ids, has_nan = token_confidence_partials_reference(
+        logits, vocab_start=vocab_start, mask_id=mask_id, temperature=temperature,
+        seed=seed_number if seed is None else seed, position=position, vocab_size=vocab_size,
+    )
+    return token_ids, has_nan, torch.stack(values)
+
+
+def _fake_results(numbers, logits):
+    rows = logits.shape[0]
+    return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(numbers, rows, dtype=torch.float32)
+
+
+def _fake_partials(logits, *arguments):
+    token_ids, values = _fake_results(len(Partials._fields) - 2, logits)
+    return token_ids, logits.new_empty(logits.shape[0], dtype=torch.bool), values
+
+
+for name, run, fake in (
+    ("confidence_select", _run_select, lambda *arguments: None),
+    ("token_confidence", _run_confidence, lambda logits, *arguments: _fake_results(4, logits)),
+    ("token_confidence_partials", _run_partials, _fake_partials),
+):
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastdllm::{name}", fake, lib=LIBRARY)
 
 
 def confidence_select(
@@ -194,9 +365,10 @@ def confidence_select(
     logits [B, T, V] (float16, bfloat16 or float32; rows at any stride, V contiguous): row t predicts position t of the block.
     tokens [B, T] int64, updated in place where committed. mask_id is never proposed. rule: Threshold, Factor or Quota, whose
     parameter may be a [B] tensor. candidates [B, T] bool: default tokens == mask_id. score: "confidence", "margin",
-    "entropy" or "random". temperature 0 proposes the argmax, above 0 draws from softmax(logits / temperature); the score is that
-    of the clean softmax. seed: an int, or [B] int64, the key of a row's draws; needed with a temperature or "random". vocab_size:
-    entries past it are padding. step [B] int64: the row's step in its block, from 0, which Quota counts by (default 0).
+    "entropy" or "random". temperature 0 proposes the argmax, above 0 draws from softmax(logits / temperature); the score is
+    that of the clean softmax. seed: an int, or [B] int64, the key of a row's draws; needed with a temperature or "random".
+    vocab_size: entries past it are padding. step [B] int64 or int32: the row's step in its block, from 0, which Quota counts
+    by (default 0).
 
     Returns a Selection. Nothing is read back to the host. Raises TypeError for dtypes, ValueError for shapes and values.
     """
@@ -206,23 +378,21 @@ def confidence_select(
     if tokens.shape != logits.shape[:2] or tokens.device != logits.device:
         raise ValueError(f"tokens: expected [B, T] = {tuple(logits.shape[:2])} on {logits.device}, "
                          f"got {tuple(tokens.shape)} on {tokens.device}")
-    kind, parameter = _rule(rule, tokens)
-    if candidates is None:
-        candidates = tokens == mask_id
-    elif not isinstance(candidates, torch.Tensor) or candidates.dtype != torch.bool:
+    kind, parameter, number = _rule(rule, tokens)
+    if candidates is not None and getattr(candidates, "dtype", None) != torch.bool:
         raise TypeError(f"candidates: expected a bool tensor, got {getattr(candidates, 'dtype', type(candidates).__name__)}")
-    elif candidates.shape != tokens.shape or candidates.device != tokens.device:
+    if candidates is not None and (candidates.shape != tokens.shape or candidates.device != tokens.device):
         raise ValueError(f"candidates: expected [B, T] = {tuple(tokens.shape)} on {tokens.device}, "
                          f"got {tuple(candidates.shape)} on {candidates.device}")
-    seed = _row_tensor("seed", seed, tokens, (torch.int64,))
-    if step is not None:
-        step = _row_tensor("step", step, tokens, (torch.int64, torch.int32))
-    token_ids, value = torch.empty_like(tokens), torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
+    seed, seed_number = _seed_arguments(seed, tokens)
+    step = _row_tensor("step", step, tokens, (torch.int64, torch.int32))
+    token_ids = torch.empty(tokens.shape, dtype=torch.int64, device=tokens.device)
+    value = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
     committed = torch.empty(tokens.shape, dtype=torch.bool, device=tokens.device)
     remaining = torch.empty(tokens.shape[:1], dtype=torch.int32, device=tokens.device)
     torch.ops.fastdllm.confidence_select(
-        logits, tokens, candidates, mask_id, kind, parameter, score, float(temperature), seed, vocab_size, step, token_ids,
-        value, committed, remaining,
+        logits, tokens, candidates, mask_id, kind, parameter, number, score, float(temperature), seed, seed_number, vocab_size,
+        step, token_ids, value, committed, remaining,
     )
     return Selection(token_ids, value, committed, remaining)
 
@@ -238,14 +408,38 @@ def token_confidence(
     [N] fp32 (NaN where the row holds a NaN), and on request the log-sum-exp, the negative entropy and the top-2 margin.
     """
     vocab_size = _check_logits(logits, 2, mask_id, score, temperature, seed, vocab_size)
-    if isinstance(seed, torch.Tensor):
-        seed = _row_tensor("seed", seed, logits, (torch.int64,))
-    if position is not None:
-        position = _row_tensor("position", position, logits, (torch.int64,))
-    return token_confidence_reference(
-        logits, mask_id=mask_id, score=score, temperature=temperature, seed=seed, position=position, vocab_size=vocab_size,
-        return_logsumexp=return_logsumexp, return_entropy=return_entropy, return_margin=return_margin,
+    seed, seed_number = _seed_arguments(seed, logits)
+    position = _row_tensor("position", position, logits, (torch.int64,))
+    token_ids, values = torch.ops.fastdllm.token_confidence(
+        logits, mask_id, score, float(temperature), seed, seed_number, position, vocab_size, return_entropy, return_margin,
     )
+    wanted = (True, return_logsumexp, return_entropy, return_margin)
+    return Confidence(token_ids, *(value if want else None for value, want in zip(values, wanted, strict=True)))
+
+
+def token_confidence_partials(
+    logits, *, vocab_start=0, mask_id=None, temperature=0.0, seed=None, position=None, vocab_size=None
+):
+    """What one part of the vocabulary says of N rows, for `merge_confidence_partials`: nothing of size V leaves a device.
+
+    logits [N, V_part]: columns vocab_start .. vocab_start + V_part of the whole matrix; vocab_start is even, as two columns
+    share a draw. mask_id is an id of the whole vocabulary; seed and position must be those of the other parts: then the
+    merged proposals and draws are those of `token_confidence` on the whole. vocab_size: this part's entries past it are
+    padding. Returns Partials. Raises as `token_confidence` does.
+    """
+    if isinstance(vocab_start, bool) or not isinstance(vocab_start, int):
+        raise TypeError(f"vocab_start: expected an int, got {type(vocab_start).__name__}")
+    if vocab_start < 0 or vocab_start % 2:
+        raise ValueError(f"vocab_start: expected an even number >= 0, got {vocab_start}")
+    if mask_id is not None and (isinstance(mask_id, bool) or not isinstance(mask_id, int)):
+        raise TypeError(f"mask_id: expected an int, got {type(mask_id).__name__}")
+    vocab_size = _check_logits(logits, 2, None, "confidence", temperature, seed, vocab_size)
+    seed, seed_number = _seed_arguments(seed, logits)
+    position = _row_tensor("position", position, logits, (torch.int64,))
+    token_ids, has_nan, values = torch.ops.fastdllm.token_confidence_partials(
+        logits, mask_id, float(temperature), seed, seed_number, position, vocab_size, vocab_start,
+    )
+    return Partials(*values, token_ids, has_nan)
 
 
 def _check_logits(logits, ndim, mask_id, score, temperature, seed, vocab_size):
@@ -276,24 +470,34 @@ def _check_logits(logits, ndim, mask_id, score, temperature, seed, vocab_size):
         raise ValueError("seed: expected an int or a tensor where temperature > 0 or score is 'random', got None")
     if seed is not None and not isinstance(seed, torch.Tensor) and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
+    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected a signed 64-bit number, got {seed}")
     return vocab if vocab_size is None else vocab_size
 
 
 def _row_tensor(name, value, rows, dtypes):
-    """`value` as a tensor with one entry for each row; None stays None."""
+    """`value` checked to hold one entry for each row; None stays None."""
     if value is None:
         return None
     if not isinstance(value, torch.Tensor):
-        return torch.full(rows.shape[:1], value, dtype=dtypes[0], device=rows.device)
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {value.dtype}")
     if value.shape != rows.shape[:1] or value.device != rows.device:
-        raise ValueError(f"{name}: expected shape [{rows.shape[0]}] on {rows.device}, got {tuple(value.shape)} on {value.device}")
+        got = f"{tuple(value.shape)} on {value.device}"
+        raise ValueError(f"{name}: expected shape [{rows.shape[0]}] on {rows.device}, got {got}")
     return value
 
 
+def _seed_arguments(seed, rows):
+    """The seed as the ops take it: a checked tensor or None, and the number that stands where it is None."""
+    if isinstance(seed, int):
+        return None, seed
+    return _row_tensor("seed", seed, rows, (torch.int64,)), 0
+
+
 def _rule(rule, tokens):
-    """The rule's name in the op and its parameter as a tensor with one entry for each row."""
+    """The rule's name in the op, and its parameter as a checked tensor or None, and the number that stands where it is None."""
     if isinstance(rule, Threshold):
         kind, parameter, dtype = "threshold", rule.tau, torch.float32
     elif isinstance(rule, Factor):
@@ -306,5 +510,5 @@ def _rule(rule, tokens):
     if isinstance(parameter, torch.Tensor):
         if parameter.shape != tokens.shape[:1]:
             raise ValueError(f"rule: expected a parameter of shape [{tokens.shape[0]}], got {tuple(parameter.shape)}")
-        return kind, parameter.to(device=tokens.device, dtype=dtype)
-    return kind, torch.full(tokens.shape[:1], parameter, dtype=dtype, device=tokens.device)
+        return kind, parameter.to(device=tokens.device, dtype=dtype), 0.0
+    return kind, None, float(parameter)

@@ -1,0 +1,576 @@
+"""The Triton kernels of select.py: a scan of the logits, then a merge that scores, applies the rule and commits.
+
+scan_kernel     one program for each (row, part of the vocabulary): reads its logits once, leaves one partial record
+commit_kernel   one program for each batch row: merges its positions' records, scores, ranks, commits in place
+merge_kernel    the same merge without a rule, for token_confidence and its partials
+
+A record is FIELDS fp32 numbers and two int32 in a workspace [fields, rows, parts]: nothing of size V is written. What a
+program decides depends on no order of execution, so equal inputs give equal bits. Only candidates are read.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from .select import inverse
+
+# The fields of a record, in natural units: largest logit m, sum exp(z - m), sum exp(z - m)(z - m), what was compared of the
+# proposal (its logit, or logit / T + noise), its logit, and the two largest logits among what may be proposed.
+MAXIMUM = tl.constexpr(0)
+TOTAL = tl.constexpr(1)
+WEIGHTED = tl.constexpr(2)
+BEST = tl.constexpr(3)
+LOGIT = tl.constexpr(4)
+TOP = tl.constexpr(5)
+SECOND = tl.constexpr(6)
+FIELDS = 7
+# The int32 ones: the proposal's id (NOTHING when no logit is above -inf), and 1 where a logit is NaN.
+TOKEN = tl.constexpr(0)
+NAN = tl.constexpr(1)
+
+NOTHING = tl.constexpr(2**31 - 1)
+INFINITY = tl.constexpr(float("inf"))
+LOG2E = tl.constexpr(1.4426950408889634)
+# More than the largest noise there is: -ln E of the smallest E, 2^-65, is 45.06.
+NOISE_BOUND = tl.constexpr(45.25)
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """How the scan is cut: `parts` programs to a row, each `tiles` tiles of tile_vocab logits.
+
+    overlap: the merge is launched while the scan runs and waits for it on the device (Hopper and later).
+    """
+
+    tile_vocab: int
+    tiles: int
+    parts: int
+    num_warps: int = 4
+    overlap: bool = False
+
+
+def select_config(rows: int, vocab: int, chip: tuple[int, bool], draw: bool = False) -> SelectConfig:
+    """The cut for `rows` rows of `vocab` logits; chip: its multiprocessors, and whether launches may overlap. Pure."""
+    processors, overlap = chip
+    # 32 logits a thread, 8 KB of bf16 in flight from each program, and about 64 registers a thread: eight programs share
+    # a multiprocessor, 64 KB in flight on each, twice what its share of the bandwidth needs. Draws keep ten values alive
+    # for each logit, and are bound by arithmetic.
+    tile = min(1024 if draw else 4096, max(16, triton.next_power_of_2(vocab)))
+    count = triton.cdiv(vocab, tile)
+    # Two waves of eight: a short last wave costs little, and 32 rows of a real vocabulary become one tile each, all read
+    # at once.
+    parts = min(count, triton.cdiv(16 * processors, rows))
+    tiles = triton.cdiv(count, parts)
+    return SelectConfig(tile, tiles, triton.cdiv(count, tiles), overlap=overlap)
+
+
+@lru_cache
+def chip_of(device: torch.device) -> tuple[int, bool]:
+    """What `select_config` asks of a device; the interpreter gains nothing from many programs."""
+    if device.type != "cuda":
+        return 1, False
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, torch.version.cuda is not None and properties.major >= 9
+
+
+@triton.jit
+def _log_exponential(high, low):
+    """ln E for E = -ln U of the 64-bit uniform U (see `log_exponential`); U is counted from its nearer end."""
+    near_one = high >= 0x80000000
+    high = tl.where(near_one, ~high, high).to(tl.float32)
+    low = tl.where(near_one, ~low, low).to(tl.float32)
+    value = (high + (low + 0.5) * 2.0**-32) * 2.0**-32
+    # -log1p(-v) = 2 atanh(v / (2 - v)), v <= 1/2: the series' first term left out is below 2^-26 of the sum. No log1p here,
+    # and a logarithm near 1 that is accurate only in absolute terms would lose the tail.
+    s = value / (2.0 - value)
+    q = s * s
+    series = 1 / 9 + q * (1 / 11 + q * (1 / 13))
+    series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * series)))
+    return tl.log(tl.where(near_one, 2.0 * s * series, -tl.log(value)))
+
+
+@triton.jit
+def _gumbel(column, position, seed, TILE: tl.constexpr):
+    """Standard Gumbel variates of columns `column` (even) to column + TILE - 1: two columns share one Philox call."""
+    pair = (column // 2 + tl.arange(0, TILE // 2)).to(tl.uint32)
+    zero = tl.zeros([TILE // 2], tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, pair, zero + position, zero, zero)
+    return -tl.interleave(_log_exponential(w0, w1), _log_exponential(w2, w3))
+
+
+@triton.jit
+def _uniform(position, seed):
+    """The variate of the score "random": from a counter that no column pair uses."""
+    zero = position * 0
+    word, _, _, _ = tl.philox(seed, zero + 0xFFFFFFFF, position, zero, zero)
+    return (word >> 8).to(tl.float32) * 2.0**-24
+
+
+@triton.jit
+def _barred(mask_id, vocab_start):
+    """The mask's column; NOTHING where this part of the vocabulary has none."""
+    return tl.where(mask_id >= vocab_start, mask_id - vocab_start, NOTHING)
+
+
+@triton.jit
+def _lowest_at(z, peak, start, barred, TILE: tl.constexpr, GROUP: tl.constexpr):
+    """The lowest column but `barred` whose entry equals peak, or NOTHING. A bit mask for each GROUP of neighbours, which one
+    thread holds, costs a fraction of the registers that a column number for each entry would."""
+    hit = tl.reshape(z, [TILE // GROUP, GROUP]) == peak
+    # Added up as fp32, which is exact: from integers the compiler builds an array of bits in local memory.
+    weight = (1 << tl.arange(0, GROUP)).to(tl.float32)[None, :]
+    bits = tl.sum(tl.where(hit, weight, 0.0), 1).to(tl.int32)
+    first = start + GROUP * tl.arange(0, TILE // GROUP)
+    # Elsewhere the mask's distance is past the group, or wraps around: then a bit is cleared that no group has.
+    bits &= ~(1 << tl.minimum((barred - first).to(tl.uint32), 31).to(tl.int32))
+    # The number of the lowest bit is the exponent of that bit as fp32.
+    lowest = ((bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+    return tl.min(tl.where(bits != 0, first + lowest, NOTHING))
+
+
+@triton.jit
+def _load_seed(seeds, seed_value, row):
+    """A row's 64-bit key: its entry of `seeds`, or the one number that all rows share."""
+    if seeds is None:
+        return tl.cast(seed_value, tl.int64)
+    else:
+        return tl.load(seeds + row)
+
+
+@triton.jit
+def _draw_position(positions, tokens, row, t):
+    """What a row's draws are counted by: its entry of `positions`, its place in the block, or its number."""
+    position = t
+    if positions is not None:
+        position = tl.load(positions + row)
+    elif tokens is None:
+        position = row.to(tl.int64)
+    return position.to(tl.uint32)
+
+
+@triton.jit
+def _add_tile(z, largest, maximum, total, weighted, ENTROPY: tl.constexpr):
+    """The running maximum and sums, with a tile of logits added."""
+    bound = tl.maximum(maximum, largest)
+    shift = tl.where(bound == -INFINITY, 0.0, bound)
+    away = z - shift
+    power = tl.exp2(away * LOG2E)
+    rescale = tl.exp2((maximum - shift) * LOG2E)
+    if ENTROPY:
+        moved = tl.where(maximum == -INFINITY, 0.0, maximum - shift)
+        weighted = (weighted + moved * total) * rescale + tl.sum(power * tl.where(power > 0, away, 0.0))
+    return bound, total * rescale + tl.sum(power), weighted
+
+
+@triton.jit
+def _best_of_tile(z, largest, start, barred, TILE: tl.constexpr, GROUP: tl.constexpr):
+    """(logit, column) of the best of a tile that may be proposed."""
+    peak = largest
+    at = _lowest_at(z, peak, start, barred, TILE, GROUP)
+    if at == NOTHING:  # only the mask is that large
+        peak = tl.max(tl.where(z < largest, z, -INFINITY))
+        at = _lowest_at(z, peak, start, barred, TILE, GROUP)
+    return peak, at
+
+
+@triton.jit
+def _top_two(z, ids, start, barred, top, second, TILE: tl.constexpr, GROUP: tl.constexpr):
+    """The running two largest logits that may be proposed, with a tile's."""
+    offered = tl.where(ids == barred, -INFINITY, z)
+    peak = tl.max(offered)
+    at = _lowest_at(offered, peak, start, barred, TILE, GROUP)
+    next_peak = tl.max(tl.where(ids == at, -INFINITY, offered))
+    return tl.maximum(top, peak), tl.maximum(tl.maximum(second, next_peak), tl.minimum(top, peak))
+
+
+@triton.jit(do_not_specialize=[
+    "vocab_start", "mask_id", "seed_value", "width", "token_b", "token_t", "candidate_b", "candidate_t",
+])
+def scan_kernel(
+    logits, tokens, candidates, seeds, positions, floats, integers,
+    stride_b, stride_t, vocab, vocab_start, mask_id, seed_value, inverse_temperature,
+    width, token_b, token_t, candidate_b, candidate_t,
+    DRAW: tl.constexpr, TWO: tl.constexpr, ENTROPY: tl.constexpr, TILE_VOCAB: tl.constexpr, TILES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows, parts). DRAW: temperature > 0. TWO: the two largest logits are wanted. ENTROPY: so is its sum."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    row, part = tl.program_id(0), tl.program_id(1)
+    b, t = (row // width).to(tl.int64), (row % width).to(tl.int64)
+    if tokens is not None:
+        if candidates is not None:
+            wanted = tl.load(candidates + b * candidate_b + t * candidate_t) != 0
+        else:
+            wanted = tl.load(tokens + b * token_b + t * token_t) == mask_id
+        if not wanted:
+            return
+    if DRAW:
+        seed, position = _load_seed(seeds, seed_value, b), _draw_position(positions, tokens, row, t)
+    source = logits + b * stride_b + t * stride_t
+    lowest, zero = tl.full([], -INFINITY, tl.float32), tl.full([], 0.0, tl.float32)
+    maximum, best, logit, top, second = lowest, lowest, lowest, lowest, lowest
+    total, weighted = zero, zero
+    token, nan = tl.full([], NOTHING, tl.int32), tl.full([], 0, tl.int32)
+    barred = _barred(mask_id, vocab_start)
+    GROUP: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
+
+    first = part * (TILES * TILE_VOCAB)
+    end = tl.minimum(first + TILES * TILE_VOCAB, vocab)
+    lane = tl.arange(0, TILE_VOCAB)
+    for start in range(first, end, TILE_VOCAB):
+        # One moving address and fixed offsets: no 64-bit arithmetic for each load.
+        z = tl.load(source + start + lane, mask=lane < vocab - start, other=-INFINITY).to(tl.float32)
+        largest = tl.max(z)
+        maximum, total, weighted = _add_tile(z, largest, maximum, total, weighted, ENTROPY)
+        # From here on, what few tiles reach: those with a logit that can win.
+        if TWO:
+            if largest > second:
+                top, second = _top_two(z, start + lane, start, barred, top, second, TILE_VOCAB, GROUP)
+        if DRAW:
+            if largest * inverse_temperature + NOISE_BOUND > best:
+                compared = z * inverse_temperature + _gumbel(vocab_start + start, position, seed, TILE_VOCAB)
+                compared = tl.where((start + lane == barred) | (z == -INFINITY), -INFINITY, compared)
+                peak = tl.max(compared)
+                if peak > best:
+                    best, token = peak, _lowest_at(compared, peak, start, barred, TILE_VOCAB, GROUP)
+                    logit = tl.max(tl.where(start + lane == token, z, -INFINITY))
+        elif largest > best:
+            peak, at = _best_of_tile(z, largest, start, barred, TILE_VOCAB, GROUP)
+            if peak > best:
+                best, logit, token = peak, peak, at
+    if total != total:  # a NaN, or an infinity
+        for start in range(first, end, TILE_VOCAB):
+            z = tl.load(source + start + lane, mask=lane < vocab - start, other=0.0)
+            nan = tl.maximum(nan, tl.max((z != z).to(tl.int32)))
+    _store_record(floats, integers, row, part, maximum, total, weighted, best, logit, top, second, token, nan, TWO, ENTROPY)
+
+
+@triton.jit
+def _store_record(
+    floats, integers, row, part, maximum, total, weighted, best, logit, top, second, token, nan,
+    TWO: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    size = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
+    record = row.to(tl.int64) * tl.num_programs(1) + part
+    tl.store(floats + MAXIMUM * size + record, maximum)
+    tl.store(floats + TOTAL * size + record, total)
+    tl.store(floats + BEST * size + record, best)
+    tl.store(floats + LOGIT * size + record, logit)
+    if ENTROPY:
+        tl.store(floats + WEIGHTED * size + record, weighted)
+    if TWO:
+        tl.store(floats + TOP * size + record, top)
+        tl.store(floats + SECOND * size + record, second)
+    tl.store(integers + TOKEN * size + record, token)
+    tl.store(integers + NAN * size + record, nan)
+
+
+@triton.jit
+def _merge_sums(floats, integers, at, mask, size, ENTROPY: tl.constexpr):
+    """(maximum, total, weighted, nan) of rows from their records at [rows, parts]."""
+    maxima = tl.load(floats + MAXIMUM * size + at, mask=mask, other=-INFINITY)
+    totals = tl.load(floats + TOTAL * size + at, mask=mask, other=0.0)
+    maximum = tl.max(maxima, 1)
+    shift = tl.where(maximum == -INFINITY, 0.0, maximum)
+    scale = tl.exp2((maxima - shift[:, None]) * LOG2E)
+    total = tl.sum(totals * scale, 1)
+    weighted = tl.zeros_like(total)
+    if ENTROPY:
+        sums = tl.load(floats + WEIGHTED * size + at, mask=mask, other=0.0)
+        moved = tl.where(maxima == -INFINITY, 0.0, maxima - shift[:, None])
+        weighted = tl.sum((sums + moved * totals) * scale, 1)
+    nan = tl.max(tl.load(integers + NAN * size + at, mask=mask, other=0), 1) > 0
+    return maximum, total, weighted, nan
+
+
+@triton.jit
+def _merge_best(floats, integers, at, mask, size, barred, vocab, TWO: tl.constexpr):
+    """(best, token, logit, top, second) of rows from their records at [rows, parts]; equal bests: the lowest id."""
+    bests = tl.load(floats + BEST * size + at, mask=mask, other=-INFINITY)
+    tokens = tl.load(integers + TOKEN * size + at, mask=mask, other=NOTHING)
+    logits = tl.load(floats + LOGIT * size + at, mask=mask, other=-INFINITY)
+    best = tl.max(bests, 1)
+    token = tl.min(tl.where(bests == best[:, None], tokens, NOTHING), 1)
+    logit = tl.max(tl.where(tokens == token[:, None], logits, -INFINITY), 1)
+    # Nothing above -inf: the lowest id that is not the mask.
+    token = tl.where(token == NOTHING, tl.where((barred == 0) & (vocab > 1), 1, 0), token)
+    top, second = best, best
+    if TWO:
+        tops = tl.load(floats + TOP * size + at, mask=mask, other=-INFINITY)
+        seconds = tl.load(floats + SECOND * size + at, mask=mask, other=-INFINITY)
+        top = tl.max(tops, 1)
+        largest_record = tl.min(tl.where(tops == top[:, None], at, 2**62), 1)
+        others = tl.where(at == largest_record[:, None], -INFINITY, tops)
+        second = tl.max(tl.maximum(others, seconds), 1)
+    return best, token, logit, top, second
+
+
+@triton.jit
+def _probability(logit, maximum, total):
+    """exp(logit) over the row's sum; exactly 1 where it is all of the sum, however a division rounds."""
+    shift = tl.where(maximum == -INFINITY, 0.0, maximum)
+    power = tl.exp2((logit - shift) * LOG2E)
+    return tl.where(power == total, 1.0, power / total)
+
+
+@triton.jit
+def _negative_entropy(weighted, maximum, total):
+    return tl.where(maximum == INFINITY, float("nan"), weighted / total - tl.log(total))
+
+
+@triton.jit
+def _divisor(maximum, total):
+    """The sum to divide by: 1 where it is 0 (nothing above -inf) or a +inf takes all of it."""
+    return tl.where((maximum == INFINITY) | (maximum == -INFINITY), 1.0, total)
+
+
+@triton.jit
+def _ranks(order, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Places in descending order [WIDTH], equals to the lower position; compared CHUNK others at a time."""
+    mine = tl.arange(0, WIDTH)
+    rank = tl.zeros([WIDTH], tl.int32)
+    grid = tl.reshape(order, [WIDTH // CHUNK, CHUNK])
+    line = tl.arange(0, WIDTH // CHUNK)
+    for i in range(WIDTH // CHUNK):
+        others = tl.max(tl.where(line[:, None] == i, grid, -INFINITY), 0)[:, None]
+        position = i * CHUNK + tl.arange(0, CHUNK)[:, None]
+        ahead = (others > order[None, :]) | ((others == order[None, :]) & (position < mine[None, :]))
+        rank += tl.sum(ahead.to(tl.int32), 0)
+    return rank
+
+
+@triton.jit
+def _dream_time(i, steps):
+    """`rules._dream_time`: the same fp32 operations (no fused multiply-add), so that the truncation falls alike."""
+    stride = tl.div_rn(tl.full([], 0.001 - 1, tl.float32), steps.to(tl.float32))
+    from_start = 1.0 + stride * i.to(tl.float32)
+    from_end = 0.001 - stride * (steps - i).to(tl.float32)
+    return tl.where(2 * i < steps + 1, from_start, from_end)
+
+
+@triton.jit
+def _quota(masks, steps, step, DREAM: tl.constexpr):
+    """`rules.quota_count` of one row."""
+    left = tl.minimum(tl.maximum(steps - step, 1), 2**30).to(tl.int32)
+    if DREAM:
+        kept = tl.div_rn(_dream_time(step + 1, steps), _dream_time(step, steps))
+        count = (masks.to(tl.float32) * (1.0 - kept)).to(tl.int32)
+        count = tl.where(left == 1, masks, count)
+    else:
+        count = (masks + left - 1) // left
+    return count
+
+
+@triton.jit
+def _chosen(scores, able, parameter, step, RULE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """The commit mask [WIDTH] of one row: the rule's meaning in rules.py."""
+    order = tl.where(able, scores, -INFINITY)
+    if RULE == "threshold":
+        position = tl.arange(0, WIDTH)
+        first = tl.min(tl.where(able & (order == tl.max(order)), position, WIDTH))
+        chosen = (scores >= parameter) | (position == first)
+    else:
+        rank = _ranks(order, WIDTH, CHUNK)
+        if RULE == "factor":
+            chosen = ((rank + 2).to(tl.float32) * (1.0 - scores) <= parameter) | (rank == 0)
+        else:
+            steps = tl.cast(parameter, tl.int64)
+            chosen = rank < _quota(tl.sum(able.to(tl.int32)), steps, step, RULE == "quota_dream")
+    return able & chosen
+
+
+@triton.jit(do_not_specialize=[
+    "vocab", "mask_id", "seed_value", "parameter_value", "width", "parts", "token_b", "token_t", "candidate_b",
+    "candidate_t",
+])
+def commit_kernel(
+    tokens, candidates, seeds, steps, parameters, floats, integers, token_ids, values, committed, remaining,
+    vocab, mask_id, seed_value, parameter_value, width, parts, token_b, token_t, candidate_b, candidate_t,
+    RULE: tl.constexpr, SCORE: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid (B,). WIDTH and PARTS are width and parts rounded up to powers of two."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    b = tl.program_id(0).to(tl.int64)
+    t, part = tl.arange(0, WIDTH), tl.arange(0, PARTS)
+    inside = t < width
+    held = tl.load(tokens + b * token_b + t.to(tl.int64) * token_t, mask=inside, other=0)
+    if candidates is not None:
+        candidate = tl.load(candidates + b * candidate_b + t.to(tl.int64) * candidate_t, mask=inside, other=0) != 0
+    else:
+        candidate = inside & (held == mask_id)
+
+    at = (b * width + t.to(tl.int64))[:, None] * parts + part[None, :]
+    mask = part[None, :] < tl.where(candidate, parts, 0)[:, None]
+    size = tl.num_programs(0).to(tl.int64) * width * parts
+    maximum, total, weighted, nan = _merge_sums(floats, integers, at, mask, size, SCORE == "entropy")
+    _, token, logit, top, second = _merge_best(floats, integers, at, mask, size, mask_id, vocab, SCORE == "margin")
+    total = _divisor(maximum, total)
+    if SCORE == "confidence":
+        score = _probability(logit, maximum, total)
+    elif SCORE == "margin":
+        score = _probability(top, maximum, total) - _probability(second, maximum, total)
+    elif SCORE == "entropy":
+        score = _negative_entropy(weighted, maximum, total)
+    else:
+        score = _uniform(t.to(tl.uint32), _load_seed(seeds, seed_value, b))
+    score = tl.where(candidate, tl.where(nan, float("nan"), score), -INFINITY)
+
+    broken = candidate & (score != score)
+    parameter, step = parameter_value, tl.full([], 0, tl.int64)
+    if parameters is not None:
+        parameter = tl.load(parameters + b)
+    if steps is not None:
+        step = tl.load(steps + b).to(tl.int64)
+    commits = _chosen(score, candidate & (score == score), parameter, step, RULE, WIDTH, CHUNK)
+    proposal = tl.where(candidate, token.to(tl.int64), held)
+    output = b * width + t
+    tl.store(token_ids + output, proposal, mask=inside)
+    tl.store(values + output, score, mask=inside)
+    tl.store(committed + output, commits, mask=inside)
+    tl.store(tokens + b * token_b + t.to(tl.int64) * token_t, proposal, mask=commits)
+    first_broken = tl.min(tl.where(broken, t, WIDTH))
+    left = tl.sum((candidate & ~commits).to(tl.int32))
+    tl.store(remaining + b, tl.where(first_broken < WIDTH, -1 - first_broken, left))
+
+
+@triton.jit(do_not_specialize=["rows", "parts", "vocab", "vocab_start", "mask_id", "seed_value"])
+def merge_kernel(
+    floats, integers, seeds, positions, token_ids, has_nan, values,
+    rows, parts, vocab, vocab_start, mask_id, seed_value,
+    SCORE: tl.constexpr, TWO: tl.constexpr, ENTROPY: tl.constexpr, TILE_ROWS: tl.constexpr, PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows / TILE_ROWS,). Writes merged records where SCORE is None, else score, log-sum-exp, entropy, margin."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    part = tl.arange(0, PARTS)
+    inside = row < rows
+    at = row[:, None] * parts + part[None, :]
+    mask = part[None, :] < tl.where(inside, parts, 0)[:, None]
+    size = parts * tl.cast(rows, tl.int64)
+    maximum, total, weighted, nan = _merge_sums(floats, integers, at, mask, size, ENTROPY)
+    barred = _barred(mask_id, vocab_start)
+    best, token, logit, top, second = _merge_best(floats, integers, at, mask, size, barred, vocab, TWO)
+    tl.store(token_ids + row, token.to(tl.int64) + vocab_start, mask=inside)
+    output = values + row
+    if SCORE is None:
+        tl.store(has_nan + row, nan, mask=inside)
+        tl.store(output + MAXIMUM * rows, maximum, mask=inside)
+        tl.store(output + TOTAL * rows, total, mask=inside)
+        tl.store(output + WEIGHTED * rows, weighted, mask=inside)
+        tl.store(output + BEST * rows, best, mask=inside)
+        tl.store(output + LOGIT * rows, logit, mask=inside)
+        tl.store(output + TOP * rows, top, mask=inside)
+        tl.store(output + SECOND * rows, second, mask=inside)
+    else:
+        total = _divisor(maximum, total)
+        score = _probability(logit, maximum, total)
+        entropy = _negative_entropy(weighted, maximum, total)
+        margin = _probability(top, maximum, total) - _probability(second, maximum, total)
+        if SCORE == "margin":
+            score = margin
+        elif SCORE == "entropy":
+            score = entropy
+        elif SCORE == "random":
+            seed = seed_value if seeds is None else tl.load(seeds + row, mask=inside, other=0)
+            position = row if positions is None else tl.load(positions + row, mask=inside, other=0)
+            score = _uniform(position.to(tl.uint32), seed)
+        lost = float("nan")
+        tl.store(output, tl.where(nan, lost, score), mask=inside)
+        tl.store(output + rows, tl.where(nan, lost, maximum + tl.log(total)), mask=inside)
+        tl.store(output + 2 * rows, tl.where(nan, lost, entropy), mask=inside)
+        tl.store(output + 3 * rows, tl.where(nan, lost, margin), mask=inside)
+
+
+def launch_select(
+    logits, tokens, candidates, mask_id, rule, parameter, number, score, temperature, seed, seed_number, vocab_size, step,
+    token_ids, values, committed, remaining, config=None,
+):
+    """Run both kernels of confidence_select into its results; `config` replaces what select_config picks."""
+    rows, width = tokens.shape
+    config = config or select_config(rows * width, vocab_size, chip_of(logits.device), temperature > 0)
+    strides = [*tokens.stride(), *((0, 0) if candidates is None else candidates.stride())]
+    seed, step, parameter = _dense(seed), _dense(step), _dense(parameter)
+    with _on_device(logits):
+        floats, integers = _scan(
+            logits, tokens, candidates, seed, None, logits.stride()[:2], vocab_size, 0, mask_id, seed_number, temperature,
+            rows * width, width, strides, score == "margin", score == "entropy", config,
+        )
+        tile_width, tile_parts = triton.next_power_of_2(width), triton.next_power_of_2(config.parts)
+        chunk = min(tile_width, max(1, 8192 // tile_width))
+        commit_kernel[(rows,)](
+            tokens, candidates, seed, step, parameter, floats, integers, token_ids, values, committed, remaining,
+            vocab_size, mask_id, seed_number, number, width, config.parts, *strides,
+            RULE=rule, SCORE=score, WIDTH=tile_width, PARTS=tile_parts, CHUNK=chunk, OVERLAP=config.overlap,
+            num_warps=4 if tile_width <= 32 else 8 if tile_width <= 256 else 16, **_second(config),
+        )  # fmt: skip
+
+
+def launch_confidence(
+    logits, mask_id, score, temperature, seed, seed_number, position, vocab_size, vocab_start, entropy, margin, config=None
+):
+    """Run both kernels of token_confidence: (token_ids [N], has_nan [N] or None, values [4 or FIELDS, N]).
+
+    score None asks for merged records (FIELDS values), otherwise the values are score, log-sum-exp, entropy, margin.
+    """
+    rows = len(logits)
+    mask_id = -1 if mask_id is None else mask_id
+    entropy, margin = entropy or score in (None, "entropy"), margin or score in (None, "margin")
+    config = config or select_config(rows, vocab_size, chip_of(logits.device), temperature > 0)
+    token_ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    has_nan = torch.empty(rows, dtype=torch.bool, device=logits.device) if score is None else None
+    values = torch.empty(FIELDS if score is None else 4, rows, dtype=torch.float32, device=logits.device)
+    seed, position = _dense(seed), _dense(position)
+    with _on_device(logits):
+        floats, integers = _scan(
+            logits, None, None, seed, position, (logits.stride(0), 0), vocab_size, vocab_start, mask_id, seed_number,
+            temperature, rows, 1, [0] * 4, margin, entropy, config,
+        )
+        tile_parts = triton.next_power_of_2(config.parts)
+        tile_rows = max(1, min(triton.next_power_of_2(rows), 512 // tile_parts))
+        merge_kernel[(triton.cdiv(rows, tile_rows),)](
+            floats, integers, seed, position, token_ids, has_nan, values, rows, config.parts, vocab_size, vocab_start,
+            mask_id, seed_number, SCORE=score, TWO=margin, ENTROPY=entropy, TILE_ROWS=tile_rows, PARTS=tile_parts,
+            OVERLAP=config.overlap, num_warps=4, **_second(config),
+        )  # fmt: skip
+    return token_ids, has_nan, values
+
+
+def _scan(logits, tokens, candidates, seed, position, row_strides, vocab, vocab_start, mask_id, seed_number, temperature,
+          rows, width, strides, two, entropy, config):  # fmt: skip
+    """Launch the scan; returns the workspace of records."""
+    # From PyTorch's allocator, which keeps apart what streams and captured graphs still use.
+    floats = torch.empty(FIELDS, rows, config.parts, dtype=torch.float32, device=logits.device)
+    integers = torch.empty(2, rows, config.parts, dtype=torch.int32, device=logits.device)
+    scan_kernel[(rows, config.parts)](
+        logits, tokens, candidates, seed, position, floats, integers, *row_strides, vocab, vocab_start, mask_id, seed_number,
+        inverse(temperature), width, *strides, DRAW=temperature > 0, TWO=two, ENTROPY=entropy,
+        TILE_VOCAB=config.tile_vocab, TILES=config.tiles, OVERLAP=config.overlap,
+        num_warps=config.num_warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    return floats, integers
+
+
+def _second(config):
+    """Options of the launch after the scan. Fused multiply-adds would round the rules' arithmetic unlike the reference."""
+    options = {"enable_fp_fusion": False}
+    return {**options, "launch_pdl": True} if config.overlap else options
+
+
+def _dense(tensor):
+    return None if tensor is None else tensor.contiguous()
+
+
+def _on_device(tensor):
+    """Triton launches on the current device: make it the tensor's where it is another."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()

@@ -1,0 +1,58 @@
+"""confidence_select's kernels compile for every chip without spills, in every configuration that can be picked."""
+
+import os
+
+import compile_check
+import pytest
+import torch
+
+V = 126464
+SCORES = ("confidence", "margin", "entropy", "random")
+RULES = ("threshold", "factor", "quota", "quota_dream")
+
+
+def cases():
+    """(B, T, V, dtype, rule, score, temperature): each kernel body once, and the corners of the configuration."""
+    bf16 = torch.bfloat16
+    yield from ((1, 32, V, bf16, rule, score, 0.0) for rule, score in zip(RULES, SCORES, strict=True))
+    yield 1, 32, V, bf16, "threshold", "confidence", 0.5
+    yield 1, 32, V, bf16, "quota_dream", "margin", 0.5
+    yield 32, 32, V, bf16, "threshold", "confidence", 0.0  # 1024 rows: tiles in a loop
+    yield 1, 256, V, torch.float32, "factor", "margin", 0.0  # ranks over the widest usual block
+    yield 1, 2048, 1024, torch.float16, "quota", "entropy", 0.0  # and over the widest of all
+    yield 4, 1, 257, bf16, "threshold", "confidence", 0.0  # loads that cannot be wide
+    if os.environ.get("FASTDLLM_COMPILE_ALL"):
+        for dtype in (bf16, torch.float16, torch.float32):
+            for score in SCORES:
+                for temperature in (0.0, 0.5):
+                    for shape in ((1, 1, V), (1, 4, V), (8, 64, V), (32, 32, 152064), (2, 33, 100)):
+                        yield *shape, dtype, RULES[SCORES.index(score)], score, temperature
+
+
+def launches(arch):
+    """Launch both ops as they would on that chip."""
+    from fastdllm_kernels.select_triton import launch_confidence, launch_select, select_config
+
+    chip = compile_check.MULTIPROCESSORS[arch], arch >= 90
+
+    def empty(*shape, dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for rows, width, vocab, dtype, rule, score, temperature in cases():
+        config = select_config(rows * width, vocab, chip, temperature > 0)
+        tokens, values = empty(rows, width, dtype=torch.int64), empty(rows, width, dtype=torch.float32)
+        flags, left = empty(rows, width, dtype=torch.bool), empty(rows, dtype=torch.int32)
+        each = {"dtype": torch.int64} if score in ("margin", "random") else None
+        vector = empty(rows, **each) if each else None
+        launch_select(
+            empty(rows, width, vocab, dtype=dtype), tokens, flags if each else None, 5, rule, None, 0.5, score, temperature,
+            vector, 7, vocab, vector, tokens, values, flags, left, config,
+        )
+    for score in (None, "confidence", "random"):
+        config = select_config(64, V, chip)
+        launch_confidence(empty(64, V, dtype=torch.bfloat16), 5, score, 0.0, None, 7, None, V, 0, False, False, config)
+
+
+@pytest.mark.parametrize("arch", compile_check.ARCHITECTURES)
+def test_every_configuration_compiles_without_spills(arch):
+    compile_check.assert_fits(compile_check.compile_launches(__file__, "launches", arch))
