@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench gpu-test
+.PHONY: demo test test-integrations lint bench gpu-test
 
 demo: $(VENV)/installed
 	@$(RUN) -m fastdllm generate --compare --demo
@@ -18,6 +18,10 @@ test: $(VENV)/test-tools
 
 lint: $(VENV)/test-tools
 	$(RUN) -m ruff check .
+
+# Against the real lm-eval, which brings much along.
+test-integrations: $(VENV)/test-tools $(VENV)/eval-tools
+	$(RUN) -m pytest tests/integrations
 
 # On a machine with a GPU, the same tests compiled, and more: one process, since it owns the GPU.
 gpu-test: $(VENV)/test-tools

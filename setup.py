@@ -2,7 +2,8 @@
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.6", "kernels>=0.10"]
+TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.6", "kernels>=0.10",
+        "matplotlib>=3.8"]
 
 setup(
     name="fastdllm",
@@ -28,6 +29,7 @@ setup(
     extras_require={
         "test": TEST,
         "bench": ["matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=5"],
+        "eval": ["lm-eval>=0.4.13"],
         "flash-attn": ["flash-attn"],
     },
     entry_points={"console_scripts": ["fastdllm = fastdllm.cli:main"]},

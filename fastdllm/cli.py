@@ -1,4 +1,4 @@
-"""The command line: `fastdllm generate` and `fastdllm info`.
+"""The command line: `fastdllm generate`, `fastdllm eval` and `fastdllm info`.
 
 Exit codes: 0; 1 when something fails (a model that cannot be loaded); 2 when the call is wrong; 130 when interrupted.
 An error is one line on standard error, with a traceback only under --debug.
@@ -63,7 +63,7 @@ def generate(args):
     setting = _setting(args)
     vanilla = Setting("none", fastdllm.Quota(args.block_length), "vanilla: cache none, one token a step")
     prompts = _prompts(args)
-    model, tokenizer = _load(args)
+    model, tokenizer = load(args.model, args.device, args.dtype)
     plain = args.json or args.no_color or bool(os.environ.get("NO_COLOR")) or not sys.stdout.isatty()
     view = display.PlainView(quiet=args.json) if plain else display.LiveView()
     encoded = [_encode(tokenizer, prompt, args.raw) for prompt in prompts]
@@ -84,6 +84,13 @@ def generate(args):
             print(json.dumps(facts), flush=True)
 
 
+def evaluate(args):
+    """Run lm-eval's own command line on a task, with the model "fastdllm" registered."""
+    from .integrations import lm_eval
+
+    lm_eval.main(args.task, args.arguments)
+
+
 def info(args):
     """Print versions, device, backend and families."""
     versions = {"fastdllm": fastdllm.__version__, "python": platform.python_version()}
@@ -101,11 +108,16 @@ def info(args):
 def _parser():
     parser = _Parser(prog="fastdllm", description=fastdllm.__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    both = argparse.ArgumentParser(add_help=False)
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    both = argparse.ArgumentParser(add_help=False, parents=[debug])
     both.add_argument("--json", action="store_true", help="print JSON objects and nothing else, one a prompt")
-    both.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = {"parents": [both], "allow_abbrev": False}
     commands.add_parser("info", help="show versions, device and backend", **options).set_defaults(command=info)
+    command = commands.add_parser("eval", help="run lm-eval on a task", parents=[debug], allow_abbrev=False)
+    command.set_defaults(command=evaluate)
+    command.add_argument("task", metavar="TASK", help="a task of lm-eval, several with commas, or a task's YAML file")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="lm-eval's arguments: --model_args ...")
     command = commands.add_parser("generate", help="decode a prompt and show how", **options)
     command.set_defaults(command=generate)
     at_least_0 = _value(float, lambda value: 0 <= value < float("inf"), "a number >= 0")
@@ -182,16 +194,16 @@ def _setting(args):
     return Setting(args.cache, rule, f"Fast-dLLM: cache {args.cache}, {words}")
 
 
-def _load(args):
-    """The model and its tokenizer, both from args.model."""
-    source = str(ASSETS / args.model) if args.model in EMBEDDED else args.model
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "bfloat16"))
+def load(name, device=None, dtype=None):
+    """The model and its tokenizer, both from `name`: an embedded model, a folder or a hub id."""
+    source = str(ASSETS / name) if name in EMBEDDED else name
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     try:
         model = fastdllm.load(source, device=device, dtype=dtype)
         return model, _tokenizer(source, model.config.family)
     except Exception as error:
-        raise RuntimeError(f"cannot load {args.model}: {_described(error)}") from error
+        raise RuntimeError(f"cannot load {name}: {_described(error)}") from error
 
 
 def _tokenizer(source, family):

@@ -113,7 +113,7 @@ def test_autotokenizer_loads_it(auto_tokenizer):
     assert len(auto_tokenizer) == quality_tokenizer.VOCAB_SIZE <= 512
     assert auto_tokenizer.eos_token_id == quality_tokenizer.EOS_ID
     assert auto_tokenizer.mask_token_id == quality_tokenizer.MASK_ID
-    assert auto_tokenizer.chat_template is None
+    assert auto_tokenizer.chat_template == quality_tokenizer.CHAT_TEMPLATE
 
 
 @settings(max_examples=200, deadline=None)
