@@ -35,11 +35,13 @@ bench: $(VENV)/bench-tools
 $(VENV)/python:
 	$(PYTHON) -m venv $(VENV)
 	@if $(PYTHON) -c "import sys, torch; sys.exit(torch.version.cuda is None)" 2>/dev/null; then \
-		$(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		$(PYTHON) -c "import sysconfig as s, torch; from pathlib import Path as P; \
+			print(*{str(P(torch.__file__).parents[1]), s.get_path('purelib'), s.get_path('platlib')}, sep='\n')" \
 			> "$$($(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/host-python.pth"; \
 	else \
-		$(PIP) "$(TORCH)" "setuptools>=68" wheel; \
+		$(PIP) "$(TORCH)"; \
 	fi
+	$(PIP) "setuptools>=70.1"
 	@touch $@
 
 $(VENV)/installed: $(VENV)/python setup.py
