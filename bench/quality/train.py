@@ -1,9 +1,9 @@
 """Train one of the two small models that ship with fastdllm, from nothing, on a GPU in some minutes.
 
-    python bench/quality/train.py tiny-llada --minutes 12 --out DIR [--session-minutes 9] [--resume]
+    python bench/quality/train.py tiny-llada --minutes 12 --out DIR [--stop-after 9] [--resume]
 
 The clock decides: the learning rate warms up, stays, and falls to 0 at `--minutes` of training time, compilation not
-counted. Every two minutes and at the end the whole state goes to DIR/state.pt; `--session-minutes` ends a process
+counted. Every two minutes and at the end the whole state goes to DIR/state.pt; `--stop-after` ends a process
 earlier, all start-up included, and `--resume` goes on where the last one stopped. DIR then holds a checkpoint that
 fastdllm.load reads.
 """
@@ -162,7 +162,7 @@ class Run:
         return loss_of(self.model, tokens, *corrupt(tokens, prompt, answer))
 
     def train(self) -> None:
-        """Train until the minutes are over, or this session's; then save the state and the checkpoint."""
+        """Train until the minutes are over, or this run's; then save the state and the checkpoint."""
         args, done = self.args, self.done
         torch.manual_seed(args.seed + done["steps"])
         loss_of = self.compiled_loss([make_batch(number, args.rows, "train") for number in (0, 1)])
@@ -174,7 +174,7 @@ class Run:
             now = time.monotonic()
             done["seconds"] = before + now - begun
             progress = done["seconds"] / (60 * args.minutes)
-            if progress >= 1 or now - BORN >= 60 * args.session_minutes or done["steps"] == args.max_steps:
+            if progress >= 1 or now - BORN >= 60 * args.stop_after or done["steps"] == args.max_steps:
                 break
             loss = self.loss(loss_of, batch)
             loss.backward()
@@ -205,8 +205,8 @@ def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=CONFIGS)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=12.0, help="training time, all sessions together")
-    parser.add_argument("--session-minutes", type=float, default=float("inf"), help="end this process after so long")
+    parser.add_argument("--minutes", type=float, default=12.0, help="training time, all runs together")
+    parser.add_argument("--stop-after", type=float, default=float("inf"), help="end this process after so long")
     parser.add_argument("--start-from", type=Path, help="a trained model of the same width and depth to start from")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--rows", type=int, default=256)

@@ -12,7 +12,6 @@ no prefix, suffix or gap. With one split the kernel writes the result; with more
 log-sum-exp, and `_merge` adds them up in a fixed order: equal inputs give equal bits, launch after launch.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -20,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .backend import on_device
 from .pointwise import rope_to_cache
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
@@ -426,7 +426,7 @@ def launch(
     capacity = slots if page_table is None else slots * page_table.shape[1]
     chosen = chosen or config(B, T, H, HK, D, capacity, q.element_size(), chip_of(q.device))
     block_start, kv_len, kv_start, block_len = map(_dense, (block_start, kv_len, kv_start, block_len))
-    with _on_device(q):
+    with on_device(q):
         if chosen.rotate_first and cos is not None:
             q, k = rope_to_cache(q, k, v, cos, sin, block_start)
             cos = sin = None
@@ -482,10 +482,3 @@ def _launch_merge(part, part_lse, out, lse, chosen):
 def _dense(span):
     """A [B] tensor whose elements follow one another (a column of a table of spans is copied, on the device)."""
     return span if span is None or span.stride(0) == 1 else span.contiguous()
-
-
-def _on_device(tensor):
-    """Triton launches on the current device: make it the tensor's where it is another."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return nullcontext()

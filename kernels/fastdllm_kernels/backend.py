@@ -5,6 +5,7 @@ raises. Without it, GPU tensors take the kernel and CPU tensors the reference. R
 """
 
 import os
+from contextlib import nullcontext
 
 import torch
 
@@ -49,6 +50,13 @@ def use_triton(op: str, tensor: torch.Tensor, unsupported: str | None = None) ->
             raise RuntimeError(f"{op}: {VARIABLE}=triton, but {obstacle}")
         return True
     return tensor.is_cuda and obstacle is None
+
+
+def on_device(tensor: torch.Tensor):
+    """A context in which Triton, which launches on the current device, launches on the tensor's."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
 
 
 def describe() -> str:

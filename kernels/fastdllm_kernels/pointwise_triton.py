@@ -5,12 +5,13 @@ product, rope_to_cache rounds to the tables' dtype after every operation. What t
 ramp of a launch, so a program takes one row, or a few heads of one position, and a thread moves 16 bytes at a time.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+
+from .backend import on_device
 
 # A row of up to this many values is held in registers (32 fp32 a thread); a wider one is read twice.
 WIDEST_ROW = 16384
@@ -180,13 +181,6 @@ def rope_to_cache_kernel(
             tl.store(out + HALF, tl.load(value + HALF, mask=inside, other=0), mask=inside)
 
 
-def _on_device(tensor):
-    """Triton launches on the current device: make it the tensor's where it is another."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return nullcontext()
-
-
 def _rows(x):
     """x [..., C] as rows [N, C] whose values are contiguous; a copy only where no stride says it."""
     rows = x.reshape(-1, x.shape[-1])
@@ -201,7 +195,7 @@ def rms_norm(x, weight, eps, residual=None):
     if y.numel():
         rows, config = _rows(x), rms_norm_config(width)
         added = None if residual is None else _rows(residual)
-        with _on_device(x):
+        with on_device(x):
             rms_norm_kernel[(rows.shape[0],)](
                 rows, added, weight if weight.stride(0) == 1 else weight.contiguous(), y, total, rows.stride(0),
                 0 if added is None else added.stride(0), width, eps, TILE=config.tile, ONE_TILE=width <= config.tile,
@@ -217,7 +211,7 @@ def swiglu(gate_up):
     if y.numel():
         rows, config = _rows(gate_up), swiglu_config(width)
         tiles = triton.cdiv(width, config.tile)
-        with _on_device(gate_up):
+        with on_device(gate_up):
             swiglu_kernel[(rows.shape[0] * tiles,)](
                 rows, y, rows.stride(0), width, tiles, TILE=config.tile, num_warps=config.num_warps
             )
@@ -242,7 +236,7 @@ def rope_to_cache(q, k, v, cos, sin, start, k_cache, v_cache, length, page_table
     tiles = triton.cdiv(heads, config.tile_h) + triton.cdiv(kv_heads, config.tile_h)
     if rows * steps:
         # Without fused multiply-adds every bit is the reference's; the arithmetic hides behind the loads anyway.
-        with _on_device(q):
+        with on_device(q):
             rope_to_cache_kernel[(rows * steps * tiles,)](
                 q, k, v, cos, sin, start, k_cache, v_cache, None if length is None else length.contiguous(), page_table,
                 q_out, k_out, steps, cos.shape[0], slots, page_size, table_stride,

@@ -8,7 +8,6 @@ A record is FIELDS fp32 numbers and two int32 in a workspace [fields, rows, part
 program decides depends on no order of execution, so equal inputs give equal bits. Only candidates are read.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .backend import on_device
 from .select import inverse
 
 # The fields of a record, in natural units: largest logit m, sum exp(z - m), sum exp(z - m)(z - m), what was compared of the
@@ -499,7 +499,7 @@ def launch_select(
     config = config or select_config(rows * width, vocab_size, chip_of(logits.device), temperature > 0)
     strides = [*tokens.stride(), *((0, 0) if candidates is None else candidates.stride())]
     seed, step, parameter = _dense(seed), _dense(step), _dense(parameter)
-    with _on_device(logits):
+    with on_device(logits):
         floats, integers = _scan(
             logits, tokens, candidates, seed, None, logits.stride()[:2], vocab_size, 0, mask_id, seed_number, temperature,
             rows * width, width, strides, score == "margin", score == "entropy", config,
@@ -529,7 +529,7 @@ def launch_confidence(
     has_nan = torch.empty(rows, dtype=torch.bool, device=logits.device) if score is None else None
     values = torch.empty(FIELDS if score is None else 4, rows, dtype=torch.float32, device=logits.device)
     seed, position = _dense(seed), _dense(position)
-    with _on_device(logits):
+    with on_device(logits):
         floats, integers = _scan(
             logits, None, None, seed, position, (logits.stride(0), 0), vocab_size, vocab_start, mask_id, seed_number,
             temperature, rows, 1, [0] * 4, margin, entropy, config,
@@ -567,10 +567,3 @@ def _second(config):
 
 def _dense(tensor):
     return None if tensor is None else tensor.contiguous()
-
-
-def _on_device(tensor):
-    """Triton launches on the current device: make it the tensor's where it is another."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return nullcontext()
