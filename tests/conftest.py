@@ -9,10 +9,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from fastdllm_kernels import backend  # noqa: E402
 
 torch.set_num_threads(1)
+settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples in every run
+settings.load_profile("repeatable")
 
 ON_GPU = torch.cuda.is_available()
 # The interpreter's bf16 is wrong by orders of magnitude: a compiler is needed to test it.
