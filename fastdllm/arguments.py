@@ -7,7 +7,6 @@ import torch
 from fastdllm_kernels import Factor, Quota, Threshold
 
 CACHES = ("none", "prefix", "dual")
-SCORES = ("confidence", "margin", "entropy", "random")
 
 
 def integer(name: str, value, low: int, high: float = math.inf) -> int:

@@ -127,12 +127,13 @@ def _places(model, published_names) -> dict[str, torch.Tensor]:
     places = {}
     for ours, theirs in published_names.items():
         parameter = parameters[ours].detach()
-        for name, part in zip(theirs, parameter.split(_rows(model.config, ours, parameter)), strict=True):
+        for name, part in zip(theirs, parameter.split(fused_rows(model.config, ours, parameter)), strict=True):
             places[name] = part
     return places
 
 
-def _rows(config, name, parameter) -> list[int]:
+def fused_rows(config, name: str, parameter) -> list[int]:
+    """How many rows of our parameter `name` each published tensor fills, in order: q, k, v or gate, up or all."""
     if ".qkv." in name:
         kv = config.num_kv_heads * config.head_dim
         return [config.num_heads * config.head_dim, kv, kv]

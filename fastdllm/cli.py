@@ -22,6 +22,7 @@ import fastdllm
 from fastdllm_kernels import backend
 
 from . import display
+from .arguments import CACHES
 from .families import FAMILIES
 
 ASSETS = Path(__file__).parent / "assets"
@@ -129,7 +130,7 @@ def _parser():
     add("prompt", nargs="?", metavar="PROMPT", help="the prompt; absent or '-': standard input")
     add("--demo", action="store_true", help="decode the embedded problems")
     add("--model", default=EMBEDDED[0], help=f"{' or '.join(EMBEDDED)} (embedded), a folder or a hub id (%(default)s)")
-    add("--cache", choices=("none", "prefix", "dual"), default="dual", help="keys and values to reuse (%(default)s)")
+    add("--cache", choices=CACHES, default="dual", help="keys and values to reuse (%(default)s)")
     rule = command.add_mutually_exclusive_group()
     rule.add_argument("--threshold", type=at_least_0, default=0.9, help="commit what is this sure (%(default)s)")
     rule.add_argument("--factor", type=above_0, help="commit the n surest with (n + 1)(1 - confidence) <= FACTOR")

@@ -4,13 +4,14 @@ Each row walks through its own blocks at its own pace. In every turn of the loop
 together, the rows in the middle of a block one cached step together, and the host reads one small tensor: what is left.
 """
 
+import functools
 import math
 import time
 from dataclasses import dataclass, replace
 
 import torch
 
-from fastdllm_kernels import Selection, Threshold, confidence_select, token_confidence
+from fastdllm_kernels import SCORES, Selection, Threshold, commit_proposals, confidence_select, token_confidence
 
 from . import arguments
 from .cache import KVCache, Span
@@ -92,7 +93,7 @@ def generate(
     if longest > config.max_positions:
         raise ValueError(f"gen_length: prompt and generation need {longest} positions, the model has {config.max_positions}")
     arguments.choice("cache", cache, arguments.CACHES)
-    arguments.choice("score", score, arguments.SCORES)
+    arguments.choice("score", score, SCORES)
     arguments.check_rule(rule, len(prompts))
     stops = arguments.stop_tokens(stop_ids, config)
     if on_step is not None and not callable(on_step):
@@ -275,20 +276,12 @@ def select_in_parts(rule, logits, offered, tokens, candidates, step, *, mask_id,
         clean = token_confidence(logits.reshape(-1, vocab), return_logsumexp=True, **options)
         chosen = logits.reshape(-1, vocab).gather(1, proposal.token_ids[:, None])[:, 0].float()
         value = torch.exp(chosen - clean.logsumexp) if score == "confidence" else clean.score
-    token_ids = torch.where(candidates, proposal.token_ids.view(rows, width), tokens)
-    value = value.view(rows, width).masked_fill(~candidates, -math.inf)
-    broken = candidates & value.isnan()
-    committed = _commit(rule, value, candidates & ~broken, step)
-    tokens.copy_(torch.where(committed, token_ids, tokens))
-    remaining = (candidates & ~committed).sum(1)
-    remaining = torch.where(broken.any(1), -1 - broken.to(torch.int8).argmax(1), remaining)
-    return Selection(token_ids, value, committed, remaining.to(torch.int32))
+    commit = functools.partial(_checked, rule) if callable(rule) else rule.commit
+    return commit_proposals(commit, proposal.token_ids, value, tokens, candidates, step)
 
 
-def _commit(rule, value, candidates, step):
-    """What the rule commits; a function of the user's is checked, since a wrong mask would loop forever or lose tokens."""
-    if not callable(rule):
-        return rule.commit(value, candidates, step)
+def _checked(rule, value, candidates, step):
+    """What a function of the user's commits, checked: a wrong mask would loop forever or lose tokens."""
     commit = rule(value.nan_to_num(nan=-math.inf), candidates, step)
     if not isinstance(commit, torch.Tensor) or commit.dtype != torch.bool or commit.shape != candidates.shape:
         got = f"{commit.dtype} {tuple(commit.shape)}" if isinstance(commit, torch.Tensor) else type(commit).__name__

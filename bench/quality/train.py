@@ -88,7 +88,7 @@ def warm_start(model: DiffusionTransformer, source: DiffusionTransformer) -> Non
     for name, parameter in model.named_parameters():
         value = given.get(name, parameter)
         if name.endswith("qkv.weight"):
-            queries, *shared = value.split([source.config.num_heads * source.config.head_dim] + [len(value) // 3] * 2)
+            queries, *shared = value.split(checkpoint.fused_rows(source.config, name, value))
             pooled = [part.unflatten(0, (heads, -1, source.config.head_dim)).mean(1).flatten(0, 1) for part in shared]
             value = torch.cat([queries, *pooled])
         parameter.copy_(value)

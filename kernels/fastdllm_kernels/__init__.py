@@ -4,9 +4,11 @@ from .attention import block_attention, block_attention_reference
 from .pointwise import rms_norm, rms_norm_reference, rope_to_cache, rope_to_cache_reference, swiglu, swiglu_reference
 from .rules import Factor, Quota, Threshold
 from .select import (
+    SCORES,
     Confidence,
     Partials,
     Selection,
+    commit_proposals,
     confidence_select,
     confidence_select_reference,
     merge_confidence_partials,
@@ -17,6 +19,7 @@ from .select import (
 )
 
 __all__ = [
+    "SCORES",
     "Confidence",
     "Factor",
     "Partials",
@@ -25,6 +28,7 @@ __all__ = [
     "Threshold",
     "block_attention",
     "block_attention_reference",
+    "commit_proposals",
     "confidence_select",
     "confidence_select_reference",
     "merge_confidence_partials",

@@ -66,6 +66,8 @@ def rope_to_cache_reference(q, k, v, cos, sin, start, k_cache=None, v_cache=None
 
 def _use_triton(op, *operands, unsupported=None):
     """Whether `op` runs as a kernel on these operands, the first of which is a tensor; None among them is absent."""
+    if torch.compiler.is_compiling():
+        return False
     first, grad = operands[0], torch.is_grad_enabled()
     for operand in operands:
         if operand is None:
@@ -89,7 +91,7 @@ def rms_norm(x, weight, eps, residual=None):
         raise ValueError(f"weight: expected shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual: expected the shape of x {tuple(x.shape)}, got {tuple(residual.shape)}")
-    if not torch.compiler.is_compiling() and _use_triton("rms_norm", x, weight, residual):
+    if _use_triton("rms_norm", x, weight, residual):
         from . import pointwise_triton
 
         return pointwise_triton.rms_norm(x, weight, eps, residual)
@@ -100,7 +102,7 @@ def swiglu(gate_up):
     """silu(gate) * up for gate_up [..., 2 I] = [gate | up]; returns [..., I]. ValueError when the width is odd."""
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: expected an even last dimension, got {tuple(gate_up.shape)}")
-    if not torch.compiler.is_compiling() and _use_triton("swiglu", gate_up):
+    if _use_triton("swiglu", gate_up):
         from . import pointwise_triton
 
         return pointwise_triton.swiglu(gate_up)
@@ -125,9 +127,7 @@ def rope_to_cache(q, k, v, cos, sin, start, k_cache=None, v_cache=None, *, lengt
     unsupported = None
     if k_cache is not None and (k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1):
         unsupported = "the last dimension of a cache is not contiguous"
-    if not torch.compiler.is_compiling() and _use_triton(
-        "rope_to_cache", q, k, v, k_cache, v_cache, unsupported=unsupported
-    ):
+    if _use_triton("rope_to_cache", q, k, v, k_cache, v_cache, unsupported=unsupported):
         from . import pointwise_triton
 
         return pointwise_triton.rope_to_cache(q, k, v, cos, sin, start, k_cache, v_cache, length, page_table)

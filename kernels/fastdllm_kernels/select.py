@@ -243,10 +243,19 @@ def confidence_select_reference(
         logits.reshape(-1, vocab), mask_id=mask_id, score=score, temperature=temperature, seed=seeds, position=position,
         vocab_size=vocab_size,
     )
-    token_ids = torch.where(candidates, best.token_ids.view(rows, width), tokens)
-    value = best.score.view(rows, width).masked_fill(~candidates, -math.inf)
+    return commit_proposals(rule.commit, best.token_ids, best.score, tokens, candidates, step)
+
+
+def commit_proposals(commit, token_ids, score, tokens, candidates, step) -> Selection:
+    """What follows scoring, in plain PyTorch: ask the rule, commit into `tokens` in place, count what remains.
+
+    commit: (scores [B, T], candidates [B, T], step [B]) -> mask [B, T], as a rule's `commit`. token_ids, score: B * T
+    proposals and their scores, NaN where the logits hold one. tokens, candidates [B, T].
+    """
+    token_ids = torch.where(candidates, token_ids.view_as(tokens), tokens)
+    value = score.view_as(tokens).masked_fill(~candidates, -math.inf)
     broken = candidates & value.isnan()
-    committed = rule.commit(value, candidates & ~broken, step)
+    committed = commit(value, candidates & ~broken, step)
     tokens.copy_(torch.where(committed, token_ids, tokens))
     remaining = (candidates & ~committed).sum(1)
     remaining = torch.where(broken.any(1), -1 - broken.to(torch.int8).argmax(1), remaining).to(torch.int32)
