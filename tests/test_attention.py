@@ -15,7 +15,8 @@ from fastdllm_kernels.pointwise import rotate
 
 triton = pytest.importorskip("triton")
 from fastdllm_kernels import attention_triton  # noqa: E402
-from fastdllm_kernels.attention_triton import Chip, Config, config  # noqa: E402
+from fastdllm_kernels.attention_triton import Config, config  # noqa: E402
+from fastdllm_kernels.backend import Chip  # noqa: E402
 
 H200 = Chip(132, 232448, overlap=True)
 SPANS = ("block_start", "kv_len", "kv_start", "block_len")
@@ -282,7 +283,8 @@ class TestConfig:
     """The configuration function: pure, and each branch where it should be."""
 
     def test_splits_fill_the_gpu(self):
-        assert config(1, 32, 32, 32, 128, 2048, 2, H200).splits == 8
+        assert config(1, 32, 32, 32, 128, 512, 2, H200).splits == 4  # 128 programs, one a multiprocessor
+        assert config(8, 32, 28, 4, 128, 2048, 2, H200).splits == 2  # 256, two on each
         assert config(8, 32, 32, 32, 128, 2048, 2, H200).splits == 1
         assert config(1, 32, 28, 4, 128, 256, 2, H200).splits == 1
 
@@ -291,15 +293,17 @@ class TestConfig:
     def test_bounds(self, capacity, T):
         for B, H, HK in ((1, 8, 8), (1, 1, 1), (16, 28, 4)):
             chosen = config(B, T, H, HK, 128, capacity, 2, H200)
-            assert 1 <= chosen.splits <= 64
-            assert chosen.splits == 1 or max(capacity, T) // chosen.splits >= 128
-            assert chosen.overlap == (chosen.splits > 1)
+            assert 1 <= chosen.splits <= 32
+            assert chosen.splits == 1 or max(capacity, T) // chosen.splits >= 64
+            assert chosen.own_apart <= (chosen.splits > 1)
             assert not (chosen.rotate_first and chosen.splits > 1)  # two launches at most
 
-    def test_tiles_follow_the_rows(self):
-        rows = [config(1, T, 8, 8, 128, 2048, 2, H200).TILE_ROWS for T in (1, 16, 17, 32, 33, 64, 100, 5000)]
-        assert rows == [16, 16, 32, 32, 64, 64, 64, 128]
+    def test_tiles_follow_the_work(self):
+        rows = [config(1, T, 8, 8, 128, 2048, 2, H200).TILE_ROWS for T in (1, 32, 64, 100, 5000)]
+        assert rows == [64, 64, 64, 64, 128]
         assert config(32, 32, 28, 4, 128, 2048, 2, H200).TILE_ROWS == 128
+        keys = [config(B, 32, 32, 32, 128, slots, 2, H200).TILE_KEYS for B, slots in ((1, 512), (1, 1024), (8, 2048))]
+        assert keys == [64, 64, 32]
 
     def test_a_small_chip_gets_small_tiles(self):
         small = Chip(82, 101376)

@@ -16,6 +16,8 @@ COMMON = [
     (8, 32, 32, 32, 128, 2048, torch.bfloat16, "fp32", 0),  # heads fill the GPU: one split
     (1, 32, 28, 4, 128, 2048, torch.bfloat16, "own", 0),  # Dream's step: 64 rows, group 7
     (32, 32, 28, 4, 128, 2048, torch.bfloat16, "own", 16),  # 128 rows, pages
+    (1, 32, 32, 32, 128, 1024, torch.bfloat16, "fp32", 0),  # a short cache: one program a multiprocessor
+    (1, 32, 32, 32, 128, 512, torch.bfloat16, "fp32", 0),
     (1, 2048, 32, 32, 128, 2048, torch.bfloat16, None, 0),  # a whole canvas
     (1, 32, 32, 32, 128, 2048, torch.float32, "own", 0),  # exact fp32 products
     (1, 1, 8, 8, 64, 1024, torch.float16, "own", 256),  # 16 rows of padding around one
@@ -38,7 +40,7 @@ REST = [
 
 def launches(arch):
     """Launch every case as the op would on that chip."""
-    from fastdllm_kernels.attention_triton import Chip
+    from fastdllm_kernels.backend import Chip
 
     chip = Chip(compile_check.MULTIPROCESSORS[arch], compile_check.SHARED_LIMIT[arch], overlap=arch >= 90)
     for case in COMMON + (REST if os.environ.get("FASTDLLM_COMPILE_ALL") else []):
@@ -47,7 +49,7 @@ def launches(arch):
 
 def launches_on_less_shared_memory(arch):
     """The same chip with the shared memory of sm_86 and sm_89: the tiles shrink."""
-    from fastdllm_kernels.attention_triton import Chip
+    from fastdllm_kernels.backend import Chip
 
     for case in COMMON:
         launch_case(Chip(82, compile_check.SHARED_LIMIT[86]), *case)

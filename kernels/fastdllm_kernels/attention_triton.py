@@ -13,13 +13,13 @@ log-sum-exp, and `_merge` adds them up in a fixed order: equal inputs give equal
 """
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
-from .backend import on_device
+from .backend import chip_of, dense, on_device, pdl
 from .pointwise import rope_to_cache
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
@@ -30,21 +30,12 @@ REGISTERS = {"maxnreg": 255} if torch.version.hip is None else {}
 
 
 @dataclass(frozen=True)
-class Chip:
-    """What the configuration needs to know of a GPU: multiprocessors, shared memory of a program in bytes, and whether a
-    kernel may be launched while the one before it still runs (`overlap`, Hopper and later)."""
-
-    multiprocessors: int
-    shared: int
-    overlap: bool = False
-
-
-@dataclass(frozen=True)
 class Config:
     """How one call runs: TILE_ROWS query rows by TILE_KEYS keys a program, keys in `splits` shares.
 
     peel_tail: full tiles run without a mask and the last one apart. rotate_first: q and k are rotated by a launch of their
-    own. overlap: the merge is launched early and waits on the device.
+    own. own_apart: the last share is the block's own keys alone, which are rotated while the others read the cache. overlap:
+    launches may begin before what runs ahead of them ends, and wait on the device.
     """
 
     TILE_ROWS: int
@@ -54,6 +45,7 @@ class Config:
     splits: int = 1
     peel_tail: bool = False
     rotate_first: bool = False
+    own_apart: bool = False
     overlap: bool = False
 
 
@@ -63,16 +55,39 @@ def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
 
     Pure: it sees host constants only, so a captured graph replays whatever the spans on the device say.
     """
-    rows, tile_d = T * (H // HK), _tile_d(D)
-    tile_rows, tile_keys, warps, stages = _tiles(rows, B * HK, tile_d, itemsize, chip)
-    programs = _ceil_div(rows, tile_rows) * B * HK
-    keys = max(capacity, T)
-    splits = _splits(programs, keys, 2 if tile_rows <= 64 else 1, chip.multiprocessors)
-    # A mask on every tile costs the tensor cores of a large tile a tenth of their time; on a few tiles less than a tail does.
+    rows, groups, keys, tile_d = T * (H // HK), B * HK, max(capacity, T), _tile_d(D)
+    splits, tiles = 1, None
+    if itemsize == 4:
+        # Exact fp32 products run outside the tensor cores, from operands held in registers: small tiles, or they spill.
+        tiles = 16, 16, 8, 2
+    elif tile_d > 128:
+        # The sums of 64 rows fill the registers of 8 warps; older chips keep copies of the operands there as well.
+        tiles = 64 if chip.shared > 200000 else 32, 32, 8, 3
+    elif rows > 64 and _ceil_div(rows, 128) * groups >= chip.multiprocessors:
+        # Enough work to be bound by the tensor cores: 128 rows feed them at full width and halve what is read again.
+        # 128 keys would be 8% faster on Hopper, and spill on Blackwell.
+        tiles = 128, 64, 8, 3
+    programs = _ceil_div(rows, tiles[0] if tiles else 64) * groups
+    # 64 rows even where there are fewer: below that Hopper's tensor cores take their slow path (20 us for 16 at 1,024 keys).
+    alone = _splits(programs, keys, chip.multiprocessors)
+    if tiles is None and 2 * programs <= chip.multiprocessors and keys // alone <= 384:
+        # Bound by latency: little more than one program on every multiprocessor; the shortest passes gain from more warps.
+        short = keys // alone <= 192
+        splits, tiles = (alone, (64, 64, 8, 3)) if short else (alone + (alone > 1), (64, 64, 4, 3))
+    elif tiles is None:
+        # Two programs on each, the one computing while the other loads; in long passes small tiles keep many loads in flight.
+        splits = _splits(programs, keys, 2 * chip.multiprocessors)
+        tiles = (64, 64, 4, 3) if splits == 2 else (64, 32, 4, 4)
+    elif tiles[0] <= 64:
+        splits = _splits(programs, keys, 2 * chip.multiprocessors)
+    tile_rows, tile_keys, warps, stages = _fitted(*tiles, tile_d, itemsize, chip.shared)
+    # A mask on every tile costs the tensor cores a tenth of their time; on a few tiles less than a tail apart does.
     peel_tail = tile_rows >= 64 and keys // splits >= 8 * tile_keys
     # Every row tile rotates the block's keys again, off the pipelined path: past a few tiles one more launch is cheaper.
     rotate_first = splits == 1 and T > 256
-    return Config(tile_rows, tile_keys, warps, stages, splits, peel_tail, rotate_first, chip.overlap and splits > 1)
+    # A share of its own for the block's keys shortens the longest, unless that is long for what the others then read more.
+    own_apart = splits > 2 and T <= 64 and keys <= 2048
+    return Config(tile_rows, tile_keys, warps, stages, splits, peel_tail, rotate_first, own_apart, chip.overlap)
 
 
 def _ceil_div(a, b):
@@ -88,28 +103,9 @@ def _tile_d(D):
     return max(16, _power_of_2(D))
 
 
-def _tiles(rows, groups, tile_d, itemsize, chip):
-    """(TILE_ROWS, TILE_KEYS, num_warps, num_stages) for `groups` = B * HK groups of `rows` query rows."""
-    held = max(16, _power_of_2(rows))
-    if itemsize == 4:
-        # Exact fp32 products run outside the tensor cores, from operands held in registers: small tiles, or they spill.
-        tile_rows, tile_keys, warps, stages = 16, 16, 8, 2
-    elif tile_d > 128:
-        # The sums of 64 rows fill the registers of 8 warps; older chips keep copies of the operands there as well.
-        tile_rows, tile_keys, warps, stages = min(held, 64 if chip.shared > 200000 else 32), 32, 8, 3
-    elif rows > 64 and _ceil_div(rows, 128) * groups >= chip.multiprocessors:
-        # Enough work to be bound by the tensor cores: 128 rows feed them at full width and halve what is read again.
-        tile_rows, tile_keys, warps, stages = 128, 64, 8, 3
-    else:
-        # Bound by memory or latency: the smallest tile that holds the rows, and two programs a multiprocessor, each with
-        # two tiles of keys and values in flight.
-        tile_rows, tile_keys, warps, stages = min(held, 64), 64, 4, 3
-    return _fitted(tile_rows, tile_keys, warps, stages, tile_d, itemsize, chip.shared)
-
-
 def _fitted(tile_rows, tile_keys, warps, stages, tile_d, itemsize, shared):
     """The tiles, made smaller until their buffers fit: fewer keys first (the stages hide latency), then stages, then rows."""
-    while (tile_rows + 2 * stages * tile_keys) * tile_d * itemsize + 4096 > shared:
+    while (tile_rows + 2 * stages * tile_keys) * tile_d * itemsize + 2048 > shared:
         if tile_keys > 32:
             tile_keys //= 2
         elif stages > 2:
@@ -123,11 +119,11 @@ def _fitted(tile_rows, tile_keys, warps, stages, tile_d, itemsize, shared):
     return tile_rows, tile_keys, warps, stages
 
 
-def _splits(programs, keys, resident, multiprocessors):
-    """Shares of the keys: as many as fill the GPU with `resident` programs a multiprocessor, none under 128 keys."""
+def _splits(programs, keys, places):
+    """Shares of the keys: as many as fill the GPU's `places` for programs, none under 64 keys."""
     if keys <= 256:
         return 1  # reading a few tiles more takes less time than a second launch
-    return max(1, min(resident * multiprocessors // programs, keys // 128, 64))
+    return max(1, min(places // programs, keys // 64, 32))
 
 
 @triton.jit
@@ -305,6 +301,22 @@ def _rows(tile, kv_head, own, G: tl.constexpr, TILE_ROWS: tl.constexpr):
     return row // G, kv_head * G + row % G, row < own * G
 
 
+@triton.jit
+def _share(cached, own, OWN_APART: tl.constexpr, GRAIN: tl.constexpr):
+    """Keys begin .. end - 1 of this program's split: an even share of all, or of the cached ones with the own ones last."""
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    keys, shares = cached + own, splits
+    if OWN_APART:
+        keys, shares = cached, splits - 1
+    share = tl.cdiv(tl.cdiv(keys, shares), GRAIN) * GRAIN
+    begin = tl.minimum(split * share, keys)
+    end = tl.minimum(begin + share, keys)
+    if OWN_APART:
+        end = tl.where(split == shares, cached + own, end)
+        begin = tl.where(split == shares, cached, begin)
+    return begin, end
+
+
 @triton.jit(do_not_specialize=["tiles", "T", "lse_split", "positions"])
 def _attend(
     q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, out_ptr, lse_ptr, block_start_ptr, kv_len_ptr, kv_start_ptr,
@@ -312,26 +324,29 @@ def _attend(
     q_row, q_at, q_head, k_row, k_at, k_head, v_row, v_at, v_head, kc_row, kc_at, kc_head, vc_row, vc_at, vc_head,
     out_row, out_at, out_head, out_split, lse_split, page_row, cos_at, sin_at,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, TILE_D: tl.constexpr, PAGE: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr, PEEL_TAIL: tl.constexpr, NEGATIVE: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr, PEEL_TAIL: tl.constexpr, NEGATIVE: tl.constexpr, OWN_APART: tl.constexpr,
     OVERLAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row tile of one key head (program axis 0, tiles fastest so that they share keys in L2) and one split (axis 1)."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
     if v_at is None:
         v_row, v_at, v_head = k_row, k_at, k_head
     if vc_at is None:
         vc_row, vc_at, vc_head = kc_row, kc_at, kc_head
     ROTATE: tl.constexpr = cos_ptr is not None
+    GRAIN: tl.constexpr = TILE_KEYS if PEEL_TAIL else 16
     tile, kv_head, b = _place(tl.program_id(0), tiles, HK)
-    split, splits = tl.program_id(1), tl.num_programs(1)
+    page_ptr, k_page, v_page = 0, 0, 0
+    k_base, v_base = k_cache_ptr + kv_head * kc_head, v_cache_ptr + kv_head * vc_head
+    if PAGE > 0:
+        page_ptr, k_page, v_page = page_table_ptr + b * page_row, kc_row, vc_row
+    else:
+        k_base, v_base = k_base + b * kc_row, v_base + b * vc_row
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     start, length, own, first, prefix, cached = _spans(b, T, block_start_ptr, kv_len_ptr, kv_start_ptr, block_len_ptr)
     # A tile past the row's block has nothing to compute; its zeros are written all the same.
-    keys = tl.where(tile * TILE_ROWS < own * G, cached + own, 0)
-    GRAIN: tl.constexpr = TILE_KEYS if PEEL_TAIL else 16
-    share = tl.cdiv(tl.cdiv(keys, splits), GRAIN) * GRAIN
-    begin = tl.minimum(split * share, keys)
-    end = tl.minimum(begin + share, keys)
+    busy = tile * TILE_ROWS < own * G
+    begin, end = _share(tl.where(busy, cached, 0), tl.where(busy, own, 0), OWN_APART, GRAIN)
 
     t, head, asked = _rows(tile, kv_head, own, G, TILE_ROWS)
     q = _queries(q_ptr, b * q_row + t.to(tl.int64) * q_at + head * q_head, asked, tl.minimum(start + t, positions - 1),
@@ -339,12 +354,6 @@ def _attend(
     top = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((TILE_ROWS,), tl.float32)
     acc = tl.zeros((TILE_ROWS, TILE_D), tl.float32)
-    page_ptr, k_page, v_page = 0, 0, 0
-    k_base, v_base = k_cache_ptr + kv_head * kc_head, v_cache_ptr + kv_head * vc_head
-    if PAGE > 0:
-        page_ptr, k_page, v_page = page_table_ptr + b * page_row, kc_row, vc_row
-    else:
-        k_base, v_base = k_base + b * kc_row, v_base + b * vc_row
     top, total, acc = _fold_range(
         q, top, total, acc, k_base, v_base, kc_at, vc_at, tl.minimum(begin, cached), tl.minimum(end, cached),
         prefix, first, start + length - prefix, page_ptr, k_page, v_page, scale,
@@ -360,6 +369,8 @@ def _attend(
             q, top, total, acc, k_base, v_base, k_at, v_at, begin, end, 0, 0, 0, 0, 0, 0, scale,
             D, TILE_D, TILE_KEYS, False, 0, PEEL_TAIL, STAGES)  # fmt: skip
 
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     # Axis 2 has one program: its 0 makes these new values, where the same from above would hold registers in the loops.
     tile, kv_head, b = _place(tl.program_id(0) + tl.program_id(2), tiles, HK)
     t, head, asked = _rows(tile, kv_head, own, G, TILE_ROWS)
@@ -382,39 +393,31 @@ def _merge(
     TILE_ROWS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = sum_s exp(lse_s - lse) part_s for TILE_ROWS of the B * T * H rows; part [SPLITS, rows, D] fp32."""
-    row = (tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(tl.int64)
-    split = tl.arange(0, TILE_SPLITS).to(tl.int64)
-    column = tl.arange(0, TILE_D)
+    row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    column, split = tl.arange(0, TILE_D), tl.arange(0, TILE_SPLITS)
     real = row < rows
-    known = (split < SPLITS)[:, None] & real[None, :]
+    inside = real[:, None] & (column < D)[None, :]
+    index = row.to(tl.int64)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    index = split[:, None] * rows + row[None, :]
-    part_lse = tl.load(part_lse_ptr + index, mask=known, other=float("-inf"))
-    part = tl.load(part_ptr + index[:, :, None] * D + column[None, None, :],
-                   mask=known[:, :, None] & (column < D)[None, None, :], other=0.0)  # fmt: skip
+        tl.extra.cuda.gdc_launch_dependents()
+    part_lse = tl.load(part_lse_ptr + split.to(tl.int64)[:, None] * rows + index[None, :],
+                       mask=(split < SPLITS)[:, None] & real[None, :], other=float("-inf"))  # fmt: skip
     top = tl.max(part_lse, 0)
     level = tl.where(top == float("-inf"), 0.0, top)
-    weights = tl.exp2((part_lse - level[None, :]) * LOG2E)
-    total = tl.sum(weights, 0)
+    total = tl.sum(tl.exp2((part_lse - level[None, :]) * LOG2E), 0)
     total = tl.where(total == 0, 1.0, total)
-    result = tl.sum(part * weights[:, :, None], 0) / total[:, None]
-    offset = row // (H * T) * out_row + row // H % T * out_at + row % H * out_head
-    tl.store(out_ptr + offset[:, None] + column[None, :], result.to(out_ptr.dtype.element_ty),
-             mask=real[:, None] & (column < D)[None, :])  # fmt: skip
+    result = tl.zeros([TILE_ROWS, TILE_D], tl.float32)
+    # Unrolled: no load of a part waits for another's, nor for the reduction above.
+    for s in tl.static_range(SPLITS):
+        at = s * tl.cast(rows, tl.int64) + index
+        part = tl.load(part_ptr + at[:, None] * D + column[None, :], mask=inside, other=0.0)
+        weight = tl.exp2((tl.load(part_lse_ptr + at, mask=real, other=float("-inf")) - level) * LOG2E)
+        result += part * weight[:, None]
+    offset = (row // (H * T)).to(tl.int64) * out_row + (row // H % T).to(tl.int64) * out_at + (row % H) * out_head
+    tl.store(out_ptr + offset[:, None] + column[None, :], (result / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
     if lse_ptr is not None:
-        tl.store(lse_ptr + row, top + tl.log2(total) * LN2, mask=real)
-
-
-@cache
-def chip_of(device) -> Chip:
-    """What `device` has; for the interpreter on a CPU, one multiprocessor, so that it runs no more programs than it must."""
-    if device.type != "cuda":
-        return Chip(1, 232448)
-    properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", 65536)
-    overlap = torch.version.cuda is not None and properties.major >= 9 and shared >= 232448
-    return Chip(properties.multi_processor_count, shared, overlap)
+        tl.store(lse_ptr + index, top + tl.log2(total) * LN2, mask=real)
 
 
 def launch(
@@ -425,7 +428,7 @@ def launch(
     HK, slots = k.shape[2], k_cache.shape[1]
     capacity = slots if page_table is None else slots * page_table.shape[1]
     chosen = chosen or config(B, T, H, HK, D, capacity, q.element_size(), chip_of(q.device))
-    block_start, kv_len, kv_start, block_len = map(_dense, (block_start, kv_len, kv_start, block_len))
+    block_start, kv_len, kv_start, block_len = map(dense, (block_start, kv_len, kv_start, block_len))
     with on_device(q):
         if chosen.rotate_first and cos is not None:
             q, k = rope_to_cache(q, k, v, cos, sin, block_start)
@@ -457,8 +460,8 @@ def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, pag
         0 if cos is None else cos.stride(0), 0 if sin is None else sin.stride(0),
         HK=HK, G=H // HK, D=D, TILE_D=_tile_d(D), PAGE=0 if page_table is None else k_cache.shape[1],
         TILE_ROWS=chosen.TILE_ROWS, TILE_KEYS=chosen.TILE_KEYS, PEEL_TAIL=chosen.peel_tail, NEGATIVE=scale < 0,
-        OVERLAP=chosen.overlap, STAGES=chosen.num_stages, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
-        enable_fp_fusion=True, **REGISTERS,
+        OWN_APART=chosen.own_apart, OVERLAP=chosen.overlap, STAGES=chosen.num_stages,
+        num_warps=chosen.num_warps, num_stages=chosen.num_stages, enable_fp_fusion=True, **pdl(chosen.overlap), **REGISTERS,
     )  # fmt: skip
 
 
@@ -470,15 +473,10 @@ def _two_strides(k, v):
 def _launch_merge(part, part_lse, out, lse, chosen):
     splits, B, T, H, D = part.shape
     tile_splits, tile_d = _power_of_2(splits), _tile_d(D)
-    tile_rows = max(1, 4096 // (tile_splits * tile_d))
-    extra = {"launch_pdl": True} if chosen.overlap else {}
+    tile_rows = max(1, 512 // tile_d)
     _merge[(_ceil_div(B * T * H, tile_rows),)](
         part, part_lse, out, lse, B * T * H, T, *out.stride()[:3],
         H=H, D=D, TILE_D=tile_d, SPLITS=splits, TILE_SPLITS=tile_splits, TILE_ROWS=tile_rows, OVERLAP=chosen.overlap,
-        num_warps=4, enable_fp_fusion=True, **extra,
+        num_warps=4, enable_fp_fusion=True, **pdl(chosen.overlap),
     )  # fmt: skip
 
-
-def _dense(span):
-    """A [B] tensor whose elements follow one another (a column of a table of spans is copied, on the device)."""
-    return span if span is None or span.stride(0) == 1 else span.contiguous()

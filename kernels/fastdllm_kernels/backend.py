@@ -1,4 +1,4 @@
-"""The one place that chooses between a Triton kernel and its PyTorch reference, and the one that reads the environment.
+"""The one place that chooses between a Triton kernel and its PyTorch reference, reads the environment and knows the GPU.
 
 `FASTDLLM_BACKEND=triton|reference` forces a choice for every op, and a forced choice never falls back: what it cannot run
 raises. Without it, GPU tensors take the kernel and CPU tensors the reference. Read on every call, so a test can change it.
@@ -6,6 +6,8 @@ raises. Without it, GPU tensors take the kernel and CPU tensors the reference. R
 
 import os
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -57,6 +59,37 @@ def on_device(tensor: torch.Tensor):
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()
+
+
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A tensor whose elements follow one another (a column of a table is copied, on the device); None stays None."""
+    return None if tensor is None else tensor.contiguous()
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a kernel's configuration needs to know of a GPU: multiprocessors, shared memory of a program in bytes, and whether
+    a kernel may be launched while the one before it still runs (`overlap`, Hopper and later)."""
+
+    multiprocessors: int
+    shared: int
+    overlap: bool = False
+
+
+@cache
+def chip_of(device: torch.device) -> Chip:
+    """What `device` has; for the interpreter on a CPU, one multiprocessor, so that it runs no more programs than it must."""
+    if device.type != "cuda":
+        return Chip(1, 232448)
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", 65536)
+    overlap = torch.version.cuda is not None and properties.major >= 9 and shared >= 232448
+    return Chip(properties.multi_processor_count, shared, overlap)
+
+
+def pdl(overlap: bool) -> dict:
+    """The launch option of a kernel that begins with gdc_wait: it may be launched while the one before it still runs."""
+    return {"launch_pdl": True} if overlap else {}
 
 
 def describe() -> str:

@@ -64,7 +64,7 @@ def rope_to_cache_reference(q, k, v, cos, sin, start, k_cache=None, v_cache=None
     return q, k
 
 
-def _use_triton(op, *operands, unsupported=None):
+def use_kernel(op, *operands, unsupported=None):
     """Whether `op` runs as a kernel on these operands, the first of which is a tensor; None among them is absent."""
     if torch.compiler.is_compiling():
         return False
@@ -91,7 +91,7 @@ def rms_norm(x, weight, eps, residual=None):
         raise ValueError(f"weight: expected shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual: expected the shape of x {tuple(x.shape)}, got {tuple(residual.shape)}")
-    if _use_triton("rms_norm", x, weight, residual):
+    if use_kernel("rms_norm", x, weight, residual):
         from . import pointwise_triton
 
         return pointwise_triton.rms_norm(x, weight, eps, residual)
@@ -102,7 +102,7 @@ def swiglu(gate_up):
     """silu(gate) * up for gate_up [..., 2 I] = [gate | up]; returns [..., I]. ValueError when the width is odd."""
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: expected an even last dimension, got {tuple(gate_up.shape)}")
-    if _use_triton("swiglu", gate_up):
+    if use_kernel("swiglu", gate_up):
         from . import pointwise_triton
 
         return pointwise_triton.swiglu(gate_up)
@@ -127,7 +127,7 @@ def rope_to_cache(q, k, v, cos, sin, start, k_cache=None, v_cache=None, *, lengt
     unsupported = None
     if k_cache is not None and (k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1):
         unsupported = "the last dimension of a cache is not contiguous"
-    if _use_triton("rope_to_cache", q, k, v, k_cache, v_cache, unsupported=unsupported):
+    if use_kernel("rope_to_cache", q, k, v, k_cache, v_cache, unsupported=unsupported):
         from . import pointwise_triton
 
         return pointwise_triton.rope_to_cache(q, k, v, cos, sin, start, k_cache, v_cache, length, page_table)

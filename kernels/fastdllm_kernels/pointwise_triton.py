@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import on_device
+from .backend import chip_of, dense, on_device, pdl
 
 # A row of up to this many values is held in registers (32 fp32 a thread); a wider one is read twice.
 WIDEST_ROW = 16384
@@ -52,12 +52,14 @@ def rope_config(heads: int, kv_heads: int, half: int) -> RopeConfig:
 
 
 @triton.jit
-def _sum_at(x, residual, column, inside):
-    """x (+ residual, rounded to x's dtype) at these columns of a row."""
+def _sum_at(x, residual, column, inside, x_part, PARTS: tl.constexpr):
+    """x (+ residual, rounded to its dtype) at these columns of a row; x may lie in fp32 PARTS, rounded once added up."""
     value = tl.load(x + column, mask=inside, other=0)
+    for part in tl.static_range(1, PARTS):
+        value += tl.load(x + part * x_part + column, mask=inside, other=0)
     if residual is not None:
         added = tl.load(residual + column, mask=inside, other=0)
-        value = (value.to(tl.float32) + added.to(tl.float32)).to(value.dtype)
+        value = (value.to(added.dtype).to(tl.float32) + added.to(tl.float32)).to(added.dtype)
     return value
 
 
@@ -72,8 +74,12 @@ def _scale_and_store(value, scale, weight, y, total, column, inside):
 
 @triton.jit
 def rms_norm_kernel(
-    x, residual, weight, y, total, x_stride, residual_stride, width, eps, TILE: tl.constexpr, ONE_TILE: tl.constexpr
-):
+    x, residual, weight, y, total, x_stride, residual_stride, x_part, width, eps, TILE: tl.constexpr, ONE_TILE: tl.constexpr,
+    PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
     y += row * width
@@ -83,24 +89,28 @@ def rms_norm_kernel(
     column = tl.arange(0, TILE)
     if ONE_TILE:
         inside = column < width
-        value = _sum_at(x, residual, column, inside)
+        value = _sum_at(x, residual, column, inside, x_part, PARTS)
         as_float = value.to(tl.float32)
         scale = tl.rsqrt(tl.sum(as_float * as_float) / width + eps)
         _scale_and_store(value, scale, weight, y, total, column, inside)
     else:
         squares = tl.zeros([TILE], tl.float32)
         for first in range(0, width, TILE):
-            as_float = _sum_at(x, residual, first + column, first + column < width).to(tl.float32)
+            inside = first + column < width
+            as_float = _sum_at(x, residual, first + column, inside, x_part, PARTS).to(tl.float32)
             squares += as_float * as_float
         scale = tl.rsqrt(tl.sum(squares) / width + eps)
         for first in range(0, width, TILE):
             inside = first + column < width
-            value = _sum_at(x, residual, first + column, inside)
+            value = _sum_at(x, residual, first + column, inside, x_part, PARTS)
             _scale_and_store(value, scale, weight, y, total, first + column, inside)
 
 
 @triton.jit
-def swiglu_kernel(gate_up, y, stride, width, tiles, TILE: tl.constexpr):
+def swiglu_kernel(gate_up, y, stride, width, tiles, TILE: tl.constexpr, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     row = (program // tiles).to(tl.int64)
     column = (program % tiles) * TILE + tl.arange(0, TILE)
@@ -181,25 +191,25 @@ def rope_to_cache_kernel(
             tl.store(out + HALF, tl.load(value + HALF, mask=inside, other=0), mask=inside)
 
 
-def _rows(x):
+def rows_of(x):
     """x [..., C] as rows [N, C] whose values are contiguous; a copy only where no stride says it."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def rms_norm(x, weight, eps, residual=None):
-    """Launches `rms_norm_kernel`; see pointwise.rms_norm."""
-    width = x.shape[-1]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def rms_norm(x, weight, eps, residual=None, parts=1):
+    """Launches `rms_norm_kernel`; see pointwise.rms_norm. parts > 1: x is [parts, rows, C] fp32."""
+    width, like = x.shape[-1], x if residual is None else residual
+    y = torch.empty(like.shape, dtype=like.dtype, device=x.device)
     total = None if residual is None else torch.empty_like(y)
     if y.numel():
-        rows, config = _rows(x), rms_norm_config(width)
-        added = None if residual is None else _rows(residual)
+        rows, config, overlap = rows_of(x), rms_norm_config(width), chip_of(x.device).overlap
+        added = None if residual is None else rows_of(residual)
         with on_device(x):
-            rms_norm_kernel[(rows.shape[0],)](
-                rows, added, weight if weight.stride(0) == 1 else weight.contiguous(), y, total, rows.stride(0),
-                0 if added is None else added.stride(0), width, eps, TILE=config.tile, ONE_TILE=width <= config.tile,
-                num_warps=config.num_warps,
+            rms_norm_kernel[(y.numel() // width,)](
+                rows, added, dense(weight), y, total, rows.stride(0), 0 if added is None else added.stride(0), y.numel(), width,
+                eps, TILE=config.tile, ONE_TILE=width <= config.tile, PARTS=parts, OVERLAP=overlap, num_warps=config.num_warps,
+                **pdl(overlap),
             )
     return y if residual is None else (y, total)
 
@@ -209,11 +219,12 @@ def swiglu(gate_up):
     width = gate_up.shape[-1] // 2
     y = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
     if y.numel():
-        rows, config = _rows(gate_up), swiglu_config(width)
-        tiles = triton.cdiv(width, config.tile)
+        rows, config = rows_of(gate_up), swiglu_config(width)
+        tiles, overlap = triton.cdiv(width, config.tile), chip_of(gate_up.device).overlap
         with on_device(gate_up):
             swiglu_kernel[(rows.shape[0] * tiles,)](
-                rows, y, rows.stride(0), width, tiles, TILE=config.tile, num_warps=config.num_warps
+                rows, y, rows.stride(0), width, tiles, TILE=config.tile, OVERLAP=overlap, num_warps=config.num_warps,
+                **pdl(overlap),
             )
     return y
 
