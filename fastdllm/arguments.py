@@ -1,46 +1,17 @@
 """generate()'s arguments, checked before any work is done: every error names the argument, what was expected and what came."""
 
-import math
-
 import torch
 
 from fastdllm_kernels import Factor, Quota, Threshold
+from fastdllm_kernels.checks import choice, integer, number
+
+__all__ = ["CACHES", "check_rule", "choice", "integer", "number", "prompt_ids", "stop_tokens"]
 
 CACHES = ("none", "prefix", "dual")
 
 
-def integer(name: str, value, low: int, high: float = math.inf) -> int:
-    """`value` if it is an int in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if not low <= value <= high:
-        limit = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
-        raise ValueError(f"{name}: expected an int {limit}, got {value}")
-    return value
-
-
-def number(name: str, value, *, above: float = -math.inf, at_least: float = -math.inf, at_most: float = math.inf) -> float:
-    """`value` if it is a finite number inside the bounds."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not (above < value and at_least <= value <= at_most and math.isfinite(value)):
-        low = f"above {above}" if above > -math.inf else f"at least {at_least}"
-        raise ValueError(f"{name}: expected a finite number {low}{f', at most {at_most}' if at_most < math.inf else ''}, "
-                         f"got {value}")
-    return float(value)
-
-
-def choice(name: str, value, known: tuple[str, ...]) -> str:
-    """`value` if it is one of `known`."""
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-    return value
-
-
 def prompt_ids(prompts, vocab_size: int) -> list[torch.Tensor]:
     """The prompts as 1-D int64 CPU tensors, none empty, every id inside the vocabulary."""
-    if isinstance(prompts, torch.Tensor) and prompts.ndim != 2:
-        raise ValueError(f"prompts: expected a list of 1-D sequences or a [B, P] tensor, got shape {tuple(prompts.shape)}")
     if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__len__") or not hasattr(prompts, "__iter__"):
         raise TypeError(f"prompts: expected a list of id sequences or a [B, P] tensor, got {type(prompts).__name__}")
     if not len(prompts):
@@ -55,10 +26,8 @@ def _ids(name, prompt, vocab_size):
         ids = torch.as_tensor(prompt)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name}: expected a 1-D sequence of token ids, got {type(prompt).__name__}") from None
-    if ids.ndim != 1:
-        raise ValueError(f"{name}: expected a 1-D sequence of token ids, got shape {tuple(ids.shape)}")
-    if not ids.numel():
-        raise ValueError(f"{name}: expected at least one token, got none")
+    if ids.ndim != 1 or not ids.numel():
+        raise ValueError(f"{name}: expected a 1-D sequence of at least one token id, got shape {tuple(ids.shape)}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"{name}: expected integer token ids, got {ids.dtype}")
     ids = ids.to("cpu", torch.int64)

@@ -65,8 +65,8 @@ def generate(args):
     vanilla = Setting("none", fastdllm.Quota(args.block_length), "vanilla: cache none, one token a step")
     prompts = _prompts(args)
     model, tokenizer = load(args.model, args.device, args.dtype)
-    plain = args.json or args.no_color or bool(os.environ.get("NO_COLOR")) or not sys.stdout.isatty()
-    view = display.PlainView(quiet=args.json) if plain else display.LiveView()
+    plain = args.json or args.no_color or os.environ.get("NO_COLOR") or not sys.stdout.isatty()
+    view = display.View(None if plain else display.terminal(), quiet=args.json)
     encoded = [_encode(tokenizer, prompt, args.raw) for prompt in prompts]
     if args.compare or model.device.type == "cuda":
         # Kernels compile and threads start on their first use: that belongs to no run's time.
@@ -109,18 +109,16 @@ def info(args):
 def _parser():
     parser = _Parser(prog="fastdllm", description=fastdllm.__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    debug = argparse.ArgumentParser(add_help=False)
-    debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    both = argparse.ArgumentParser(add_help=False, parents=[debug])
-    both.add_argument("--json", action="store_true", help="print JSON objects and nothing else, one a prompt")
-    options = {"parents": [both], "allow_abbrev": False}
-    commands.add_parser("info", help="show versions, device and backend", **options).set_defaults(command=info)
-    command = commands.add_parser("eval", help="run lm-eval on a task", parents=[debug], allow_abbrev=False)
-    command.set_defaults(command=evaluate)
-    command.add_argument("task", metavar="TASK", help="a task of lm-eval, several with commas, or a task's YAML file")
-    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="lm-eval's arguments: --model_args ...")
-    command = commands.add_parser("generate", help="decode a prompt and show how", **options)
-    command.set_defaults(command=generate)
+    about = commands.add_parser("info", help="show versions, device and backend", allow_abbrev=False)
+    task = commands.add_parser("eval", help="run lm-eval on a task", allow_abbrev=False)
+    command = commands.add_parser("generate", help="decode a prompt and show how", allow_abbrev=False)
+    for parser_of, run in ((about, info), (task, evaluate), (command, generate)):
+        parser_of.set_defaults(command=run)
+        parser_of.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if run is not evaluate:
+            parser_of.add_argument("--json", action="store_true", help="print JSON objects and nothing else, one a prompt")
+    task.add_argument("task", metavar="TASK", help="a task of lm-eval, several with commas, or a task's YAML file")
+    task.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="lm-eval's arguments: --model_args ...")
     at_least_0 = _value(float, lambda value: 0 <= value < float("inf"), "a number >= 0")
     above_0 = _value(float, lambda value: 0 < value < float("inf"), "a number > 0")
     at_least_1 = _value(int, lambda value: value >= 1, "an integer >= 1")

@@ -1,7 +1,7 @@
 """What `fastdllm generate` shows: the canvas while it is denoised, and the lines that sum a run up.
 
-Two views with the same methods: `PlainView` prints text only (a pipe, a file, --no-color), `LiveView` draws frames with
-rich, which is imported only there. Neither knows how a run is made.
+A `View` prints text only (a pipe, a file, --no-color), or draws frames on a console of rich, which is imported only then. It
+knows nothing of how a run is made.
 """
 
 import re
@@ -20,42 +20,34 @@ def colour_of(score):
     return next((colour for floor, colour in COLOURS if score >= floor), "red")
 
 
-class PlainView:
-    """Text only: nothing while a run goes on, then what it wrote. `quiet` leaves even that out."""
+def terminal():
+    """A rich console on standard output."""
+    from rich.console import Console
 
-    def __init__(self, quiet=False):
-        self.quiet = quiet
+    return Console()
+
+
+class View:
+    """What a run prints: text only, or with a rich `console` also frames while it goes on; `quiet`: nothing at all."""
+
+    def __init__(self, console=None, quiet=False):
+        self.console, self.quiet = console, quiet
 
     def line(self, text="", style=""):
-        """Print one line; `style` is for the other view."""
-        if not self.quiet:
+        """Print one line, on a console in a rich style."""
+        if self.quiet:
+            return
+        if self.console is None:
             print(text, flush=True)
+        else:
+            self.console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def frames(self, tokenizer, prompt_length, gen_length, stop_ids):
-        """A run goes on inside; yields no frames, hence nothing that would have to be called at every step."""
-        yield None
-
-    def answer(self, text, frames):
-        """Print a finished run's text."""
-        self.line(text)
-
-
-class LiveView:
-    """Frames on a terminal: `console` is a rich Console, by default one on standard output."""
-
-    def __init__(self, console=None):
-        from rich.console import Console
-
-        self.console = console or Console()
-
-    def line(self, text="", style=""):
-        """Print one line in a rich style."""
-        self.console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-    @contextmanager
-    def frames(self, tokenizer, prompt_length, gen_length, stop_ids):
-        """Draw a run that goes on inside; yields Frames, whose `on_step` goes to generate, wiped at the end."""
+        """Draw a run that goes on inside, wiped at the end; yields Frames, or None: nothing to call at every step."""
+        if self.console is None:
+            yield None
+            return
         from rich.live import Live
 
         frames = Frames(tokenizer, prompt_length, gen_length, stop_ids)
@@ -64,9 +56,9 @@ class LiveView:
             yield frames
 
     def answer(self, text, frames):
-        """Print a finished run's text, in colours if its tokens, decoded one by one, spell it."""
-        coloured = frames.text()
-        self.line(coloured if coloured.plain == text else text)
+        """Print a finished run's text, in colours if there are frames whose tokens, decoded one by one, spell it."""
+        coloured = frames and frames.text()
+        self.line(coloured if coloured and coloured.plain == text else text)
 
 
 class Frames:

@@ -400,7 +400,7 @@ def test_frames_follow_what_is_committed():
     from rich.console import Console
 
     screen = io.StringIO()
-    view = display.LiveView(Console(file=screen, force_terminal=True, width=60, color_system="standard"))
+    view = display.View(Console(file=screen, force_terminal=True, width=60, color_system="standard"))
     tokenizer = SimpleNamespace(decode=lambda ids: "".join("?$ab"[i] for i in ids))
     with view.frames(tokenizer, prompt_length=3, gen_length=4, stop_ids=(1,)) as frames:
         assert frames.render().plain == display.MASK * 4 + "\nforward 0"

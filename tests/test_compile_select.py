@@ -8,7 +8,7 @@ import torch
 
 V = 126464
 SCORES = ("confidence", "margin", "entropy", "random")
-RULES = ("threshold", "factor", "quota", "quota_dream")
+RULES = ("threshold", "factor", "quota_even", "quota_dream")
 
 
 def cases():
@@ -17,9 +17,9 @@ def cases():
     yield from ((1, 32, V, bf16, rule, score, 0.0) for rule, score in zip(RULES, SCORES, strict=True))
     yield 1, 32, V, bf16, "threshold", "confidence", 0.5
     yield 1, 32, V, bf16, "quota_dream", "margin", 0.5
-    yield 32, 32, V, bf16, "threshold", "confidence", 0.0  # 1024 rows: tiles in a loop
+    yield from ((rows, 32, V, bf16, "threshold", "confidence", 0.0) for rows in (8, 32))  # more tiles a program
     yield 1, 256, V, torch.float32, "factor", "margin", 0.0  # ranks over the widest usual block
-    yield 1, 2048, 1024, torch.float16, "quota", "entropy", 0.0  # and over the widest of all
+    yield 1, 2048, 1024, torch.float16, "quota_even", "entropy", 0.0  # and over the widest of all
     yield 4, 1, 257, bf16, "threshold", "confidence", 0.0  # loads that cannot be wide
     if os.environ.get("FASTDLLM_COMPILE_ALL"):
         for dtype in (bf16, torch.float16, torch.float32):
@@ -31,9 +31,10 @@ def cases():
 
 def launches(arch):
     """Launch both ops as they would on that chip."""
+    from fastdllm_kernels.backend import Chip
     from fastdllm_kernels.select_triton import launch_confidence, launch_select, select_config
 
-    chip = compile_check.MULTIPROCESSORS[arch], arch >= 90
+    chip = Chip(compile_check.MULTIPROCESSORS[arch], compile_check.SHARED_LIMIT[arch], overlap=arch >= 90)
 
     def empty(*shape, dtype):
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -11,8 +11,10 @@ when lm-eval is asked to (--apply_chat_template), whatever the model is called.
 
 import functools
 import hashlib
+import itertools
 import json
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,7 +38,7 @@ class Harness:
         if options.mask_id not in (None, config.mask_id):
             raise ValueError(f"mask_id: expected the model's own, {config.mask_id}, got {options.mask_id}")
         self.max_length = min(options.max_length or config.max_positions, config.max_positions)
-        self.speed = {"answers": 0, "tokens": 0, "forwards": 0, "seconds": 0.0}
+        self.speed = Counter()  # answers, tokens, forwards, seconds
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict, additional_config=None):
@@ -74,25 +76,19 @@ class Harness:
     def generate_until(self, requests, disable_tqdm=False):
         from tqdm import tqdm
 
-        answers, store, groups = [None] * len(requests), Store(self.options), {}
-        for i, request in enumerate(requests):
-            key = store.key(*request.args)
-            answers[i] = store.found.get(key)
-            if answers[i] is None:
-                groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append((i, key))
-        with tqdm(total=sum(map(len, groups.values())), desc="fastdllm", disable=disable_tqdm) as bar:
-            for group in groups.values():
-                for first in range(0, len(group), self.options.batch_size):
-                    batch = group[first : first + self.options.batch_size]
-                    contexts, settings = zip(*(requests[i].args for i, _ in batch), strict=True)
-                    for (i, key), text in zip(batch, self._answer(contexts, settings[0], batch[0][0]), strict=True):
-                        answers[i] = text
-                        store.add(key, text)
-                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                    bar.update(len(batch))
+        store, size = Store(self.options), self.options.batch_size
+        keys = [store.key(*request.args) for request in requests]
+        missing = [i for i, key in enumerate(keys) if key not in store.found]
+        groups = [list(group) for _, group in itertools.groupby(missing, lambda i: requests[i].args[1])]
+        batches = [group[first : first + size] for group in groups for first in range(0, len(group), size)]
+        for batch in tqdm(batches, desc="fastdllm", disable=disable_tqdm):
+            contexts, settings = zip(*(requests[i].args for i in batch), strict=True)
+            for i, text in zip(batch, self._answer(contexts, settings[0], batch[0]), strict=True):
+                store.add(keys[i], text)
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
         if self.options.show_speed:
             print(self.speed_report(), file=sys.stderr)
-        return answers
+        return [store.found[key] for key in keys]
 
     def _answer(self, contexts, settings, index):
         """The answers to contexts that share their settings; row b draws as request `index` + b."""
@@ -117,14 +113,11 @@ class Harness:
         )  # fmt: skip
         texts = []
         for tokens, length in zip(done.tokens, done.prompt_lengths, strict=True):
-            written = tokens[length:].tolist()
-            written = written[: next((i for i, token in enumerate(written) if token in stops), len(written))]
+            written = list(itertools.takewhile(lambda token: token not in stops, tokens[length:].tolist()))
             text = self.tokenizer.decode(written, skip_special_tokens=True)
             texts.append(text[: min((text.find(stop) for stop in until if stop in text), default=None)])
             self.speed["tokens"] += len(written)
-        self.speed["answers"] += len(texts)
-        self.speed["forwards"] += int(done.nfe.sum())
-        self.speed["seconds"] += done.seconds
+        self.speed.update(answers=len(texts), forwards=int(done.nfe.sum()), seconds=done.seconds)
         return texts
 
     def speed_report(self) -> str:
@@ -142,21 +135,20 @@ class Harness:
         sums = []
         for request in requests:
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            # One position for the end-of-text that Dream's estimate adds.
-            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, 1)
-            pairs = [("", *make_disjoint_window(window)) for window in windows]
-            sums.append(sum(value for value, _ in self._loglikelihood_tokens(pairs, check_greedy=False)))
+            # Two positions are for the context and for the end-of-text that Dream's estimate adds.
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 2, 1)
+            sums.append(sum(self._estimate(*make_disjoint_window(window)) for window in windows))
         return sums
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False, check_greedy=None):
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False):
         from tqdm import tqdm
 
-        check_greedy = self.options.is_check_greedy if check_greedy is None else check_greedy
         results = []
         for _, context, target in tqdm(requests, desc="log-likelihoods", disable=disable_tqdm):
             target = target[-(self.max_length - 2) :]
             context = context[-max(1, self.max_length - len(target) - 1) :]
-            results.append((self._estimate(context, target), check_greedy and self._is_greedy(context, target)))
+            greedy = self.options.is_check_greedy and self._is_greedy(context, target)
+            results.append((self._estimate(context, target), greedy))
         return results
 
     @torch.no_grad()
@@ -222,10 +214,10 @@ class Store:
 
     def __init__(self, options: Options):
         self.settings = {name: value for name, value in asdict(options).items() if name not in NOT_IN_TEXT}
-        self.found, self.times, self.file = {}, {}, None
-        if options.resume is None:
+        self.found, self.times = {}, Counter()
+        self.file = options.resume and Path(options.resume) / "answers.jsonl"
+        if not self.file:
             return
-        self.file = Path(options.resume) / "answers.jsonl"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         lines = self.file.read_text(encoding="utf-8").split("\n")[:-1] if self.file.exists() else []
         self.found = dict(map(json.loads, lines))
@@ -235,11 +227,12 @@ class Store:
     def key(self, context, settings) -> str:
         """The name of this request; one asked for several times has several."""
         text = json.dumps([context, settings, self.settings], sort_keys=True)
-        self.times[text] = self.times.get(text, 0) + 1
+        self.times[text] += 1
         return hashlib.sha256(f"{text} {self.times[text]}".encode()).hexdigest()
 
     def add(self, key: str, text: str) -> None:
-        if self.file is not None:
+        self.found[key] = text
+        if self.file:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([key, text]) + "\n")
 

@@ -4,13 +4,14 @@ import sys
 from dataclasses import dataclass, fields
 
 import fastdllm
+from fastdllm_kernels.checks import choice
 
 ALIASES = {
     "model_path": "pretrained", "max_new_tokens": "gen_length", "diffusion_steps": "steps", "remasking": "score",
     "alg": "score", "save_dir": "resume",
 }  # fmt: skip
-SCORES = {"low_confidence": "confidence", "maskgit_plus": "confidence", "confidence_threshold": "confidence",
-          "topk_margin": "margin"}  # fmt: skip
+ALGS = {"confidence_threshold": "confidence", "entropy": "entropy", "maskgit_plus": "confidence", "topk_margin": "margin"}
+SCORES = {"low_confidence": "confidence", **ALGS}
 PUBLISHED = {"model_path", "max_new_tokens", "diffusion_steps", "remasking", "alg", "use_cache", "dual_cache"}
 # Taken where the value changes nothing here. Code that comes with a checkpoint is never run.
 INERT = {
@@ -82,13 +83,10 @@ def read_options(given: dict) -> Options:
         raise ValueError("use_cache: cache says it already, none, prefix or dual")
     use_cache, dual = given.pop("use_cache", False), given.pop("dual_cache", False)
     if dream:
-        alg = given.setdefault("alg", "entropy")
-        if alg == "confidence_threshold":
+        if choice("alg", given.setdefault("alg", "entropy"), tuple(ALGS)) == "confidence_threshold":
             given.setdefault("threshold", 0.9)
-        elif alg in ("entropy", "maskgit_plus", "topk_margin"):
-            given.pop("threshold", None)
         else:
-            raise ValueError(f"alg: expected confidence_threshold, entropy, maskgit_plus or topk_margin, got {alg!r}")
+            given.pop("threshold", None)
     options = {}
     for name, value in given.items():
         ours = ALIASES.get(name, name)

@@ -20,10 +20,11 @@ from typing import NamedTuple
 
 import torch
 
-from . import backend
+from . import backend, checks
 from .rules import Factor, Quota, Threshold
 
 SCORES = ("confidence", "margin", "entropy", "random")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Selection(NamedTuple):
@@ -129,30 +130,9 @@ def token_confidence_reference(
 ):
     """See `token_confidence`."""
     draw = dict(seed=seed, position=position)
-    partials = token_confidence_partials_reference(
-        logits, mask_id=mask_id, temperature=temperature, vocab_size=vocab_size, **draw
-    )
-    return merge_confidence_partials(
-        [partials], score=score, return_logsumexp=return_logsumexp, return_entropy=return_entropy,
-        return_margin=return_margin, **draw,
-    )
-
-
-def _compared(z, mask_id, temperature, seed, position, start=0):
-    """The logits [N, V] of what may be proposed, -inf elsewhere; and what the proposal is the largest of."""
-    offered = z.clone()
-    if mask_id is not None and 0 <= mask_id < z.shape[1]:
-        offered[:, mask_id] = -math.inf
-    if temperature == 0:
-        return offered, offered
-    noise = gumbel_noise(_seeds(seed, position), position, z.shape[1], start)
-    return offered, torch.where(offered == -math.inf, offered, offered * inverse(temperature) + noise)
-
-
-def _argmax(compared, mask_id):
-    """The lowest id of the largest entry; of a row of -inf the lowest that is not the mask."""
-    spare = int(mask_id == 0 and compared.shape[1] > 1)
-    return torch.where((compared == -math.inf).all(-1), spare, compared.argmax(-1))
+    returned = dict(return_logsumexp=return_logsumexp, return_entropy=return_entropy, return_margin=return_margin)
+    part = dict(mask_id=mask_id, temperature=temperature, vocab_size=vocab_size, **draw)
+    return merge_confidence_partials([token_confidence_partials_reference(logits, **part)], score=score, **draw, **returned)
 
 
 def inverse(temperature):
@@ -165,16 +145,24 @@ def token_confidence_partials_reference(
 ):
     """See `token_confidence_partials`."""
     z = logits[:, :vocab_size].float()
-    rows = torch.arange(len(z), device=z.device)
+    rows, vocab = torch.arange(len(z), device=z.device), z.shape[1]
     position = rows if position is None else position.to(torch.int64)
-    barred = None if mask_id is None else mask_id - vocab_start
-    offered, compared = _compared(z, barred, temperature, seed, position, vocab_start)
-    token_ids = _argmax(compared, barred)
+    barred = vocab if mask_id is None else mask_id - vocab_start
+    offered = z.clone()
+    if 0 <= barred < vocab:
+        offered[:, barred] = -math.inf
+    compared = offered
+    if temperature > 0:
+        noise = gumbel_noise(_seeds(seed, position), position, vocab, vocab_start)
+        compared = torch.where(offered == -math.inf, offered, offered * inverse(temperature) + noise)
+    # The lowest id of the largest; of a row of -inf the lowest that is not the mask.
+    spare = int(barred == 0 and vocab > 1)
+    token_ids = torch.where((compared == -math.inf).all(-1), spare, compared.argmax(-1))
     maximum = z.amax(-1)
     away = z - torch.where(maximum == -math.inf, 0, maximum)[:, None]
     power = torch.exp(away)
-    top = offered.topk(min(2, z.shape[1]), dim=-1).values
-    second = top[:, 1] if z.shape[1] > 1 else torch.full_like(maximum, -math.inf)
+    top = offered.topk(min(2, vocab), dim=-1).values
+    second = top[:, 1] if vocab > 1 else torch.full_like(maximum, -math.inf)
     return Partials(
         maximum, power.sum(-1), torch.where(power > 0, power * away, 0 * power).sum(-1), compared[rows, token_ids],
         offered[rows, token_ids], top[:, 0], second, token_ids + vocab_start, z.isnan().any(-1),
@@ -192,41 +180,29 @@ def merge_confidence_partials(
     """
     if not partials:
         raise ValueError("partials: expected at least one Partials, got none")
-    if score not in SCORES:
-        raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
+    checks.choice("score", score, SCORES)
     part = Partials(*(torch.stack(field) for field in zip(*partials, strict=True)))
-    maximum = part.maximum.amax(0)
-    away = part.maximum - torch.where(maximum == -math.inf, 0, maximum)
+    maximum, has_nan = part.maximum.amax(0), part.has_nan.any(0)
+    shift = torch.where(maximum == -math.inf, 0, maximum)
+    away = part.maximum - shift
     scale = torch.exp(away)
-    total = (part.total * scale).sum(0)
     moved = torch.where(part.maximum == -math.inf, 0, away)
     weighted = ((part.weighted + moved * part.total) * scale).sum(0)
     # 1 where nothing is above -inf, or where +inf takes all.
-    total = torch.where(maximum.isinf(), 1, total)
+    total = torch.where(maximum.isinf(), 1, (part.total * scale).sum(0))
     best = part.best.masked_fill(part.has_nan, math.inf)
-    tied = best == best.amax(0)
-    token_ids = torch.where(tied, part.token_ids, torch.iinfo(torch.int64).max).amin(0)
+    token_ids = torch.where(best == best.amax(0), part.token_ids, torch.iinfo(torch.int64).max).amin(0)
     logit = torch.where(part.token_ids == token_ids, part.logit, -math.inf).amax(0)
-    top = torch.cat([part.top, part.second]).topk(2, dim=0).values
-
-    def probability(z):
-        return torch.exp(z - torch.where(maximum == -math.inf, 0, maximum)) / total
-
-    has_nan = part.has_nan.any(0)
-    values = {
-        "confidence": probability(logit),
-        "margin": probability(top[0]) - probability(top[1]),
-        "entropy": torch.where(maximum == math.inf, math.nan, weighted / total - torch.log(total)),
-        "logsumexp": maximum + torch.log(total),
-    }
+    top, second = torch.cat([part.top, part.second]).topk(2, dim=0).values
+    probability, top, second = (torch.exp(z - shift) / total for z in (logit, top, second))
+    entropy = torch.where(maximum == math.inf, math.nan, weighted / total - torch.log(total))
+    values = {"confidence": probability, "margin": top - second, "entropy": entropy, "logsumexp": maximum + torch.log(total)}
     if score == "random":
         rows = torch.arange(len(maximum), device=maximum.device)
         values["random"] = uniform(_seeds(seed, rows), rows if position is None else position)
     values = {name: value.masked_fill(has_nan, math.nan) for name, value in values.items()}
-    return Confidence(
-        token_ids, values[score], values["logsumexp"] if return_logsumexp else None,
-        values["entropy"] if return_entropy else None, values["margin"] if return_margin else None,
-    )
+    returned = {"logsumexp": return_logsumexp, "entropy": return_entropy, "margin": return_margin}
+    return Confidence(token_ids, values[score], *(values[name] if want else None for name, want in returned.items()))
 
 
 def confidence_select_reference(
@@ -238,7 +214,7 @@ def confidence_select_reference(
     candidates = tokens == mask_id if candidates is None else candidates
     step = torch.zeros(rows, dtype=torch.int64, device=tokens.device) if step is None else step
     position = torch.arange(width, device=tokens.device).repeat(rows)
-    seeds = None if seed is None else _seeds(seed, torch.zeros_like(tokens[:, 0])).repeat_interleave(width)
+    seeds = None if seed is None else _seeds(seed, tokens[:, 0]).repeat_interleave(width)
     best = token_confidence_reference(
         logits.reshape(-1, vocab), mask_id=mask_id, score=score, temperature=temperature, seed=seeds, position=position,
         vocab_size=vocab_size,
@@ -274,19 +250,11 @@ LIBRARY.define(
     "Tensor(b!) token_ids, Tensor(c!) value, Tensor(d!) committed, Tensor(e!) remaining) -> ()"
 )
 LIBRARY.define(
-    "token_confidence(Tensor logits, int? mask_id, str score, float temperature, Tensor? seed, int seed_number, "
-    "Tensor? position, int vocab_size, bool entropy, bool margin) -> (Tensor token_ids, Tensor values)"
+    "token_confidence(Tensor logits, int? mask_id, str? score, float temperature, Tensor? seed, int seed_number, "
+    "Tensor? position, int vocab_size, int vocab_start, bool entropy, bool margin) "
+    "-> (Tensor token_ids, Tensor has_nan, Tensor values)"
 )
-LIBRARY.define(
-    "token_confidence_partials(Tensor logits, int? mask_id, float temperature, Tensor? seed, int seed_number, "
-    "Tensor? position, int vocab_size, int vocab_start) -> (Tensor token_ids, Tensor has_nan, Tensor values)"
-)
-RULES = {
-    "threshold": Threshold,
-    "factor": Factor,
-    "quota": Quota,
-    "quota_dream": lambda steps: Quota(steps, schedule="dream"),
-}
+RULES = {"threshold": Threshold, "factor": Factor, "quota": Quota}
 # One program ranks a row's block, its work growing with the square of the length; past this the reference does it.
 WIDEST_KERNEL = 2048
 
@@ -300,69 +268,52 @@ def _unsupported(logits):
     return None
 
 
-def _run_select(logits, tokens, candidates, mask_id, rule, parameter, number, score, temperature, seed, seed_number, vocab_size,
-                step, *results):  # fmt: skip
+def _run_select(*arguments):
+    logits, tokens, candidates, mask_id, rule, parameter, number, *options, step = arguments[:13]
     if backend.use_triton("confidence_select", logits, _unsupported(logits)):
         from .select_triton import launch_select
 
-        launch_select(logits, tokens, candidates, mask_id, rule, parameter, number, score, temperature, seed, seed_number,
-                      vocab_size, step, *results)  # fmt: skip
+        launch_select(*arguments)
         return
+    score, temperature, seed, seed_number, vocab_size = options
+    kind, *schedule = rule.split("_")
     if parameter is None:
-        parameter = int(number) if rule.startswith("quota") else number
-        parameter = torch.full(tokens.shape[:1], parameter, device=tokens.device)
+        parameter = int(number) if kind == "quota" else number
     selection = confidence_select_reference(
-        logits, tokens, mask_id=mask_id, rule=RULES[rule](parameter), candidates=candidates, score=score,
+        logits, tokens, mask_id=mask_id, rule=RULES[kind](parameter, *schedule), candidates=candidates, score=score,
         temperature=temperature, seed=seed_number if seed is None else seed, vocab_size=vocab_size, step=step,
     )
-    for result, value in zip(results, selection, strict=True):
+    for result, value in zip(arguments[13:], selection, strict=True):
         result.copy_(value)
 
 
-def _run_confidence(logits, mask_id, score, temperature, seed, seed_number, position, vocab_size, entropy, margin):
+def _run_confidence(*arguments):
+    """score None asks for the partials' numbers in `values`, otherwise they are score, log-sum-exp, entropy and margin."""
+    logits, mask_id, score, temperature, seed, seed_number, position, vocab_size, vocab_start = arguments[:9]
     if backend.use_triton("token_confidence", logits, _unsupported(logits)):
         from .select_triton import launch_confidence
 
-        token_ids, _, values = launch_confidence(logits, mask_id, score, temperature, seed, seed_number, position, vocab_size,
-                                                 0, entropy, margin)  # fmt: skip
-        return token_ids, values
-    token_ids, *values = token_confidence_reference(
-        logits, mask_id=mask_id, score=score, temperature=temperature, seed=seed_number if seed is None else seed,
-        position=position, vocab_size=vocab_size, return_logsumexp=True, return_entropy=True, return_margin=True,
+        return launch_confidence(*arguments)
+    draw = dict(seed=seed_number if seed is None else seed, position=position)
+    *values, token_ids, has_nan = partials = token_confidence_partials_reference(
+        logits, vocab_start=vocab_start, mask_id=mask_id, temperature=temperature, vocab_size=vocab_size, **draw
     )
-    return token_ids, torch.stack(values)
-
-
-def _run_partials(logits, mask_id, temperature, seed, seed_number, position, vocab_size, vocab_start):
-    if backend.use_triton("token_confidence_partials", logits, _unsupported(logits)):
-        from .select_triton import launch_confidence
-
-        return launch_confidence(logits, mask_id, None, temperature, seed, seed_number, position, vocab_size, vocab_start,
-                                 True, True)  # fmt: skip
-    *values, token_ids, has_nan = token_confidence_partials_reference(
-        logits, vocab_start=vocab_start, mask_id=mask_id, temperature=temperature,
-        seed=seed_number if seed is None else seed, position=position, vocab_size=vocab_size,
-    )
+    if score is not None:
+        returned = dict(return_logsumexp=True, return_entropy=True, return_margin=True)
+        token_ids, *values = merge_confidence_partials([partials], score=score, **draw, **returned)
     return token_ids, has_nan, torch.stack(values)
 
 
-def _fake_results(numbers, logits):
-    rows = logits.shape[0]
-    return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(numbers, rows, dtype=torch.float32)
+def _fake_confidence(logits, mask_id, score, *arguments):
+    rows, numbers = logits.shape[0], len(Partials._fields) - 2 if score is None else 4
+    sizes = {torch.int64: (rows,), torch.bool: (rows,), torch.float32: (numbers, rows)}
+    return tuple(logits.new_empty(size, dtype=dtype) for dtype, size in sizes.items())
 
 
-def _fake_partials(logits, *arguments):
-    token_ids, values = _fake_results(len(Partials._fields) - 2, logits)
-    return token_ids, logits.new_empty(logits.shape[0], dtype=torch.bool), values
-
-
-for name, run, fake in (
-    ("confidence_select", _run_select, lambda *arguments: None),
-    ("token_confidence", _run_confidence, lambda logits, *arguments: _fake_results(4, logits)),
-    ("token_confidence_partials", _run_partials, _fake_partials),
-):
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastdllm::{name}", fake, lib=LIBRARY)
+LIBRARY.impl("confidence_select", _run_select, "CompositeExplicitAutograd")
+LIBRARY.impl("token_confidence", _run_confidence, "CompositeExplicitAutograd")
+torch.library.register_fake("fastdllm::confidence_select", lambda *arguments: None, lib=LIBRARY)
+torch.library.register_fake("fastdllm::token_confidence", _fake_confidence, lib=LIBRARY)
 
 
 def confidence_select(
@@ -381,29 +332,19 @@ def confidence_select(
 
     Returns a Selection. Nothing is read back to the host. Raises TypeError for dtypes, ValueError for shapes and values.
     """
-    vocab_size = _check_logits(logits, 3, mask_id, score, temperature, seed, vocab_size)
-    if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64:
-        raise TypeError(f"tokens: expected an int64 tensor, got {getattr(tokens, 'dtype', type(tokens).__name__)}")
-    if tokens.shape != logits.shape[:2] or tokens.device != logits.device:
-        raise ValueError(f"tokens: expected [B, T] = {tuple(logits.shape[:2])} on {logits.device}, "
-                         f"got {tuple(tokens.shape)} on {tokens.device}")
+    vocab_size = _check_logits(logits, 3, mask_id, score, temperature, vocab_size)
+    checks.tensor("tokens", tokens, (torch.int64,), logits.shape[:2], logits.device)
     kind, parameter, number = _rule(rule, tokens)
-    if candidates is not None and getattr(candidates, "dtype", None) != torch.bool:
-        raise TypeError(f"candidates: expected a bool tensor, got {getattr(candidates, 'dtype', type(candidates).__name__)}")
-    if candidates is not None and (candidates.shape != tokens.shape or candidates.device != tokens.device):
-        raise ValueError(f"candidates: expected [B, T] = {tuple(tokens.shape)} on {tokens.device}, "
-                         f"got {tuple(candidates.shape)} on {candidates.device}")
-    seed, seed_number = _seed_arguments(seed, tokens)
-    step = _row_tensor("step", step, tokens, (torch.int64, torch.int32))
-    token_ids = torch.empty(tokens.shape, dtype=torch.int64, device=tokens.device)
-    value = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
-    committed = torch.empty(tokens.shape, dtype=torch.bool, device=tokens.device)
-    remaining = torch.empty(tokens.shape[:1], dtype=torch.int32, device=tokens.device)
+    checks.tensor("candidates", candidates, (torch.bool,), tokens.shape, tokens.device, optional=True)
+    seed, seed_number = _seed_arguments(seed, tokens, temperature > 0 or score == "random")
+    checks.tensor("step", step, (torch.int64, torch.int32), tokens.shape[:1], tokens.device, optional=True)
+    each = (tokens.new_empty(tokens.shape, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.bool))
+    selection = Selection(*each, tokens.new_empty(len(tokens), dtype=torch.int32))
     torch.ops.fastdllm.confidence_select(
         logits, tokens, candidates, mask_id, kind, parameter, number, score, float(temperature), seed, seed_number, vocab_size,
-        step, token_ids, value, committed, remaining,
+        step, *selection,
     )
-    return Selection(token_ids, value, committed, remaining)
+    return selection
 
 
 def token_confidence(
@@ -416,11 +357,11 @@ def token_confidence(
     position [N] int64 what a row's draws are counted by (default its index). Returns a Confidence: token_ids [N] int64, score
     [N] fp32 (NaN where the row holds a NaN), and on request the log-sum-exp, the negative entropy and the top-2 margin.
     """
-    vocab_size = _check_logits(logits, 2, mask_id, score, temperature, seed, vocab_size)
-    seed, seed_number = _seed_arguments(seed, logits)
-    position = _row_tensor("position", position, logits, (torch.int64,))
-    token_ids, values = torch.ops.fastdllm.token_confidence(
-        logits, mask_id, score, float(temperature), seed, seed_number, position, vocab_size, return_entropy, return_margin,
+    vocab_size = _check_logits(logits, 2, mask_id, score, temperature, vocab_size)
+    seed, seed_number = _seed_arguments(seed, logits, temperature > 0 or score == "random")
+    checks.tensor("position", position, (torch.int64,), logits.shape[:1], logits.device, optional=True)
+    token_ids, _, values = torch.ops.fastdllm.token_confidence(
+        logits, mask_id, score, float(temperature), seed, seed_number, position, vocab_size, 0, return_entropy, return_margin,
     )
     wanted = (True, return_logsumexp, return_entropy, return_margin)
     return Confidence(token_ids, *(value if want else None for value, want in zip(values, wanted, strict=True)))
@@ -436,88 +377,55 @@ def token_confidence_partials(
     merged proposals and draws are those of `token_confidence` on the whole. vocab_size: this part's entries past it are
     padding. Returns Partials. Raises as `token_confidence` does.
     """
-    if isinstance(vocab_start, bool) or not isinstance(vocab_start, int):
-        raise TypeError(f"vocab_start: expected an int, got {type(vocab_start).__name__}")
-    if vocab_start < 0 or vocab_start % 2:
-        raise ValueError(f"vocab_start: expected an even number >= 0, got {vocab_start}")
-    if mask_id is not None and (isinstance(mask_id, bool) or not isinstance(mask_id, int)):
-        raise TypeError(f"mask_id: expected an int, got {type(mask_id).__name__}")
-    vocab_size = _check_logits(logits, 2, None, "confidence", temperature, seed, vocab_size)
-    seed, seed_number = _seed_arguments(seed, logits)
-    position = _row_tensor("position", position, logits, (torch.int64,))
-    token_ids, has_nan, values = torch.ops.fastdllm.token_confidence_partials(
-        logits, mask_id, float(temperature), seed, seed_number, position, vocab_size, vocab_start,
+    if checks.integer("vocab_start", vocab_start, 0) % 2:
+        raise ValueError(f"vocab_start: expected an even number, got {vocab_start}")
+    if mask_id is not None:
+        checks.integer("mask_id", mask_id)
+    vocab_size = _check_logits(logits, 2, None, "confidence", temperature, vocab_size)
+    seed, seed_number = _seed_arguments(seed, logits, temperature > 0)
+    checks.tensor("position", position, (torch.int64,), logits.shape[:1], logits.device, optional=True)
+    token_ids, has_nan, values = torch.ops.fastdllm.token_confidence(
+        logits, mask_id, None, float(temperature), seed, seed_number, position, vocab_size, vocab_start, True, True,
     )
     return Partials(*values, token_ids, has_nan)
 
 
-def _check_logits(logits, ndim, mask_id, score, temperature, seed, vocab_size):
-    """Checks shared by both ops; returns the vocabulary size."""
-    shape = "[B, T, V]" if ndim == 3 else "[N, V]"
-    if not isinstance(logits, torch.Tensor) or logits.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        got = getattr(logits, "dtype", type(logits).__name__)
-        raise TypeError(f"logits: expected a float16, bfloat16 or float32 tensor, got {got}")
+def _check_logits(logits, ndim, mask_id, score, temperature, vocab_size):
+    """Checks shared by the ops; returns the vocabulary size."""
+    checks.tensor("logits", logits, FLOATS)
     if logits.ndim != ndim or not logits.numel():
+        shape = "[B, T, V]" if ndim == 3 else "[N, V]"
         raise ValueError(f"logits: expected a non-empty {shape}, got {tuple(logits.shape)}")
     vocab = logits.shape[-1]
-    for name, value, low, high in (("vocab_size", vocab_size, 1, vocab + 1), ("mask_id", mask_id, 0, vocab)):
-        if value is None and (name == "vocab_size" or ndim == 2):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-        if not low <= value < high:
-            raise ValueError(f"{name}: expected a value in [{low}, {high}), got {value}")
-    if mask_id is not None and vocab_size is not None and mask_id >= vocab_size:
-        raise ValueError(f"mask_id: expected a value below vocab_size = {vocab_size}, got {mask_id}")
-    if score not in SCORES:
-        raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature: expected a number, got {type(temperature).__name__}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
-    if seed is None and (temperature > 0 or score == "random"):
-        raise ValueError("seed: expected an int or a tensor where temperature > 0 or score is 'random', got None")
-    if seed is not None and not isinstance(seed, torch.Tensor) and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
-    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected a signed 64-bit number, got {seed}")
-    return vocab if vocab_size is None else vocab_size
+    vocab_size = vocab if vocab_size is None else checks.integer("vocab_size", vocab_size, 1, vocab)
+    if mask_id is not None or ndim == 3:
+        checks.integer("mask_id", mask_id, 0, vocab - 1)
+        if mask_id >= vocab_size:
+            raise ValueError(f"mask_id: expected a value below vocab_size = {vocab_size}, got {mask_id}")
+    checks.choice("score", score, SCORES)
+    checks.number("temperature", temperature, at_least=0)
+    return vocab_size
 
 
-def _row_tensor(name, value, rows, dtypes):
-    """`value` checked to hold one entry for each row; None stays None."""
-    if value is None:
-        return None
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {value.dtype}")
-    if value.shape != rows.shape[:1] or value.device != rows.device:
-        got = f"{tuple(value.shape)} on {value.device}"
-        raise ValueError(f"{name}: expected shape [{rows.shape[0]}] on {rows.device}, got {got}")
-    return value
-
-
-def _seed_arguments(seed, rows):
+def _seed_arguments(seed, rows, needed):
     """The seed as the ops take it: a checked tensor or None, and the number that stands where it is None."""
-    if isinstance(seed, int):
-        return None, seed
-    return _row_tensor("seed", seed, rows, (torch.int64,)), 0
+    if seed is None and needed:
+        raise ValueError("seed: expected an int or a tensor where temperature > 0 or score is 'random', got None")
+    if seed is None or isinstance(seed, torch.Tensor):
+        return checks.tensor("seed", seed, (torch.int64,), rows.shape[:1], rows.device, optional=True), 0
+    return None, checks.integer("seed", seed, -(2**63), 2**63 - 1)
 
 
 def _rule(rule, tokens):
     """The rule's name in the op, and its parameter as a checked tensor or None, and the number that stands where it is None."""
-    if isinstance(rule, Threshold):
-        kind, parameter, dtype = "threshold", rule.tau, torch.float32
-    elif isinstance(rule, Factor):
-        kind, parameter, dtype = "factor", rule.f, torch.float32
-    elif isinstance(rule, Quota):
-        kind = "quota" if rule.schedule == "even" else "quota_dream"
-        parameter, dtype = rule.steps, torch.int64
-    else:
+    kind = next((name for name, known in RULES.items() if isinstance(rule, known)), None)
+    if kind is None:
         raise TypeError(f"rule: expected Threshold, Factor or Quota, got {type(rule).__name__}")
-    if isinstance(parameter, torch.Tensor):
-        if parameter.shape != tokens.shape[:1]:
-            raise ValueError(f"rule: expected a parameter of shape [{tokens.shape[0]}], got {tuple(parameter.shape)}")
-        return kind, parameter.to(device=tokens.device, dtype=dtype), 0.0
-    return kind, None, float(parameter)
+    parameter, *schedule = vars(rule).values()  # a quota's schedule becomes part of its name
+    name = "_".join([kind, *schedule])
+    if not isinstance(parameter, torch.Tensor):
+        return name, None, float(parameter)
+    if parameter.shape != tokens.shape[:1]:
+        raise ValueError(f"rule: expected a parameter of shape [{tokens.shape[0]}], got {tuple(parameter.shape)}")
+    dtype = torch.int64 if kind == "quota" else torch.float32
+    return name, parameter.to(device=tokens.device, dtype=dtype), 0.0

@@ -9,32 +9,22 @@ program decides depends on no order of execution, so equal inputs give equal bit
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
-from .backend import on_device
+from .backend import Chip, chip_of, dense, on_device, pdl
 from .select import inverse
 
 # The fields of a record, in natural units: largest logit m, sum exp(z - m), sum exp(z - m)(z - m), what was compared of the
 # proposal (its logit, or logit / T + noise), its logit, and the two largest logits among what may be proposed.
-MAXIMUM = tl.constexpr(0)
-TOTAL = tl.constexpr(1)
-WEIGHTED = tl.constexpr(2)
-BEST = tl.constexpr(3)
-LOGIT = tl.constexpr(4)
-TOP = tl.constexpr(5)
-SECOND = tl.constexpr(6)
 FIELDS = 7
+MAXIMUM, TOTAL, WEIGHTED, BEST, LOGIT, TOP, SECOND = map(tl.constexpr, range(FIELDS))
 # The int32 ones: the proposal's id (NOTHING when no logit is above -inf), and 1 where a logit is NaN.
-TOKEN = tl.constexpr(0)
-NAN = tl.constexpr(1)
+TOKEN, NAN = map(tl.constexpr, range(2))
 
-NOTHING = tl.constexpr(2**31 - 1)
-INFINITY = tl.constexpr(float("inf"))
-LOG2E = tl.constexpr(1.4426950408889634)
+NOTHING, INFINITY, LOG2E = map(tl.constexpr, (2**31 - 1, float("inf"), 1.4426950408889634))
 # More than the largest noise there is: -ln E of the smallest E, 2^-65, is 45.06.
 NOISE_BOUND = tl.constexpr(45.25)
 
@@ -43,7 +33,8 @@ NOISE_BOUND = tl.constexpr(45.25)
 class SelectConfig:
     """How the scan is cut: `parts` programs to a row, each `tiles` tiles of tile_vocab logits.
 
-    overlap: the merge is launched while the scan runs and waits for it on the device (Hopper and later).
+    overlap: the scan is launched while what comes before it drains, the merge while the scan runs; each waits on the device
+    for what it reads (Hopper and later).
     """
 
     tile_vocab: int
@@ -53,28 +44,22 @@ class SelectConfig:
     overlap: bool = False
 
 
-def select_config(rows: int, vocab: int, chip: tuple[int, bool], draw: bool = False) -> SelectConfig:
-    """The cut for `rows` rows of `vocab` logits; chip: its multiprocessors, and whether launches may overlap. Pure."""
-    processors, overlap = chip
+def select_config(rows: int, vocab: int, chip: Chip, draw: bool = False) -> SelectConfig:
+    """The cut for `rows` rows of `vocab` logits; draw: the temperature is above 0. Pure."""
     # 32 logits a thread, 8 KB of bf16 in flight from each program, and about 64 registers a thread: eight programs share
     # a multiprocessor, 64 KB in flight on each, twice what its share of the bandwidth needs. Draws keep ten values alive
-    # for each logit, and are bound by arithmetic.
+    # for each logit, and are bound by arithmetic: two waves of eight.
     tile = min(1024 if draw else 4096, max(16, triton.next_power_of_2(vocab)))
     count = triton.cdiv(vocab, tile)
-    # Two waves of eight: a short last wave costs little, and 32 rows of a real vocabulary become one tile each, all read
-    # at once.
-    parts = min(count, triton.cdiv(16 * processors, rows))
-    tiles = triton.cdiv(count, parts)
-    return SelectConfig(tile, tiles, triton.cdiv(count, tiles), overlap=overlap)
-
-
-@lru_cache
-def chip_of(device: torch.device) -> tuple[int, bool]:
-    """What `select_config` asks of a device; the interpreter gains nothing from many programs."""
-    if device.type != "cuda":
-        return 1, False
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, torch.version.cuda is not None and properties.major >= 9
+    # Few rows: four programs a multiprocessor, all of one size and there at once, read as fast as eight and leave half the
+    # records to merge (H200, V 126464, 32 rows: 8.2 us with 16 parts of two tiles, 10.2 with 31 of one; 38 parts of V 152064
+    # would be merged as 64). Many rows: two and a half waves, so that a short last one costs little (256 rows: 26.7 us with
+    # 11 parts of three tiles, 29.4 with 8 of four; 1024 rows: 3 parts of 11).
+    few = rows * count <= 16 * chip.multiprocessors
+    programs = 16 if draw else 4 if few else 21
+    tiles = min(count, max(1, round(rows * count / (programs * chip.multiprocessors))))
+    parts = triton.cdiv(count, tiles)
+    return SelectConfig(tile, triton.cdiv(count, parts), parts, overlap=chip.overlap)
 
 
 @triton.jit
@@ -133,26 +118,6 @@ def _lowest_at(z, peak, start, barred, TILE: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _load_seed(seeds, seed_value, row):
-    """A row's 64-bit key: its entry of `seeds`, or the one number that all rows share."""
-    if seeds is None:
-        return tl.cast(seed_value, tl.int64)
-    else:
-        return tl.load(seeds + row)
-
-
-@triton.jit
-def _draw_position(positions, tokens, row, t):
-    """What a row's draws are counted by: its entry of `positions`, its place in the block, or its number."""
-    position = t
-    if positions is not None:
-        position = tl.load(positions + row)
-    elif tokens is None:
-        position = row.to(tl.int64)
-    return position.to(tl.uint32)
-
-
-@triton.jit
 def _add_tile(z, largest, maximum, total, weighted, ENTROPY: tl.constexpr):
     """The running maximum and sums, with a tile of logits added."""
     bound = tl.maximum(maximum, largest)
@@ -187,34 +152,50 @@ def _top_two(z, ids, start, barred, top, second, TILE: tl.constexpr, GROUP: tl.c
     return tl.maximum(top, peak), tl.maximum(tl.maximum(second, next_peak), tl.minimum(top, peak))
 
 
-@triton.jit(do_not_specialize=[
-    "vocab_start", "mask_id", "seed_value", "width", "token_b", "token_t", "candidate_b", "candidate_t",
-])
+@triton.jit
+def _store_fields(
+    floats, size, at, mask, maximum, total, weighted, best, logit, top, second, TWO: tl.constexpr, ENTROPY: tl.constexpr
+):
+    """The fp32 fields of records, at `at` of [FIELDS, size]."""
+    tl.store(floats + MAXIMUM * size + at, maximum, mask=mask)
+    tl.store(floats + TOTAL * size + at, total, mask=mask)
+    tl.store(floats + BEST * size + at, best, mask=mask)
+    tl.store(floats + LOGIT * size + at, logit, mask=mask)
+    if ENTROPY:
+        tl.store(floats + WEIGHTED * size + at, weighted, mask=mask)
+    if TWO:
+        tl.store(floats + TOP * size + at, top, mask=mask)
+        tl.store(floats + SECOND * size + at, second, mask=mask)
+
+
+@triton.jit(do_not_specialize=["vocab_start", "mask_id", "seed_value", "width", "token_b", "token_t"])
 def scan_kernel(
     logits, tokens, candidates, seeds, positions, floats, integers,
     stride_b, stride_t, vocab, vocab_start, mask_id, seed_value, inverse_temperature,
-    width, token_b, token_t, candidate_b, candidate_t,
+    width, token_b, token_t,
     DRAW: tl.constexpr, TWO: tl.constexpr, ENTROPY: tl.constexpr, TILE_VOCAB: tl.constexpr, TILES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, parts). DRAW: temperature > 0. TWO: the two largest logits are wanted. ENTROPY: so is its sum."""
     if OVERLAP:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row, part = tl.program_id(0), tl.program_id(1)
     b, t = (row // width).to(tl.int64), (row % width).to(tl.int64)
     if tokens is not None:
-        if candidates is not None:
-            wanted = tl.load(candidates + b * candidate_b + t * candidate_t) != 0
-        else:
-            wanted = tl.load(tokens + b * token_b + t * token_t) == mask_id
+        token_at = tokens + b * token_b + t * token_t
+        wanted = tl.load(token_at) == mask_id if candidates is None else tl.load(candidates + row) != 0
         if not wanted:
             return
     if DRAW:
-        seed, position = _load_seed(seeds, seed_value, b), _draw_position(positions, tokens, row, t)
+        seed = tl.cast(seed_value, tl.int64) if seeds is None else tl.load(seeds + b)
+        # What a row's draws are counted by: its place in the block, or else its number.
+        position = row.to(tl.int64) if tokens is None else t
+        if positions is not None:
+            position = tl.load(positions + row)
     source = logits + b * stride_b + t * stride_t
     lowest, zero = tl.full([], -INFINITY, tl.float32), tl.full([], 0.0, tl.float32)
-    maximum, best, logit, top, second = lowest, lowest, lowest, lowest, lowest
-    total, weighted = zero, zero
+    maximum, best, logit, top, second, total, weighted = lowest, lowest, lowest, lowest, lowest, zero, zero
     token, nan = tl.full([], NOTHING, tl.int32), tl.full([], 0, tl.int32)
     barred = _barred(mask_id, vocab_start)
     GROUP: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
@@ -233,7 +214,7 @@ def scan_kernel(
                 top, second = _top_two(z, start + lane, start, barred, top, second, TILE_VOCAB, GROUP)
         if DRAW:
             if largest * inverse_temperature + NOISE_BOUND > best:
-                compared = z * inverse_temperature + _gumbel(vocab_start + start, position, seed, TILE_VOCAB)
+                compared = z * inverse_temperature + _gumbel(vocab_start + start, position.to(tl.uint32), seed, TILE_VOCAB)
                 compared = tl.where((start + lane == barred) | (z == -INFINITY), -INFINITY, compared)
                 peak = tl.max(compared)
                 if peak > best:
@@ -245,61 +226,37 @@ def scan_kernel(
                 best, logit, token = peak, peak, at
     if total != total:  # a NaN, or an infinity
         for start in range(first, end, TILE_VOCAB):
-            z = tl.load(source + start + lane, mask=lane < vocab - start, other=0.0)
+            z = tl.load(source + start + lane, mask=lane < end - start, other=0.0)
             nan = tl.maximum(nan, tl.max((z != z).to(tl.int32)))
-    _store_record(floats, integers, row, part, maximum, total, weighted, best, logit, top, second, token, nan, TWO, ENTROPY)
-
-
-@triton.jit
-def _store_record(
-    floats, integers, row, part, maximum, total, weighted, best, logit, top, second, token, nan,
-    TWO: tl.constexpr, ENTROPY: tl.constexpr,
-):  # fmt: skip
     size = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
     record = row.to(tl.int64) * tl.num_programs(1) + part
-    tl.store(floats + MAXIMUM * size + record, maximum)
-    tl.store(floats + TOTAL * size + record, total)
-    tl.store(floats + BEST * size + record, best)
-    tl.store(floats + LOGIT * size + record, logit)
-    if ENTROPY:
-        tl.store(floats + WEIGHTED * size + record, weighted)
-    if TWO:
-        tl.store(floats + TOP * size + record, top)
-        tl.store(floats + SECOND * size + record, second)
+    _store_fields(floats, size, record, None, maximum, total, weighted, best, logit, top, second, TWO, ENTROPY)
     tl.store(integers + TOKEN * size + record, token)
     tl.store(integers + NAN * size + record, nan)
 
 
 @triton.jit
-def _merge_sums(floats, integers, at, mask, size, ENTROPY: tl.constexpr):
-    """(maximum, total, weighted, nan) of rows from their records at [rows, parts]."""
+def _merge(floats, integers, at, mask, size, barred, vocab, TWO: tl.constexpr, ENTROPY: tl.constexpr):
+    """A record's fields, token and nan for rows, from their records at [rows, parts]; equal bests: the lowest id."""
     maxima = tl.load(floats + MAXIMUM * size + at, mask=mask, other=-INFINITY)
     totals = tl.load(floats + TOTAL * size + at, mask=mask, other=0.0)
-    maximum = tl.max(maxima, 1)
+    bests = tl.load(floats + BEST * size + at, mask=mask, other=-INFINITY)
+    logits = tl.load(floats + LOGIT * size + at, mask=mask, other=-INFINITY)
+    tokens = tl.load(integers + TOKEN * size + at, mask=mask, other=NOTHING)
+    nan = tl.max(tl.load(integers + NAN * size + at, mask=mask, other=0), 1) > 0
+    maximum, best = tl.max(maxima, 1), tl.max(bests, 1)
     shift = tl.where(maximum == -INFINITY, 0.0, maximum)
     scale = tl.exp2((maxima - shift[:, None]) * LOG2E)
     total = tl.sum(totals * scale, 1)
-    weighted = tl.zeros_like(total)
+    weighted, top, second = tl.zeros_like(total), best, best
     if ENTROPY:
         sums = tl.load(floats + WEIGHTED * size + at, mask=mask, other=0.0)
         moved = tl.where(maxima == -INFINITY, 0.0, maxima - shift[:, None])
         weighted = tl.sum((sums + moved * totals) * scale, 1)
-    nan = tl.max(tl.load(integers + NAN * size + at, mask=mask, other=0), 1) > 0
-    return maximum, total, weighted, nan
-
-
-@triton.jit
-def _merge_best(floats, integers, at, mask, size, barred, vocab, TWO: tl.constexpr):
-    """(best, token, logit, top, second) of rows from their records at [rows, parts]; equal bests: the lowest id."""
-    bests = tl.load(floats + BEST * size + at, mask=mask, other=-INFINITY)
-    tokens = tl.load(integers + TOKEN * size + at, mask=mask, other=NOTHING)
-    logits = tl.load(floats + LOGIT * size + at, mask=mask, other=-INFINITY)
-    best = tl.max(bests, 1)
     token = tl.min(tl.where(bests == best[:, None], tokens, NOTHING), 1)
     logit = tl.max(tl.where(tokens == token[:, None], logits, -INFINITY), 1)
     # Nothing above -inf: the lowest id that is not the mask.
     token = tl.where(token == NOTHING, tl.where((barred == 0) & (vocab > 1), 1, 0), token)
-    top, second = best, best
     if TWO:
         tops = tl.load(floats + TOP * size + at, mask=mask, other=-INFINITY)
         seconds = tl.load(floats + SECOND * size + at, mask=mask, other=-INFINITY)
@@ -307,7 +264,7 @@ def _merge_best(floats, integers, at, mask, size, barred, vocab, TWO: tl.constex
         largest_record = tl.min(tl.where(tops == top[:, None], at, 2**62), 1)
         others = tl.where(at == largest_record[:, None], -INFINITY, tops)
         second = tl.max(tl.maximum(others, seconds), 1)
-    return best, token, logit, top, second
+    return maximum, total, weighted, best, logit, top, second, token, nan
 
 
 @triton.jit
@@ -319,14 +276,18 @@ def _probability(logit, maximum, total):
 
 
 @triton.jit
-def _negative_entropy(weighted, maximum, total):
-    return tl.where(maximum == INFINITY, float("nan"), weighted / total - tl.log(total))
-
-
-@triton.jit
-def _divisor(maximum, total):
-    """The sum to divide by: 1 where it is 0 (nothing above -inf) or a +inf takes all of it."""
-    return tl.where((maximum == INFINITY) | (maximum == -INFINITY), 1.0, total)
+def _scores(maximum, total, weighted, logit, top, second, SCORE: tl.constexpr):
+    """(score, log-sum-exp, entropy, margin) of rows; what is not used of them is not computed."""
+    # Divided by 1 where the sum is 0 (nothing above -inf) or a +inf takes all of it.
+    total = tl.where((maximum == INFINITY) | (maximum == -INFINITY), 1.0, total)
+    score = _probability(logit, maximum, total)
+    margin = _probability(top, maximum, total) - _probability(second, maximum, total)
+    entropy = tl.where(maximum == INFINITY, float("nan"), weighted / total - tl.log(total))
+    if SCORE == "margin":
+        score = margin
+    elif SCORE == "entropy":
+        score = entropy
+    return score, maximum + tl.log(total), entropy, margin
 
 
 @triton.jit
@@ -385,12 +346,11 @@ def _chosen(scores, able, parameter, step, RULE: tl.constexpr, WIDTH: tl.constex
 
 
 @triton.jit(do_not_specialize=[
-    "vocab", "mask_id", "seed_value", "parameter_value", "width", "parts", "token_b", "token_t", "candidate_b",
-    "candidate_t",
+    "vocab", "mask_id", "seed_value", "parameter_value", "width", "parts", "token_b", "token_t",
 ])
 def commit_kernel(
     tokens, candidates, seeds, steps, parameters, floats, integers, token_ids, values, committed, remaining,
-    vocab, mask_id, seed_value, parameter_value, width, parts, token_b, token_t, candidate_b, candidate_t,
+    vocab, mask_id, seed_value, parameter_value, width, parts, token_b, token_t,
     RULE: tl.constexpr, SCORE: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -399,42 +359,31 @@ def commit_kernel(
         tl.extra.cuda.gdc_wait()
     b = tl.program_id(0).to(tl.int64)
     t, part = tl.arange(0, WIDTH), tl.arange(0, PARTS)
-    inside = t < width
-    held = tl.load(tokens + b * token_b + t.to(tl.int64) * token_t, mask=inside, other=0)
+    inside, row = t < width, b * width + t
+    token_at = tokens + b * token_b + t.to(tl.int64) * token_t
+    held = tl.load(token_at, mask=inside, other=0)
+    candidate = inside & (held == mask_id)
     if candidates is not None:
-        candidate = tl.load(candidates + b * candidate_b + t.to(tl.int64) * candidate_t, mask=inside, other=0) != 0
-    else:
-        candidate = inside & (held == mask_id)
-
-    at = (b * width + t.to(tl.int64))[:, None] * parts + part[None, :]
+        candidate = tl.load(candidates + row, mask=inside, other=0) != 0
+    at = row[:, None] * parts + part[None, :]
     mask = part[None, :] < tl.where(candidate, parts, 0)[:, None]
     size = tl.num_programs(0).to(tl.int64) * width * parts
-    maximum, total, weighted, nan = _merge_sums(floats, integers, at, mask, size, SCORE == "entropy")
-    _, token, logit, top, second = _merge_best(floats, integers, at, mask, size, mask_id, vocab, SCORE == "margin")
-    total = _divisor(maximum, total)
-    if SCORE == "confidence":
-        score = _probability(logit, maximum, total)
-    elif SCORE == "margin":
-        score = _probability(top, maximum, total) - _probability(second, maximum, total)
-    elif SCORE == "entropy":
-        score = _negative_entropy(weighted, maximum, total)
-    else:
-        score = _uniform(t.to(tl.uint32), _load_seed(seeds, seed_value, b))
+    maximum, total, weighted, _, logit, top, second, token, nan = _merge(
+        floats, integers, at, mask, size, mask_id, vocab, SCORE == "margin", SCORE == "entropy")  # fmt: skip
+    score, _, _, _ = _scores(maximum, total, weighted, logit, top, second, SCORE)
+    if SCORE == "random":
+        score = _uniform(t.to(tl.uint32), seed_value if seeds is None else tl.load(seeds + b))
     score = tl.where(candidate, tl.where(nan, float("nan"), score), -INFINITY)
 
     broken = candidate & (score != score)
-    parameter, step = parameter_value, tl.full([], 0, tl.int64)
-    if parameters is not None:
-        parameter = tl.load(parameters + b)
-    if steps is not None:
-        step = tl.load(steps + b).to(tl.int64)
+    parameter = parameter_value if parameters is None else tl.load(parameters + b)
+    step = tl.full([], 0, tl.int64) if steps is None else tl.load(steps + b).to(tl.int64)
     commits = _chosen(score, candidate & (score == score), parameter, step, RULE, WIDTH, CHUNK)
     proposal = tl.where(candidate, token.to(tl.int64), held)
-    output = b * width + t
-    tl.store(token_ids + output, proposal, mask=inside)
-    tl.store(values + output, score, mask=inside)
-    tl.store(committed + output, commits, mask=inside)
-    tl.store(tokens + b * token_b + t.to(tl.int64) * token_t, proposal, mask=commits)
+    tl.store(token_ids + row, proposal, mask=inside)
+    tl.store(values + row, score, mask=inside)
+    tl.store(committed + row, commits, mask=inside)
+    tl.store(token_at, proposal, mask=commits)
     first_broken = tl.min(tl.where(broken, t, WIDTH))
     left = tl.sum((candidate & ~commits).to(tl.int32))
     tl.store(remaining + b, tl.where(first_broken < WIDTH, -1 - first_broken, left))
@@ -456,38 +405,24 @@ def merge_kernel(
     at = row[:, None] * parts + part[None, :]
     mask = part[None, :] < tl.where(inside, parts, 0)[:, None]
     size = parts * tl.cast(rows, tl.int64)
-    maximum, total, weighted, nan = _merge_sums(floats, integers, at, mask, size, ENTROPY)
     barred = _barred(mask_id, vocab_start)
-    best, token, logit, top, second = _merge_best(floats, integers, at, mask, size, barred, vocab, TWO)
+    maximum, total, weighted, best, logit, top, second, token, nan = _merge(
+        floats, integers, at, mask, size, barred, vocab, TWO, ENTROPY)  # fmt: skip
     tl.store(token_ids + row, token.to(tl.int64) + vocab_start, mask=inside)
-    output = values + row
+    tl.store(has_nan + row, nan, mask=inside)
     if SCORE is None:
-        tl.store(has_nan + row, nan, mask=inside)
-        tl.store(output + MAXIMUM * rows, maximum, mask=inside)
-        tl.store(output + TOTAL * rows, total, mask=inside)
-        tl.store(output + WEIGHTED * rows, weighted, mask=inside)
-        tl.store(output + BEST * rows, best, mask=inside)
-        tl.store(output + LOGIT * rows, logit, mask=inside)
-        tl.store(output + TOP * rows, top, mask=inside)
-        tl.store(output + SECOND * rows, second, mask=inside)
+        _store_fields(values, rows, row, inside, maximum, total, weighted, best, logit, top, second, TWO, ENTROPY)
     else:
-        total = _divisor(maximum, total)
-        score = _probability(logit, maximum, total)
-        entropy = _negative_entropy(weighted, maximum, total)
-        margin = _probability(top, maximum, total) - _probability(second, maximum, total)
-        if SCORE == "margin":
-            score = margin
-        elif SCORE == "entropy":
-            score = entropy
-        elif SCORE == "random":
+        score, lse, entropy, margin = _scores(maximum, total, weighted, logit, top, second, SCORE)
+        if SCORE == "random":
             seed = seed_value if seeds is None else tl.load(seeds + row, mask=inside, other=0)
             position = row if positions is None else tl.load(positions + row, mask=inside, other=0)
             score = _uniform(position.to(tl.uint32), seed)
         lost = float("nan")
-        tl.store(output, tl.where(nan, lost, score), mask=inside)
-        tl.store(output + rows, tl.where(nan, lost, maximum + tl.log(total)), mask=inside)
-        tl.store(output + 2 * rows, tl.where(nan, lost, entropy), mask=inside)
-        tl.store(output + 3 * rows, tl.where(nan, lost, margin), mask=inside)
+        tl.store(values + row, tl.where(nan, lost, score), mask=inside)
+        tl.store(values + rows + row, tl.where(nan, lost, lse), mask=inside)
+        tl.store(values + 2 * rows + row, tl.where(nan, lost, entropy), mask=inside)
+        tl.store(values + 3 * rows + row, tl.where(nan, lost, margin), mask=inside)
 
 
 def launch_select(
@@ -497,27 +432,28 @@ def launch_select(
     """Run both kernels of confidence_select into its results; `config` replaces what select_config picks."""
     rows, width = tokens.shape
     config = config or select_config(rows * width, vocab_size, chip_of(logits.device), temperature > 0)
-    strides = [*tokens.stride(), *((0, 0) if candidates is None else candidates.stride())]
-    seed, step, parameter = _dense(seed), _dense(step), _dense(parameter)
+    candidates, seed, step, parameter = map(dense, (candidates, seed, step, parameter))
     with on_device(logits):
+        numbers = (vocab_size, 0, mask_id, seed_number, inverse(temperature), width)
         floats, integers = _scan(
-            logits, tokens, candidates, seed, None, logits.stride()[:2], vocab_size, 0, mask_id, seed_number, temperature,
-            rows * width, width, strides, score == "margin", score == "entropy", config,
+            config, rows * width, (logits, tokens, candidates, seed, None), (*logits.stride()[:2], *numbers, *tokens.stride()),
+            DRAW=temperature > 0, TWO=score == "margin", ENTROPY=score == "entropy",
         )
         tile_width, tile_parts = triton.next_power_of_2(width), triton.next_power_of_2(config.parts)
         chunk = min(tile_width, max(1, 8192 // tile_width))
+        # Fused multiply-adds would round the rules' arithmetic unlike the reference.
         commit_kernel[(rows,)](
             tokens, candidates, seed, step, parameter, floats, integers, token_ids, values, committed, remaining,
-            vocab_size, mask_id, seed_number, number, width, config.parts, *strides,
+            vocab_size, mask_id, seed_number, number, width, config.parts, *tokens.stride(),
             RULE=rule, SCORE=score, WIDTH=tile_width, PARTS=tile_parts, CHUNK=chunk, OVERLAP=config.overlap,
-            num_warps=4 if tile_width <= 32 else 8 if tile_width <= 256 else 16, **_second(config),
+            num_warps=4 if tile_width <= 32 else 8 if tile_width <= 256 else 16, enable_fp_fusion=False, **pdl(config.overlap),
         )  # fmt: skip
 
 
 def launch_confidence(
     logits, mask_id, score, temperature, seed, seed_number, position, vocab_size, vocab_start, entropy, margin, config=None
 ):
-    """Run both kernels of token_confidence: (token_ids [N], has_nan [N] or None, values [4 or FIELDS, N]).
+    """Run both kernels of token_confidence: (token_ids [N], has_nan [N], values [4 or FIELDS, N]).
 
     score None asks for merged records (FIELDS values), otherwise the values are score, log-sum-exp, entropy, margin.
     """
@@ -526,44 +462,31 @@ def launch_confidence(
     entropy, margin = entropy or score in (None, "entropy"), margin or score in (None, "margin")
     config = config or select_config(rows, vocab_size, chip_of(logits.device), temperature > 0)
     token_ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    has_nan = torch.empty(rows, dtype=torch.bool, device=logits.device) if score is None else None
+    has_nan = torch.empty(rows, dtype=torch.bool, device=logits.device)
     values = torch.empty(FIELDS if score is None else 4, rows, dtype=torch.float32, device=logits.device)
-    seed, position = _dense(seed), _dense(position)
+    seed, position = dense(seed), dense(position)
     with on_device(logits):
+        numbers = (logits.stride(0), 0, vocab_size, vocab_start, mask_id, seed_number, inverse(temperature), 1, 0, 0)
         floats, integers = _scan(
-            logits, None, None, seed, position, (logits.stride(0), 0), vocab_size, vocab_start, mask_id, seed_number,
-            temperature, rows, 1, [0] * 4, margin, entropy, config,
+            config, rows, (logits, None, None, seed, position), numbers, DRAW=temperature > 0, TWO=margin, ENTROPY=entropy
         )
         tile_parts = triton.next_power_of_2(config.parts)
         tile_rows = max(1, min(triton.next_power_of_2(rows), 512 // tile_parts))
         merge_kernel[(triton.cdiv(rows, tile_rows),)](
             floats, integers, seed, position, token_ids, has_nan, values, rows, config.parts, vocab_size, vocab_start,
             mask_id, seed_number, SCORE=score, TWO=margin, ENTROPY=entropy, TILE_ROWS=tile_rows, PARTS=tile_parts,
-            OVERLAP=config.overlap, num_warps=4, **_second(config),
+            OVERLAP=config.overlap, num_warps=4, enable_fp_fusion=False, **pdl(config.overlap),
         )  # fmt: skip
     return token_ids, has_nan, values
 
 
-def _scan(logits, tokens, candidates, seed, position, row_strides, vocab, vocab_start, mask_id, seed_number, temperature,
-          rows, width, strides, two, entropy, config):  # fmt: skip
-    """Launch the scan; returns the workspace of records."""
+def _scan(config, rows, tensors, numbers, **flags):
+    """Launch the scan with its arguments but for the workspace of records; returns that."""
     # From PyTorch's allocator, which keeps apart what streams and captured graphs still use.
-    floats = torch.empty(FIELDS, rows, config.parts, dtype=torch.float32, device=logits.device)
-    integers = torch.empty(2, rows, config.parts, dtype=torch.int32, device=logits.device)
+    floats = torch.empty(FIELDS, rows, config.parts, dtype=torch.float32, device=tensors[0].device)
+    integers = torch.empty(2, rows, config.parts, dtype=torch.int32, device=tensors[0].device)
     scan_kernel[(rows, config.parts)](
-        logits, tokens, candidates, seed, position, floats, integers, *row_strides, vocab, vocab_start, mask_id, seed_number,
-        inverse(temperature), width, *strides, DRAW=temperature > 0, TWO=two, ENTROPY=entropy,
-        TILE_VOCAB=config.tile_vocab, TILES=config.tiles, OVERLAP=config.overlap,
-        num_warps=config.num_warps, enable_fp_fusion=True,
+        *tensors, floats, integers, *numbers, **flags, TILE_VOCAB=config.tile_vocab, TILES=config.tiles, OVERLAP=config.overlap,
+        num_warps=config.num_warps, enable_fp_fusion=True, **pdl(config.overlap),
     )  # fmt: skip
     return floats, integers
-
-
-def _second(config):
-    """Options of the launch after the scan. Fused multiply-adds would round the rules' arithmetic unlike the reference."""
-    options = {"enable_fp_fusion": False}
-    return {**options, "launch_pdl": True} if config.overlap else options
-
-
-def _dense(tensor):
-    return None if tensor is None else tensor.contiguous()

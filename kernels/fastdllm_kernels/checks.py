@@ -1,0 +1,45 @@
+"""Checks of arguments: each returns the value, or raises what names the argument, what was expected and what came."""
+
+import math
+
+import torch
+
+
+def integer(name: str, value, low: float = -math.inf, high: float = math.inf) -> int:
+    """`value` if it is an int in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        limit = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise ValueError(f"{name}: expected an int {limit}, got {value}")
+    return value
+
+
+def number(name: str, value, *, above: float = -math.inf, at_least: float = -math.inf, at_most: float = math.inf) -> float:
+    """`value` if it is a finite number inside the bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not (above < value and at_least <= value <= at_most and math.isfinite(value)):
+        low = f"above {above}" if above > -math.inf else f"at least {at_least}"
+        high = f", at most {at_most}" if at_most < math.inf else ""
+        raise ValueError(f"{name}: expected a finite number {low}{high}, got {value}")
+    return float(value)
+
+
+def choice(name: str, value, known: tuple[str, ...]) -> str:
+    """`value` if it is one of `known`."""
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    return value
+
+
+def tensor(name: str, value, dtypes: tuple, shape=None, device=None, *, optional: bool = False):
+    """`value` if it is a tensor of one of `dtypes`, and of this shape on this device where they are given."""
+    if value is None and optional:
+        return None
+    if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected a tensor of {wanted}, got {getattr(value, 'dtype', type(value).__name__)}")
+    if shape is not None and (value.shape != shape or value.device != device):
+        raise ValueError(f"{name}: expected shape {tuple(shape)} on {device}, got {tuple(value.shape)} on {value.device}")
+    return value
