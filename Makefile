@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-integrations lint bench gpu-test
+.PHONY: demo test test-integrations lint bench bench-e2e gpu-test
 
 demo: $(VENV)/installed
 	@$(RUN) -m fastdllm generate --compare --demo
@@ -30,6 +30,10 @@ gpu-test: $(VENV)/test-tools
 bench: $(VENV)/bench-tools
 	$(RUN) -m pytest bench --benchmark --benchmark-json=bench/results/kernels.json
 	$(RUN) bench/report.py bench/results/kernels.json --plots bench/results
+
+# Whole requests at real shapes; ends at once where bench/results/end-to-end-<gpu>.json holds everything.
+bench-e2e: $(VENV)/bench-tools
+	$(RUN) bench/end_to_end.py
 
 # A virtual environment of a virtual environment does not see its packages; a .pth file shows them to it.
 $(VENV)/python:

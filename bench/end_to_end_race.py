@@ -1,0 +1,360 @@
+"""The request shapes, the ways of decoding them, and how they are checked and timed against each other."""
+
+from __future__ import annotations
+
+import gc
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+
+import plain
+import timing
+import torch
+
+from fastdllm import Quota, generate, graph
+from fastdllm.config import ModelConfig
+from fastdllm.decode import Decoder
+from fastdllm.model import DiffusionTransformer, initialize
+
+BLOCK = 32
+TURNS = 3
+WAY_SECONDS = 6.0  # after this a way takes no further turn in its cell
+HEADLINE_SECONDS = 15.0  # the same, where whole requests are decoded
+HEAVY_SECONDS = 0.5  # a block that takes longer is measured at fewer steps
+FIT_STEPS, HEAVY_STEPS, WHOLE_STEPS = (4, 16), (2, 5), (4, 5)  # forwards a block
+
+LLADA_8B = ModelConfig(
+    family="llada", hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, intermediate_size=12288,
+    vocab_size=126464, max_positions=4096, rope_theta=500000.0, rms_norm_eps=1e-5, mask_id=126336, stop_ids=(126081,),
+    qkv_bias=False, tie_embeddings=False, logit_shift=0, rope_in_fp32=True,
+)  # fmt: skip
+DREAM_7B = ModelConfig(
+    family="Dream", hidden_size=3584, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128, intermediate_size=18944,
+    vocab_size=152064, max_positions=4096, rope_theta=1000000.0, rms_norm_eps=1e-6, mask_id=151666, stop_ids=(151643,),
+    qkv_bias=True, tie_embeddings=False, logit_shift=1, rope_in_fp32=False,
+)  # fmt: skip
+TINY = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 96,
+        "vocab_size": 96, "max_positions": 256, "mask_id": 90, "stop_ids": (91,)}  # fmt: skip
+MODELS = {"llada": LLADA_8B, "dream": DREAM_7B}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What is measured on this machine.
+
+    names: of the models. canvases: length -> generated positions. headline: its canvas. changes: of the real configurations.
+    sample: about how many seconds a timed run takes, by the number of blocks in it.
+    """
+
+    names: dict[str, str]
+    canvases: dict[int, int]
+    rows: tuple[int, ...]
+    headline: int
+    dtype: torch.dtype
+    changes: dict
+    sample: float
+
+
+REAL = Scale({"llada": "LLaDA-8B", "dream": "Dream-7B"}, {512: 256, 1280: 1024, 2048: 1024}, (1, 4, 8, 16, 32), 2048,
+             torch.bfloat16, {}, 0.3)  # fmt: skip
+SMOKE = Scale({"llada": "tiny LLaDA", "dream": "tiny Dream"}, {160: 128}, (1, 2), 160, torch.float32, TINY, 0.02)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of decoding. peer: bench/plain.py instead of `generate`; captured: generate's `graph`."""
+
+    name: str
+    cache: str
+    peer: bool = False
+    captured: bool = False
+
+
+WAYS = (
+    Way("vanilla", "none", peer=True),
+    Way("vanilla, our selection", "none"),
+    Way("plain prefix", "prefix", peer=True),
+    Way("plain dual", "dual", peer=True),
+    Way("prefix eager", "prefix"),
+    Way("prefix captured", "prefix", captured=True),
+    Way("dual eager", "dual"),
+    Way("dual captured", "dual", captured=True),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A request shape: `rows` prompts of canvas - gen_length tokens, gen_length masks after each."""
+
+    model: str
+    canvas: int
+    gen_length: int
+    rows: int
+
+    @property
+    def blocks(self):
+        return self.gen_length // BLOCK
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One timed run: what it did (a vanilla forward counts as a refresh), and the seconds it took."""
+
+    refreshes: int
+    cached_steps: int
+    seconds: float
+
+
+class Enough(Exception):
+    """Raised inside a run that has done as much as it was asked for."""
+
+
+class Subject:
+    """A model of a real shape with random weights on the GPU, and the peer on the same weights."""
+
+    def __init__(self, key, scale, device):
+        self.name, self.sample, config = scale.names[key], scale.sample, replace(MODELS[key], **scale.changes)
+        with torch.device("meta"):
+            model = DiffusionTransformer(config)
+        model = initialize(model.to(scale.dtype).to_empty(device=device), seed=0).requires_grad_(False).eval()
+        model.lm_head.weight[config.mask_id] = 0  # the published code never ends once it proposes a mask
+        self.model, self.config, self.plain = model, config, plain.Plain(model)
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        generator = torch.Generator().manual_seed(0)
+        shape = max(scale.rows), max(scale.canvases)
+        self.prompts = torch.randint(min(config.mask_id, *config.stop_ids), shape, generator=generator)
+
+    @torch.no_grad()
+    def logits_error(self):
+        """How far the peer's logits are from the model's, relative to their size."""
+        tokens = self.prompts[:1, :64].to(self.model.device)
+        ours, theirs = self.model.head(self.model.hidden_states(tokens)), self.plain.forward(tokens)[0]
+        return float((ours.float() - theirs.float()).norm() / ours.float().norm())
+
+    def decode(self, way, rows, prompt_length, gen_length, steps, stop_after=None):
+        """(canvas, or None where it was left early; refreshes; cached steps) of one run at `steps` forwards a block.
+
+        stop_after: leave after so many blocks; with the prefix cache only.
+        """
+        prompts = self.prompts[:rows, :prompt_length]
+        options = {"gen_length": gen_length, "block_length": BLOCK, "cache": way.cache}
+        if way.peer:
+            return plain.decode(self.plain, prompts.to(self.model.device), steps=steps, stop_after=stop_after, **options)
+        with self._leaving_after(stop_after):
+            done = generate(self.model, prompts, rule=Quota(steps), stop_ids=(), graph=way.captured, **options)
+            return torch.stack(done.tokens), int(done.refreshes[0]), int(done.cached_steps[0])
+        return None, stop_after, stop_after * (steps - 1)
+
+    @contextmanager
+    def _leaving_after(self, count):
+        """Leave `generate` at the start of refresh number count + 1, everything before it done; None: never."""
+        if count is None:
+            yield
+            return
+        forward, kept, calls = Decoder._forward, graph._workspaces.get(self.model), 0
+
+        def counted(decoder, rows, whole):
+            nonlocal calls
+            calls += whole
+            if calls > count:
+                raise Enough
+            return forward(decoder, rows, whole)
+
+        Decoder._forward = counted
+        try:
+            yield
+        except Enough:
+            if kept is not None:  # a call that fails gives up the captured steps: this one did not fail
+                graph._workspaces[self.model] = kept
+        finally:
+            Decoder._forward = forward
+
+    def timed(self, way, cell, steps, blocks=None) -> Sample:
+        """The whole request, or `blocks` blocks of it at `steps` forwards each; without a cache, `steps` forwards."""
+        gen_length, stop_after = cell.gen_length, None
+        if way.cache == "prefix" and blocks is not None and blocks < cell.blocks:
+            gen_length, stop_after = gen_length - (cell.blocks - blocks) // 2 * BLOCK, blocks
+        elif blocks is not None:
+            gen_length = blocks * BLOCK
+        synchronize()
+        began = time.perf_counter()
+        _, refreshes, cached = self.decode(way, cell.rows, cell.canvas - gen_length, gen_length, steps, stop_after)
+        synchronize()
+        return Sample(refreshes, cached, time.perf_counter() - began)
+
+
+def synchronize():
+    if timing.ON_GPU:
+        torch.cuda.synchronize()
+
+
+def tidy():
+    """Give back the GPU memory that the last way left."""
+    if timing.ON_GPU:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def check(subject, way, cell):
+    """Decode the last two blocks, compiling and capturing what is needed: (canvas, peak bytes, what is wrong or None)."""
+    graph.clear(subject.model)
+    tidy()
+    if timing.ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+    steps = 2 if way.cache == "none" else 4
+    canvas, *forwards = subject.decode(way, cell.rows, cell.canvas - 2 * BLOCK, 2 * BLOCK, steps)
+    peak = torch.cuda.max_memory_allocated() if timing.ON_GPU else None
+    canvas, scripted = canvas.cpu(), [4, 0] if way.cache == "none" else [2, 6]
+    wrong = None
+    if forwards != scripted:
+        wrong = f"{forwards[0]} whole and {forwards[1]} cached forwards, {scripted[0]} and {scripted[1]} were scripted"
+    elif (canvas == subject.config.mask_id).any():
+        wrong = "masks were left"
+    elif not torch.equal(canvas[:, : -2 * BLOCK], subject.prompts[: cell.rows, : cell.canvas - 2 * BLOCK]):
+        wrong = "the prompt was changed"
+    elif way.captured and way.cache == "dual" and timing.ON_GPU and not captured_steps(subject.model):
+        wrong = "no step was captured"
+    return canvas, peak, wrong
+
+
+def captured_steps(model):
+    """How many captured steps the model keeps."""
+    space = graph._workspaces.get(model)
+    return len(space.steps) if space else 0
+
+
+def prepare(subject, cell):
+    """{way name: row}, and {way: its plan} of the ways that are fit to be timed; a plan is [(steps, blocks or None), ...]."""
+    rows, plans, canvases = {}, {}, {}
+    for way in WAYS:
+        row = rows[way.name] = asdict(cell) | {"way": way.name, "cache": way.cache, "peer": way.peer, "captured": way.captured}
+        row |= {"weight_bytes": subject.weight_bytes, "cache_bytes": cache_bytes(subject, way, cell)}
+        try:
+            canvases[way], row["peak_bytes"], wrong = check(subject, way, cell)
+        except torch.OutOfMemoryError:
+            row["absent"] = "out of memory"
+            continue
+        eager = replace(way, name=f"{way.cache} eager", captured=False)
+        wrong = wrong or (way.captured and eager in canvases and difference(canvases[way], canvases[eager]))
+        if wrong:
+            row["wrong"] = wrong
+            del canvases[way]
+    for way in canvases:  # only now, for every check frees what the captured ways keep
+        peer = next((other for other in canvases if other.peer and other.cache == way.cache), None)
+        if peer and not way.peer:
+            rows[way.name]["tokens_as_peer"] = (canvases[way] == canvases[peer])[:, -2 * BLOCK :].float().mean().item()
+        try:
+            plans[way] = plan(subject, way, cell)
+        except torch.OutOfMemoryError:
+            rows[way.name]["absent"] = "out of memory"
+    return rows, plans
+
+
+def difference(ours, twin):
+    """What is wrong where captured and eager decoding differ; None where they do not."""
+    differing = int((ours[:, -2 * BLOCK :] != twin[:, -2 * BLOCK :]).sum())
+    return f"{differing} of {ours.shape[0] * 2 * BLOCK} tokens differ from those of eager decoding" if differing else None
+
+
+def plan(subject, way, cell):
+    """How a way is timed, from how long a block (a forward, without a cache) takes: about `sample` a run."""
+    if way.cache == "none":
+        seconds = subject.timed(way, cell, 2, 1).seconds / 2
+        return [(max(2, min(BLOCK // 2, int(2 * subject.sample / seconds))), 1)]
+    block = subject.timed(way, cell, FIT_STEPS[0], 1).seconds
+    chosen = HEAVY_STEPS if block > HEAVY_SECONDS else FIT_STEPS
+    for steps in chosen:
+        subject.timed(way, cell, steps, 1)  # whatever is made once for a rule is made here
+    return [(steps, max(1, min(cell.blocks, int(subject.sample / block)))) for steps in chosen]
+
+
+def race(subject, cell, plans, limit):
+    """{way: {(steps, blocks): [Sample, ...]}}: the ways take turns, a slow one fewer of them; no entry: out of memory."""
+    samples = {way: {what: [] for what in plans[way]} for way in plans}
+    spent = dict.fromkeys(plans, 0.0)
+    for turn in range(TURNS):
+        for way in list(samples):
+            if turn and spent[way] * (turn + 1) / turn > limit:
+                continue
+            try:
+                for what in plans[way]:
+                    samples[way][what].append(subject.timed(way, cell, *what))
+                    spent[way] += samples[way][what][-1].seconds
+            except torch.OutOfMemoryError:
+                del samples[way]
+            if way not in samples:
+                tidy()
+    return samples
+
+
+def fit(measured):
+    """Least squares over measured runs, errors relative: (ms of a refresh, ms of a cached step or None, largest error)."""
+    counts = torch.tensor([[m["refreshes"], m["cached_steps"]] for m in measured], dtype=torch.float64)
+    seconds = torch.tensor([m["seconds"] for m in measured], dtype=torch.float64)
+    counts = counts if counts[:, 1].any() else counts[:, :1]
+    scaled = counts / seconds[:, None]
+    solution = torch.linalg.lstsq(scaled, torch.ones_like(seconds)[:, None]).solution[:, 0]
+    error = float((scaled @ solution - 1).abs().max())
+    refresh, *step = (1e3 * solution).tolist()
+    return refresh, step[0] if step else None, error
+
+
+def measure_cell(subject, cell, limits, headline):
+    """The rows of one cell, one for each way."""
+    rows, plans = prepare(subject, cell)
+    if headline:
+        for way in plans:
+            if way.cache == "dual":
+                subject.timed(way, cell, WHOLE_STEPS[1], 1)
+                plans[way] += [(steps, None) for steps in WHOLE_STEPS]
+    tidy()
+    raced = race(subject, cell, plans, HEADLINE_SECONDS if headline else WAY_SECONDS)
+    for way in plans.keys() - raced.keys():
+        rows[way.name]["absent"] = "out of memory"
+    for way, by_plan in raced.items():
+        row = rows[way.name]
+        row["measured"] = [
+            {"steps": steps, "blocks": blocks, "refreshes": taken[0].refreshes, "cached_steps": taken[0].cached_steps,
+             "seconds": median(sample.seconds for sample in taken), "samples": len(taken)}
+            for (steps, blocks), taken in by_plan.items()
+        ]  # fmt: skip
+        row["ms_refresh"], row["ms_step"], row["fit_error"] = fit(row["measured"])
+        row |= floors(subject.config, cell, way.cache, limits)
+    for row in rows.values():
+        row["headline"] = headline
+    return list(rows.values())
+
+
+def cache_bytes(subject, way, cell):
+    """Keys and values of the whole canvas; nothing without a cache."""
+    config = subject.config
+    position = config.num_layers * 2 * config.num_kv_heads * config.head_dim * subject.model.dtype.itemsize
+    return 0 if way.cache == "none" else cell.rows * cell.canvas * position
+
+
+def floors(config, cell, cache, limits):
+    """{"floor_ms_refresh", "floor_ms_step"}: the least time of the bytes to be moved and the operations to be done."""
+    if limits is None:
+        return {}
+    wide = (cell.gen_length + BLOCK) / 2  # of a prefix step, over the blocks
+    refresh = floor_seconds(config, cell, cell.canvas, limits, stores=cache != "none")
+    step = floor_seconds(config, cell, wide if cache == "prefix" else BLOCK, limits)
+    return {"floor_ms_refresh": 1e3 * refresh, "floor_ms_step": None if cache == "none" else 1e3 * step}
+
+
+def floor_seconds(config, cell, width, limits, stores=False):
+    """Of one forward over `width` positions of every row in bf16: of the last layer only keys and values are needed outside
+    the block, and the head only in it; the keys and values of the other positions are read, and its own stored or not."""
+    heads, dim, hidden = config.num_heads, config.head_dim, config.hidden_size
+    kv = 2 * config.num_kv_heads * dim * hidden
+    layer = kv + 2 * heads * dim * hidden + 3 * hidden * config.intermediate_size
+    head = config.vocab_size * hidden
+    earlier = config.num_layers - 1
+    products = 2 * (width * (earlier * layer + kv) + BLOCK * (layer - kv + head))
+    attention = 4 * heads * dim * cell.canvas * (earlier * width + BLOCK)
+    position = 2 * config.num_layers * 2 * config.num_kv_heads * dim
+    moved = position * (cell.canvas - width + (width if stores else 0))
+    weights = 2 * (config.num_layers * layer + head)
+    read = (weights + cell.rows * moved) / limits["bytes_per_second"]
+    return max(read, cell.rows * (products + attention) / limits["operations_per_second"])
