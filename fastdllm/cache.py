@@ -34,10 +34,11 @@ class KVCache:
 
     rows B and capacity S (positions per row) are fixed; `bytes` is what it holds: 512 KiB a position for LLaDA-8B and
     56 KiB for Dream-7B in bf16. With capacity 0 nothing is stored and only the span counts (decoding without a cache).
+    allocate: called as torch.zeros is; what its tensor holds is never read before a refresh has written it.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, capacity: int, *, device, dtype):
-        self.data = torch.zeros(
+    def __init__(self, config: ModelConfig, rows: int, capacity: int, *, device, dtype, allocate=torch.zeros):
+        self.data = allocate(
             config.num_layers, 2, rows, capacity, config.num_kv_heads, config.head_dim, device=device, dtype=dtype
         )
         self.span: Span | None = None

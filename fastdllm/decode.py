@@ -1,24 +1,28 @@
 """generate(): block-wise diffusion decoding (Fast-dLLM, arXiv 2505.22618). One loop; the cache mode and the rule are data.
 
 Each row walks through its own blocks at its own pace. In every turn of the loop the rows at a block's start get one refresh
-together, the rows in the middle of a block one cached step together, and the host reads one small tensor: what is left.
+together, the rows in the middle of a block one cached step together, and the host reads one small tensor of each: what is
+left. A forward is a function of a plan, one small tensor of integers; of cached steps graph.py makes CUDA graphs.
 """
 
 import functools
+import itertools
 import math
 import time
 from dataclasses import dataclass, replace
 
 import torch
 
-from fastdllm_kernels import SCORES, Selection, Threshold, commit_proposals, confidence_select, token_confidence
+from fastdllm_kernels import SCORES, Quota, Selection, Threshold, commit_proposals, confidence_select, token_confidence
+from fastdllm_kernels.backend import forced
 
 from . import arguments
 from .cache import KVCache, Span
 from .families import FAMILIES
+from .graph import workspace
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # spreads consecutive seeds over the 64-bit keys; as a signed number
-BEST_ONE = Threshold(math.inf)
+CAPACITY = 256  # the canvas's length goes up in these steps, so that one captured step serves many requests
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,11 @@ class Sampling:
     filtered_score: bool  # the family scores after temperature and filters (Dream), not by the clean softmax (LLaDA)
 
 
+@torch.inference_mode(False)  # what a Workspace keeps must be writable in the next call, whatever mode that is in
 @torch.no_grad()
 def generate(
     model, prompts, *, gen_length=256, block_length=32, cache="dual", rule=Threshold(0.9), score="confidence",  # noqa: B008
-    temperature=0.0, top_p=None, top_k=None, seed=None, stop_ids=None, on_step=None,
+    temperature=0.0, top_p=None, top_k=None, seed=None, stop_ids=None, on_step=None, graph=True,
 ) -> Generation:
     """Fill gen_length masks after each prompt, block by block.
 
@@ -77,7 +82,9 @@ def generate(
     bool, step [B] int64) -> commit [B, T] bool, called with the rows of one forward. score: "confidence", "margin", "entropy"
     or "random". temperature 0 is greedy; top_p in (0, 1] and top_k >= 1 filter the proposals. seed: row b draws as a single
     row with seed + b would; None takes one from torch's global generator. stop_ids: None for the model's end-of-text ids, () to
-    never stop. on_step(StepEvent) is called after every forward.
+    never stop. on_step(StepEvent) is called after every forward. graph: on a GPU, capture a cached step in a CUDA graph when it
+    is first needed and replay it after; the model then keeps its cache allocated between calls (`fastdllm.graph.clear(model)`
+    frees it). A rule that is a function, top_p and top_k run uncaptured, and so does a model that cannot be captured: logged.
 
     Raises TypeError and ValueError, naming the argument, before any work is done; ValueError naming row and position when
     the logits of a candidate hold a NaN.
@@ -98,9 +105,23 @@ def generate(
     stops = arguments.stop_tokens(stop_ids, config)
     if on_step is not None and not callable(on_step):
         raise TypeError(f"on_step: expected a function or None, got {type(on_step).__name__}")
+    if not isinstance(graph, bool):
+        raise TypeError(f"graph: expected a bool, got {type(graph).__name__}")
     sampling = _sampling(config, score, temperature, top_p, top_k, seed)
-    decoder = Decoder(model, prompts, gen_length, block_length, cache, rule, sampling, stops, on_step)
-    return decoder.run()
+    with workspace(model, _obstacle(model, graph, rule, sampling)) as space:
+        return Decoder(model, prompts, gen_length, block_length, cache, rule, sampling, stops, on_step, space).run()
+
+
+def _obstacle(model, graph, rule, sampling) -> str | None:
+    """Why the cached steps of a call cannot be captured, or None."""
+    obstacles = {
+        "graph=False": not graph,
+        f"the model is on {model.device}, not on a GPU": model.device.type != "cuda",
+        "the rule is a function": callable(rule),
+        "top_p and top_k sort the vocabulary": sampling.top_p is not None or sampling.top_k is not None,
+        "autocast is on": torch.is_autocast_enabled("cuda"),  # its casts of the weights do not outlive the capture
+    }
+    return next((cause for cause, holds in obstacles.items() if holds), None)
 
 
 def _sampling(config, score, temperature, top_p, top_k, seed) -> Sampling:
@@ -117,151 +138,194 @@ def _sampling(config, score, temperature, top_p, top_k, seed) -> Sampling:
     return Sampling(score, temperature, top_p, top_k, seed, filtered)
 
 
+def _bits(rule, rows):
+    """The rule's parameter for each row, as integers that hold the bits of float64: a plan is one integer tensor."""
+    value = torch.as_tensor(next(iter(vars(rule).values())), dtype=torch.float64, device="cpu")
+    return value.expand(rows).contiguous().view(torch.int64).tolist()
+
+
+BEST_ONE = Threshold(math.inf)
+(BEST_ONE_BITS,) = _bits(BEST_ONE, 1)
+
+
+@dataclass(eq=False)
+class Row:
+    """Where a row of the canvas stands: its text's end, its active block [start, end), the steps made in it, all forwards."""
+
+    index: int
+    prompt_length: int
+    total: int
+    start: int
+    end: int
+    step: int = 0
+    refreshes: int = 0
+    cached_steps: int = 0
+    done: bool = False
+
+
 class Decoder:
     """The state of one call of `generate`: the canvas on the device, where each row stands on the host."""
 
-    def __init__(self, model, prompts, gen_length, block_length, cache, rule, sampling, stops, on_step):
-        self.model, self.block_length, self.mode, self.rule, self.on_step = model, block_length, cache, rule, on_step
-        self.sampling, device, config = sampling, model.device, model.config
-        self.prompt_length = torch.tensor([len(prompt) for prompt in prompts])
-        self.total = self.prompt_length + gen_length
-        longest, count = int(self.total.max()), len(prompts)
+    def __init__(self, model, prompts, gen_length, block_length, cache, rule, sampling, stops, on_step, space):
+        self.model, self.config, self.mode, self.rule, self.sampling = model, model.config, cache, rule, sampling
+        self.ends, self.on_step, self.space, device = {self.config.mask_id, *stops}, on_step, space, model.device
+        self.block_length = block = min(block_length, gen_length)
+        lengths = [len(prompt) for prompt in prompts]
+        self.rows = [Row(i, n, n + gen_length, n, n + block) for i, n in enumerate(lengths)]
+        count, capacity = len(prompts), -(-(max(lengths) + gen_length) // CAPACITY) * CAPACITY
         # The margin lets a short last block be read and written back at the full block length.
-        canvas = torch.full((count, longest + block_length), config.mask_id)
+        canvas = torch.full((count, capacity + block), self.config.mask_id)
         for row, prompt in enumerate(prompts):
             canvas[row, : len(prompt)] = prompt
-        self.canvas = canvas.to(device)
-        self.stops = torch.tensor(stops, dtype=torch.int64, device=device)
-        self.cache = KVCache(config, count, longest if cache != "none" else 0, device=device, dtype=model.dtype)
+        self.canvas = space.tensor("canvas", *canvas.shape, dtype=torch.int64, device=device).copy_(canvas)
+        self.positions = space.tensor("positions", canvas.shape[1], dtype=torch.int64, device=device)
+        torch.arange(len(self.positions), out=self.positions)
+        self.cache = KVCache(
+            self.config, count, capacity if cache != "none" else 0, device=device, dtype=model.dtype,
+            allocate=functools.partial(space.tensor, "cache"),
+        )
         # With shifted outputs and a cache, a cached step cannot see its first position: the refresh commits it, alone.
-        self.first_alone = cache != "none" and config.logit_shift > 0
-        self.start = self.prompt_length.clone()
-        self.end = torch.minimum(self.start + block_length, self.total)
-        self.step = torch.zeros(count, dtype=torch.int64)  # in the block
-        self.refreshes, self.cached_steps = torch.zeros(2, count, dtype=torch.int64)
-        self.active = torch.ones(count, dtype=torch.bool)
-        self.report = torch.zeros(count, 2, dtype=torch.int64, device=device)
+        self.first_alone = cache != "none" and self.config.logit_shift > 0
+        self.parameters = [0] * count if callable(rule) else _bits(rule, count)
         self.forwards = 0
+        # What a captured step has baked in beside its plan and the model.
+        kind = type(rule), getattr(rule, "schedule", None)
+        self.key = self.canvas.shape, block, self.config, kind, sampling.score, sampling.temperature, forced()
 
     def run(self) -> Generation:
         began = time.perf_counter()
         self.model.attach(self.cache)
         try:
-            while self.active.any():
-                refreshing = self.active & ((self.step == 0) | (self.mode == "none"))
-                stepping = self.active & ~refreshing
-                for group, whole in ((refreshing, True), (stepping, False)):
-                    if group.any():
-                        self._forward(group.nonzero().flatten(), whole)
-                self._advance(*self.report.cpu().unbind(1))
+            active = self.rows
+            while active:
+                stepping = [row for row in active if row.step and self.mode != "none"]
+                refreshing = [row for row in active if not row.step or self.mode == "none"]
+                groups = [(rows, whole) for rows, whole in ((stepping, False), (refreshing, True)) if rows]
+                forwards = [self._forward(rows, whole) for rows, whole in groups]
+                self.space.wait()
+                for (rows, whole), (report, selection) in zip(groups, forwards, strict=True):
+                    self._finish(rows, whole, report.tolist(), selection)
+                active = [row for row in active if not row.done]
         finally:
             self.model.attach(None)
-        canvas = self.canvas.cpu()
-        tokens = [canvas[row, : int(self.total[row])].clone() for row in range(len(canvas))]
-        nfe = self.refreshes + self.cached_steps
+        canvas, rows = self.canvas.cpu(), self.rows
+        counts = torch.tensor([[row.refreshes, row.cached_steps] for row in rows])
         return Generation(
-            tokens, self.prompt_length.tolist(), self.refreshes, self.cached_steps, nfe, time.perf_counter() - began
+            [canvas[row.index, : row.total].clone() for row in rows], [row.prompt_length for row in rows],
+            *counts.unbind(1), counts.sum(1), time.perf_counter() - began,
         )
 
     def _forward(self, rows, whole):
-        """One forward of `rows` and what it commits; leaves what remains and where a text stopped in `report`."""
-        start, end, total = self.start[rows], self.end[rows], self.total[rows]
-        origin = torch.zeros_like(start) if whole else start
-        length = (end if self.mode == "dual" and not whole else total) - origin
-        last = torch.where(torch.tensor(whole and self.first_alone), start + 1, end)
-        width, block = int(length.max()), int((last - start).max())
-        ragged = bool((length != width).any())
-        plan = torch.stack([rows, start, last, origin, length, total, self.step[rows]]).to(self.canvas.device)
-        row, start, last, origin, length, total, step = plan
-        everyone = len(rows) == len(self.canvas)
-        spans = plan[3:6].to(torch.int32)
-        pages = None if everyone else row.to(torch.int32)[:, None]
-        self.cache.span = Span(*spans, whole=whole, ragged=ragged, page_table=pages)
-        offset = torch.arange(width, device=row.device)
-        at = (origin[:, None] + offset).clamp(max=self.canvas.shape[1] - 1)
-        hidden = self.model.hidden_states(self.canvas[row[:, None], at])
-        in_block = torch.arange(block, device=row.device)
-        source = (start - origin)[:, None] + in_block - self.model.config.logit_shift
-        source = source.clamp(min=0, max=width - 1)
-        logits = self.model.head(hidden[torch.arange(len(row), device=row.device)[:, None], source])
-        place = row[:, None], start[:, None] + in_block
-        tokens = self.canvas[place]
-        candidates = (tokens == self.model.config.mask_id) & (in_block < (last - start)[:, None])
-        selection = self._select(logits, tokens, candidates, rows, step, whole)
-        self.canvas[place] = tokens
-        self.report[row] = torch.stack([selection.remaining, self._stopped_at(tokens, start, last)], dim=1)
-        self._count(rows, whole, selection, place)
+        """Launch one forward of `rows` and its commit. Returns the report, for each row what remains and its block's
+        tokens, and the Selection."""
+        alone = whole and self.first_alone
+        entries = [self._entry(row, whole, alone) for row in rows]
+        lengths, key = [entry[2] for entry in entries], None
+        width, block, ragged = max(lengths), 1 if alone else self.block_length, min(lengths) < max(lengths)
+        if not whole and width <= block:  # the block's own positions: one shape for all such steps, so that few graphs serve
+            width, ragged = block, True
+            entries += self._padding(rows)
+            key = self.key, len(entries)
+        shape = {"whole": whole, "width": width, "block": block, "ragged": ragged, "rule": BEST_ONE if alone else self.rule}
+        return self.space.run(key, functools.partial(self._compute, **shape), torch.tensor(entries).T.contiguous())
 
-    def _select(self, logits, tokens, candidates, rows, step, whole) -> Selection:
+    def _entry(self, row, whole, alone):
+        """The row's column of a plan: plain numbers, the rule's parameter as bits."""
+        origin = 0 if whole else row.start
+        length = (row.end if self.mode == "dual" and not whole else row.total) - origin
+        seed = _signed((row.index + (self.sampling.seed or 0)) * GOLDEN + row.refreshes + row.cached_steps)
+        last, parameter = (row.start + 1, BEST_ONE_BITS) if alone else (row.end, self.parameters[row.index])
+        return row.index, origin, length, row.total, row.start, last, row.step, seed, parameter
+
+    def _padding(self, rows):
+        """Columns up to the next power of two, of rows that sit this forward out: they see nothing and commit nothing."""
+        if callable(self.rule):  # which is told of the rows at work alone
+            return []
+        taken = {row.index for row in rows}
+        spare = (row.index for row in self.rows if row.index not in taken)
+        wanted = (1 << (len(rows) - 1).bit_length()) - len(rows)
+        return [(index, *[0] * 7, self.parameters[index]) for index in itertools.islice(spare, wanted)]
+
+    def _compute(self, plan, *, whole, width, block, ragged, rule):
+        """One forward and what it commits, from device tensors alone; where no row has a candidate it changes nothing.
+
+        Row by row it feeds the model `width` positions, or the whole canvas, and may commit `block` of them.
+        """
+        row, origin, _, _, start, last, step, seed, parameter = plan
+        page, *span = plan[:4].to(torch.int32)
+        pages = None if whole and len(row) == len(self.rows) else page[:, None]
+        self.cache.span = Span(*span, whole=whole, ragged=ragged, page_table=pages)
+        in_block, shift, mask_id = self.positions[:block], self.config.logit_shift, self.config.mask_id
+        place = row[:, None], start[:, None] + in_block
+        tokens = fed = self.canvas[place]
+        if wide := whole or width > block:
+            at = (origin[:, None] + self.positions[:width]).clamp(max=self.canvas.shape[1] - 1)
+            fed = self.canvas[row[:, None], at]
+        source = ((start - origin)[:, None] + in_block - shift).clamp(min=0, max=width - 1) if wide or shift else None
+        hidden = self.model.hidden_states(fed, source)
+        candidates = (tokens == mask_id) & (in_block < (last - start)[:, None])
+        selection = self._select(_with(rule, parameter), self.model.head(hidden), tokens, candidates, step, seed)
+        self.canvas[place] = tokens
+        return torch.cat([selection.remaining[:, None], tokens], dim=1), selection
+
+    def _select(self, rule, logits, tokens, candidates, step, seed) -> Selection:
         """The proposals, their scores and the commit of one forward; `tokens` is updated."""
-        sampling, config = self.sampling, self.model.config
-        seed = None
-        if sampling.seed is not None:
-            key = (sampling.seed + 2**63) % 2**64 - 2**63
-            nfe = (self.refreshes + self.cached_steps)[rows]
-            seed = ((rows + key) * GOLDEN + nfe).to(tokens.device)
+        sampling, mask_id = self.sampling, self.config.mask_id
         temperature, offered = sampling.temperature, logits
         if sampling.filtered_score and temperature > 0:
             logits = offered = logits.float() / temperature
             temperature = 1.0
         if sampling.top_p is not None or sampling.top_k is not None:
-            offered = filter_logits(logits, temperature or 1.0, sampling.top_p, sampling.top_k, config.mask_id)
+            offered = filter_logits(logits, temperature or 1.0, sampling.top_p, sampling.top_k, mask_id)
             logits = offered if sampling.filtered_score else logits
-        options = {"mask_id": config.mask_id, "score": sampling.score, "temperature": temperature, "seed": seed}
-        rule = BEST_ONE if whole and self.first_alone else _of_rows(self.rule, rows)
+        options = {"mask_id": mask_id, "score": sampling.score, "temperature": temperature, "seed": seed}
         if callable(rule) or offered is not logits:
             return select_in_parts(rule, logits, offered, tokens, candidates, step, **options)
         return confidence_select(logits, tokens, rule=rule, candidates=candidates, step=step, **options)
 
-    def _stopped_at(self, tokens, start, last):
-        """[n] where in the block the text ends: the first stop id with nothing masked before it, else -1."""
-        if not len(self.stops):
-            return torch.full_like(start, -1)
-        width = tokens.shape[1]
-        in_block = torch.arange(width, device=tokens.device)
-        inside = in_block < (last - start)[:, None]
-        stop = torch.where(torch.isin(tokens, self.stops) & inside, in_block, width).amin(1)
-        mask = torch.where((tokens == self.model.config.mask_id) & inside, in_block, width).amin(1)
-        return torch.where(stop < mask, stop, -1)
-
-    def _count(self, rows, whole, selection, place):
-        """Count the forward for its rows and tell the listener what was committed."""
-        (self.refreshes if whole else self.cached_steps)[rows] += 1
-        if self.on_step is not None:
-            self._raise_on_nan(rows, selection.remaining.cpu())
-            row, position = (index.expand_as(selection.committed)[selection.committed].cpu() for index in place)
-            committed = selection.token_ids[selection.committed].cpu(), selection.score[selection.committed].cpu()
-            self.on_step(StepEvent(self.forwards, "refresh" if whole else "cached", row, position, *committed))
-        self.forwards += 1
-
-    def _advance(self, remaining, stop):
-        """Move every active row on, from what its forward left: [B] masks remaining and [B] where its text stopped."""
-        rows = self.active.nonzero().flatten()
-        self._raise_on_nan(rows, remaining[rows])
-        if self.first_alone:  # the refresh saw one candidate of the block
-            remaining = torch.where(self.step == 0, self.end - self.start - 1, remaining)
-        for row in (self.active & (stop >= 0)).nonzero().flatten().tolist():
-            ending = int(self.start[row] + stop[row])
-            self.canvas[row, ending + 1 : int(self.total[row])] = self.canvas[row, ending].clone()
-        block_done = remaining == 0
-        self.active &= (stop < 0) & ~(block_done & (self.end == self.total))
-        self.step = torch.where(block_done, 0, self.step + 1)
-        self.start = torch.where(block_done, self.end, self.start)
-        self.end = torch.where(block_done, torch.minimum(self.end + self.block_length, self.total), self.end)
-
-    def _raise_on_nan(self, rows, remaining):
-        for row, left in zip(rows.tolist(), remaining.tolist(), strict=True):
+    def _finish(self, rows, whole, report, selection):
+        """Count the forward, tell the listener, and move its rows on."""
+        for row, (left, *_) in zip(rows, report, strict=False):  # padding may follow
             if left < 0:
-                position = int(self.start[row]) - 1 - left
-                raise ValueError(f"logits: NaN in row {row} at position {position}")
+                raise ValueError(f"logits: NaN in row {row.index} at position {row.start - 1 - left}")
+        if self.on_step is not None:
+            self._tell(rows, whole, selection)
+        self.forwards += 1
+        for row, (left, *tokens) in zip(rows, report, strict=False):
+            row.refreshes += whole
+            row.cached_steps += not whole
+            # The text ends at its first stop id, once nothing before it is masked.
+            stop = next((offset for offset, token in enumerate(tokens) if token in self.ends), None)
+            if stop is not None and tokens[stop] != self.config.mask_id:
+                row.done = True
+                self.canvas[row.index, row.start + stop + 1 : row.total] = tokens[stop]
+            elif (row.end - row.start - 1 if whole and self.first_alone else left) > 0:
+                row.step += 1
+            else:
+                row.done = row.end == row.total
+                row.start, row.end, row.step = row.end, min(row.end + self.block_length, row.total), 0
+
+    def _tell(self, rows, whole, selection):
+        committed = selection.committed[: len(rows)].cpu()
+        row, offset = committed.nonzero().unbind(1)
+        index, start = torch.tensor([(row.index, row.start) for row in rows]).unbind(1)
+        token_ids, scores = (value[: len(rows)].cpu()[committed] for value in (selection.token_ids, selection.score))
+        kind = "refresh" if whole else "cached"
+        self.on_step(StepEvent(self.forwards, kind, index[row], start[row] + offset, token_ids, scores))
+        self.model.attach(self.cache)  # the listener may have decoded with the same model
 
 
-def _of_rows(rule, rows):
-    """The rule for some of the rows: per-row parameters are indexed."""
+def _signed(number):
+    """A number's low 64 bits, as int64 holds them."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _with(rule, parameter):
+    """The rule with a device tensor of `_bits` for its parameter, so that what is captured serves every value."""
     if callable(rule):
         return rule
-    tensors = {name: value for name, value in vars(rule).items() if isinstance(value, torch.Tensor)}
-    return replace(rule, **{name: value[rows.to(value.device)] for name, value in tensors.items()}) if tensors else rule
+    values = parameter.view(torch.float64)
+    return replace(rule, steps=values.to(torch.int64)) if isinstance(rule, Quota) else type(rule)(values.to(torch.float32))
 
 
 def select_in_parts(rule, logits, offered, tokens, candidates, step, *, mask_id, score, temperature, seed) -> Selection:
@@ -269,7 +333,7 @@ def select_in_parts(rule, logits, offered, tokens, candidates, step, *, mask_id,
     logits but scored by the clean ones."""
     rows, width, vocab = logits.shape
     options = {"mask_id": mask_id, "score": score, "position": torch.arange(width, device=tokens.device).repeat(rows)}
-    options["seed"] = None if seed is None else seed.repeat_interleave(width)
+    options["seed"] = seed.repeat_interleave(width)
     proposal = token_confidence(offered.reshape(-1, vocab), temperature=temperature, **options)
     value = proposal.score
     if offered is not logits:

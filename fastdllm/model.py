@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fastdllm_kernels import rms_norm, swiglu
+from fastdllm_kernels import linear_rms_norm, linear_swiglu, rms_norm
 
 from .attention import BlockAttention, RotaryTable
 from .cache import KVCache
@@ -11,18 +11,19 @@ from .config import ModelConfig
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm that takes the residual addition in, since both read and write the same rows."""
+    """RMSNorm that takes in the product and the residual addition before it, since all read and write the same rows."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x, residual=None):
-        """Returns (normalised x + residual, x + residual); without a residual, x starts one."""
-        if residual is None:
-            return rms_norm(x, self.weight, self.eps), x
-        return rms_norm(x, self.weight, self.eps, residual)
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+    def after(self, product: nn.Linear, x, residual):
+        """(normalised product(x) + residual, product(x) + residual)."""
+        return linear_rms_norm(x, product.weight, residual, self.weight, self.eps)
 
 
 class TransformerLayer(nn.Module):
@@ -39,10 +40,14 @@ class TransformerLayer(nn.Module):
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x, residual):
-        x, residual = self.attention_norm(x, residual)
-        x, residual = self.mlp_norm(self.attention(x), residual)
-        return self.down(swiglu(self.gate_up(x))), residual
+    def forward(self, x, residual, next_norm: RMSNorm, at=None):
+        """From x, normalised, and the residual to the same two for what follows, by its norm; at [R, n]: of those rows only."""
+        x = self.attention.heads(x)
+        if at is not None:
+            row = torch.arange(len(at), device=at.device)[:, None]
+            x, residual = x[row, at], residual[row, at]
+        x, residual = self.mlp_norm.after(self.attention.out, x, residual)
+        return next_norm.after(self.down, linear_swiglu(x, self.gate_up.weight), residual)
 
 
 class DiffusionTransformer(nn.Module):
@@ -75,12 +80,14 @@ class DiffusionTransformer(nn.Module):
         for layer in self.layers:
             layer.attention.cache = cache
 
-    def hidden_states(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The last layer's output, normalised: tokens [R, T] int64 -> [R, T, hidden_size]."""
-        x, residual = self.embedding(tokens), None
-        for layer in self.layers:
-            x, residual = layer(x, residual)
-        return self.norm(x, residual)[0]
+    def hidden_states(self, tokens: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
+        """The last layer's output, normalised: tokens [R, T] int64 -> [R, T, hidden_size], or [R, n, hidden_size] of the rows
+        at [R, n] alone, without what the last layer would compute for others."""
+        residual = self.embedding(tokens)
+        x = self.layers[0].attention_norm(residual)
+        for layer, following in zip(self.layers, self.layers[1:], strict=False):
+            x, residual = layer(x, residual, following.attention_norm)
+        return self.layers[-1](x, residual, self.norm, at)[0]
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Vocabulary logits of the chosen rows only: hidden [..., hidden_size] -> [..., V]."""

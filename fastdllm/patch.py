@@ -115,17 +115,20 @@ class Adapter:
     def dtype(self) -> torch.dtype:
         return self._part("embedding").weight.dtype
 
+    def modules(self):
+        return self.model.modules()
+
     def attach(self, cache: KVCache | None) -> None:
         for attention in self.attentions:
             attention.cache = cache
 
-    def hidden_states(self, tokens: torch.Tensor) -> torch.Tensor:
+    def hidden_states(self, tokens: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
         """Through the user's layers but not their outer forward, which may run the vocabulary head on every row."""
         x = self._part("embedding")(tokens)
         for layer in self._part("layers"):
             x = layer(x)
             x = x[0] if isinstance(x, tuple) else x
-        return self._part("norm")(x)
+        return self._part("norm")(x if at is None else torch.take_along_dim(x, at[:, :, None], dim=1))
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         head = self._part("head")

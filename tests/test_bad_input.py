@@ -177,6 +177,7 @@ GENERATE = [
     ("stop_ids of text", lambda f: generate(f, stop_ids="eos"), TypeError, "stop_ids"),
     ("stop ids that are floats", lambda f: generate(f, stop_ids=[1.0]), TypeError, "stop_ids"),
     ("on_step that cannot be called", lambda f: generate(f, on_step=[]), TypeError, "on_step"),
+    ("graph that is no bool", lambda f: generate(f, graph=1), TypeError, "graph.*bool.*int"),
     ("an option by another name", lambda f: generate(f, threshold=0.9), TypeError, "threshold"),
     ("a model that is none", lambda f: fastdllm.generate(torch.nn.Linear(2, 2), [[1]]), TypeError, "model"),
 ]

@@ -500,10 +500,11 @@ class Scripted:
     def attach(self, cache):
         self.cache = cache
 
-    def hidden_states(self, tokens):
+    def hidden_states(self, tokens, at=None):
         start = self.cache.span.start.long()
         self.seen += list(zip(start.tolist(), tokens.tolist(), strict=True))
         positions = start[:, None] + torch.arange(tokens.shape[1])
+        positions = positions if at is None else positions.gather(1, at)
         return positions.clamp(max=len(self.script) - 1)[..., None].float()
 
     def head(self, hidden):

@@ -1,0 +1,444 @@
+"""Captured cached steps: the same tokens, forwards and events as without, from addresses that stay. See fastdllm/graph.py.
+
+On a CPU a recording is acted: `replay` computes what was recorded anew, from the plan and the tensors it knew then. So the
+whole way through Workspaces, plans and padding runs here, and the tests marked gpu run it with real graphs.
+"""
+
+import copy
+import gc
+import logging
+import pathlib
+import tempfile
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from test_decode import RULES, Recorder, case, check_against_oracle, clear_case, product_rule, random_prompts
+
+import fastdllm
+from fastdllm import Factor, Quota, Threshold, decode, graph
+
+BATCH = (3, 9, 4, 6, 2)  # lengths that let rows come to their blocks' starts at different times
+
+
+class ActedGraph:
+    """Stands for a CUDA graph: what it holds is the decoder whose step was recorded, with that decoder's views."""
+
+    def __init__(self, function, plan, result):
+        self.function, self.plan, self.result = function, plan, result
+
+    def pool(self):
+        return None
+
+    def replay(self):
+        report, more = compute(self.function, self.plan)
+        for held, value in zip((self.result[0], *self.result[1]), (report, *more), strict=True):
+            held.copy_(value)
+
+
+def attentions(model):
+    return model.attentions if hasattr(model, "attentions") else [layer.attention for layer in model.layers]
+
+
+def compute(function, plan):
+    """The step, with the cache of the decoder it was recorded in, whatever the model is attached to now."""
+    decoder = function.func.__self__
+    attached = attentions(decoder.model)[0].cache
+    decoder.model.attach(decoder.cache)
+    result = function(plan)
+    decoder.model.attach(attached)
+    return result
+
+
+@pytest.fixture
+def records(monkeypatch):
+    """Captures on a CPU are acted. A list of how many rows every recorded step has; old Workspaces are gone."""
+    recorded, real = [], graph.record
+    obstacle = decode._obstacle
+
+    def act(function, plan, device, pool):
+        idle, decoder = torch.zeros_like(plan), function.func.__self__
+        idle[-1] = plan[-1]  # the one number that a rule checks on a CPU
+        before = decoder.canvas.clone(), decoder.cache.data.clone()
+        result = compute(function, idle)
+        assert torch.equal(decoder.canvas, before[0]) and torch.equal(decoder.cache.data, before[1])
+        return graph.Step(idle, ActedGraph(function, idle, result), result)
+
+    def record(function, plan, device, pool):
+        recorded.append(plan.shape[1])
+        return (real if device.type == "cuda" else act)(function, plan, device, pool)
+
+    def but_the_device(model, *arguments):
+        return obstacle(SimpleNamespace(device=torch.device("cuda")), *arguments)
+
+    monkeypatch.setattr(graph, "record", record)
+    monkeypatch.setattr(decode, "_obstacle", but_the_device)
+    graph._workspaces.clear()
+    graph._log_once.cache_clear()
+    yield recorded
+    graph._workspaces.clear()
+
+
+def model_of(family, device="cpu", dtype=torch.float32, **changes):
+    with tempfile.TemporaryDirectory() as folder:
+        config = tiny.FAMILIES[family] | changes
+        return tiny.build(pathlib.Path(folder), config, device=device, dtype=dtype)[0]
+
+
+def told(recorder):
+    return [
+        (event.step, event.kind, *(getattr(event, name).tolist() for name in ("rows", "positions", "token_ids", "scores")))
+        for event in recorder.events
+    ]
+
+
+def check_equal(model, prompts, **options):
+    """Captured or not: the same result and events. Returns the captured one."""
+    results, events = [], []
+    for wanted in (True, False):
+        recorder = Recorder()
+        results.append(fastdllm.generate(model, prompts, on_step=recorder, graph=wanted, **options))
+        events.append(told(recorder))
+    silent = fastdllm.generate(model, prompts, **options)
+    for other in (results[1], silent):
+        assert all(map(torch.equal, results[0].tokens, other.tokens))
+        for name in ("nfe", "refreshes", "cached_steps"):
+            assert torch.equal(getattr(results[0], name), getattr(other, name))
+    assert events[0] == events[1]
+    return results[0]
+
+
+@pytest.mark.parametrize("kind", RULES["llada"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_captured_decoding_is_decoding(family, cache, kind, records):
+    model, config, _ = case(family)
+    rule = product_rule((kind, RULES[family][kind]["confidence"]))
+    result = check_equal(
+        model, random_prompts(config, BATCH, 1), gen_length=11, block_length=4, cache=cache, rule=rule, stop_ids=()
+    )
+    assert bool(records) == (cache != "none") and result.cached_steps.any() == (cache != "none")
+    assert set(records) <= {1, 2, 4, 5} and len(set(records)) == len(records)
+
+
+@pytest.mark.parametrize("score, temperature", [("margin", 0.0), ("entropy", 1.0), ("random", 0.0), ("confidence", 0.7)])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_scores_draws_and_stops_are_captured_too(family, score, temperature, records):
+    model, config, _ = case(family)
+    for seed in (3, 4):
+        check_equal(
+            model, random_prompts(config, BATCH, seed), gen_length=12, block_length=5, score=score, temperature=temperature,
+            seed=seed, stop_ids=(5, 7, 11, 20), rule=Quota(3),
+        )  # fmt: skip
+    assert len(set(records)) == len(records), "another seed captured the step again"
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_other_prompts_and_parameters_replay_what_was_captured(family, records):
+    model, config, _ = case(family)
+    options = {"gen_length": 10, "block_length": 4, "stop_ids": ()}
+    for rules in (
+        [Threshold(0.2), Threshold(2.0), Threshold(torch.tensor([0.1, 0.3, 2.0]))],
+        [Factor(0.5), Factor(torch.tensor([0.5, 1.5, 3.0]))],
+        [Quota(1), Quota(4), Quota(torch.tensor([1, 2, 3]))],
+        [Quota(3, schedule="dream"), Quota(torch.tensor([4, 2, 3]), schedule="dream")],
+    ):
+        records.clear()
+        for seed, rule in enumerate(rules):
+            check_equal(model, random_prompts(config, (7 - seed, 2, 5), seed), rule=rule, **options)
+        assert len(records) == len(set(records)) <= 3, "a step of this size was captured twice"
+
+
+def test_what_a_request_leaves_behind_reaches_no_other(records):
+    """The longest first: its tokens, keys and values lie where shorter requests of other shapes read and write after it."""
+    model, config, _ = case("llada")
+    options = {"gen_length": 9, "block_length": 3, "rule": Threshold(0.3), "stop_ids": ()}
+    for lengths in ((80, 40, 60), (2, 5), (30,), (80, 1, 1), (4,)):
+        check_equal(model, random_prompts(config, lengths, len(lengths)), **options)
+    space = graph._workspaces[model]
+    addresses = {name: held.data_ptr() for name, held in space.held.items()}
+    for lengths in ((2,), (40, 50, 3)):
+        fastdllm.generate(model, random_prompts(config, lengths, 0), **options)
+    assert addresses == {name: held.data_ptr() for name, held in space.held.items()}, "memory grows with every call"
+
+
+def test_rows_that_sit_a_step_out_are_padding_and_a_users_rule_sees_none(records):
+    model, config, _ = case("llada")
+    seen = []
+
+    def half(scores, candidates, step):
+        seen.append(len(step))
+        assert candidates.any(1).all()
+        return candidates & ((scores >= 0.3) | (scores == scores.masked_fill(~candidates, -1).amax(1, keepdim=True)))
+
+    options = {"gen_length": 12, "block_length": 6, "stop_ids": ()}
+    for seed in range(3):
+        prompts = random_prompts(config, BATCH, seed)
+        own = fastdllm.generate(model, prompts, rule=half, **options)
+        ours = fastdllm.generate(model, prompts, rule=Threshold(0.3), **options)
+        assert all(map(torch.equal, own.tokens, ours.tokens)) and torch.equal(own.nfe, ours.nfe)
+    assert 3 in seen and 4 in records and 3 not in records
+
+
+def test_a_bounded_number_is_kept_and_the_least_recently_used_goes(records, monkeypatch):
+    monkeypatch.setattr(graph, "MOST", 2)
+    model, config, _ = case("llada")
+    prompts = random_prompts(config, (4,), 0)
+    for block_length in (5, 3, 4, 3, 5):  # the longest first: a larger canvas would drop the steps of the others
+        check_equal(model, prompts, gen_length=12, block_length=block_length, rule=Threshold(0.9), stop_ids=())
+    steps = graph._workspaces[model].steps
+    assert len(steps) == 2 and len(records) == 4, "the 5 went when the 4 came, and the 4 when the 5 came back"
+    check_equal(model, prompts, gen_length=12, block_length=3, rule=Threshold(0.9), stop_ids=())
+    assert len(records) == 4, "the one used last but one was dropped"
+    check_equal(model, prompts, gen_length=12, block_length=4, rule=Threshold(0.9), stop_ids=())
+    assert len(records) == 5 and len(steps) == 2
+
+
+def test_a_larger_tensor_takes_new_memory_and_the_steps_that_knew_the_old_are_dropped():
+    space = graph.Workspace(torch.device("cpu"))
+    make = {"dtype": torch.int64, "device": "cpu"}
+    one = space.tensor("canvas", 2, 8, **make)
+    space.steps["key"] = None
+    assert space.tensor("canvas", 3, 5, **make).data_ptr() == one.data_ptr() and space.steps
+    assert space.tensor("other", 0, 5, **make).shape == (0, 5)
+    space.steps["key"] = None
+    assert space.tensor("canvas", 3, 8, **make).shape == (3, 8) and not space.steps
+    space.steps["key"] = None
+    assert space.tensor("canvas", 3, 8, dtype=torch.float16, device="cpu").dtype == torch.float16 and not space.steps
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_listener_may_decode_with_the_same_model(wanted, records):
+    model, config, _ = case("llada")
+    prompts, others = random_prompts(config, (6, 3), 0), random_prompts(config, (11, 2, 5), 1)
+    options = {"gen_length": 10, "block_length": 5, "rule": Threshold(0.3), "stop_ids": (), "graph": wanted}
+    inner = []
+
+    def listen(event):
+        inner.append(fastdllm.generate(model, others, **options))
+
+    outer = fastdllm.generate(model, prompts, on_step=listen, **options)
+    recorded = len(records)
+    assert all(map(torch.equal, outer.tokens, fastdllm.generate(model, prompts, **options).tokens))
+    assert len(records) == recorded, "the call that was let in took the Workspace away"
+    alone = fastdllm.generate(model, others, **options)
+    assert len(inner) > 4 and all(torch.equal(a, b) for one in inner for a, b in zip(one.tokens, alone.tokens, strict=True))
+
+
+def test_a_model_that_has_changed_is_captured_anew(records):
+    model = model_of("llada")
+    config = tiny.LLADA
+    prompts = random_prompts(config, (4, 4), 0)
+    options = {"gen_length": 8, "block_length": 8, "rule": Quota(2), "stop_ids": ()}
+    check_equal(model, prompts, **options)
+    changes = (
+        lambda: setattr(model.lm_head, "weight", torch.nn.Parameter(model.lm_head.weight.flip(1))),
+        lambda: model.to(torch.float16),
+        lambda: model.train(not model.training),
+        lambda: setattr(model.layers[0].down, "scaling", {"default": 2.0}),
+        lambda: model.layers[0].down.scaling.update(default=3.0),
+        lambda: model.norm.register_forward_hook(lambda module, inputs, outputs: (2 * outputs[0], outputs[1])),
+        lambda: setattr(model, "head", lambda hidden: model.lm_head(2 * hidden)),
+        lambda: model.layers.__setitem__(1, model.layers[0]),
+    )
+    for change in changes:
+        before = len(records)
+        check_equal(model, prompts, **options)
+        assert len(records) == before
+        change()
+        check_equal(model, prompts, **options)
+        assert len(records) > before
+
+
+def test_what_is_kept_goes_with_clear_with_the_model_and_after_an_error(records):
+    model = model_of("dream")
+    prompts = random_prompts(tiny.DREAM, (4,), 0)
+    options = {"gen_length": 8, "block_length": 8, "rule": Threshold(0.5), "stop_ids": ()}
+
+    def fail(event):
+        raise KeyError
+
+    def kept(model):
+        fastdllm.generate(model, prompts, **options)
+        return weakref.ref(graph._workspaces[model])
+
+    held = kept(model)
+    graph.clear(model)
+    gc.collect()
+    assert held() is None
+    held = kept(model)
+    with pytest.raises(KeyError):
+        fastdllm.generate(model, prompts, on_step=fail, **options)
+    gc.collect()
+    assert held() is None
+    held = kept(model)
+    held().steps.clear()  # an acted graph holds its decoder and so the model, which no real one does
+    del model
+    gc.collect()
+    assert held() is None and not graph._workspaces
+    graph.clear(case("llada")[0])  # nothing there: nothing to do
+
+
+def test_every_obstacle_is_logged_once(records, caplog, monkeypatch):
+    monkeypatch.undo()
+    graph._log_once.cache_clear()
+    caplog.set_level(logging.INFO, graph.__name__)
+    model, config, _ = case("llada")
+    prompts = random_prompts(config, (3,), 0)
+    for _ in range(2):
+        for options in ({}, {"graph": False}):
+            fastdllm.generate(model, prompts, gen_length=4, block_length=4, **options)
+    assert ["on cpu" in caplog.messages[0], "graph=False" in caplog.messages[1], len(caplog.messages)] == [True, True, 2]
+    device = torch.device("cuda")
+    greedy = decode.Sampling("confidence", 0.0, None, None, None, False)
+    for rule, changes, cause in (
+        (Threshold(0.9), {}, None),
+        (Threshold(0.9).commit, {}, "function"),
+        (Threshold(0.9), {"top_p": 0.9}, "top_p"),
+        (Threshold(0.9), {"top_k": 5}, "top_k"),
+    ):
+        sampling = decode.replace(greedy, **changes)
+        found = decode._obstacle(SimpleNamespace(device=device), True, rule, sampling)
+        assert found == cause if cause is None else cause in found
+
+
+def test_a_model_that_cannot_be_captured_decodes_without_and_says_so_once(records, caplog, monkeypatch):
+    model, config, _ = case("llada")
+    prompts = random_prompts(config, (3, 5), 0)
+    attempts = []
+
+    def refuse(*arguments):
+        attempts.append(arguments)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graph, "record", refuse)
+    for _ in range(2):
+        check_equal(model, prompts, gen_length=9, block_length=4, rule=Threshold(0.3), stop_ids=())
+    warned = [message for message in caplog.messages if "cannot be captured" in message]
+    assert len(warned) == len(attempts) == 1 and "stream is capturing" in warned[0]
+
+
+def test_inference_mode_may_come_and_go(records):
+    model, config, _ = case("llada")
+    prompts = random_prompts(config, (3, 5), 0)
+    options = {"gen_length": 9, "block_length": 4, "rule": Threshold(0.3), "stop_ids": ()}
+    with torch.inference_mode():
+        one = check_equal(model, prompts, **options)
+    two = check_equal(model, prompts, **options)
+    assert all(map(torch.equal, one.tokens, two.tokens))
+
+
+def replaced(device="cpu", dtype=torch.float32):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=40,
+        max_position_embeddings=96, eos_token_id=38,
+    )  # fmt: skip
+    model = transformers.Qwen2ForCausalLM(config).to(device, dtype).eval()
+    return fastdllm.replace_attention(model, mask_id=37)
+
+
+def test_a_replaced_model_goes_the_same_way(records):
+    model = replaced()
+    prompts = random_prompts(tiny.LLADA, (6, 3, 4), 0)
+    options = {"gen_length": 10, "block_length": 5, "rule": Threshold(0.035), "stop_ids": ()}
+    check_equal(model, prompts, **options)
+    assert records and model.fastdllm_adapter in graph._workspaces
+    before = len(records)
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0))
+    check_equal(model, prompts, **options)
+    assert len(records) > before
+    graph.clear(model)
+    assert not graph._workspaces
+
+
+# With real graphs.
+
+GPU_OPTIONS = {"gen_length": 24, "block_length": 8, "stop_ids": ()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_captured_on_a_gpu(family, dtype, records):
+    model = model_of(family, "cuda", dtype)
+    prompts = random_prompts(tiny.FAMILIES[family], BATCH, 2)
+    for cache in ("dual", "prefix"):
+        for kind, of_score in RULES[family].items():
+            rule = product_rule((kind, of_score["confidence"]))
+            records.clear()
+            check_equal(model, prompts, cache=cache, rule=rule, **GPU_OPTIONS)
+            assert len(records) == len(set(records))
+    options = {"score": "margin", "temperature": 0.8, "seed": 5, **GPU_OPTIONS, "stop_ids": (5, 7)}
+    check_equal(model, prompts, rule=Quota(3), **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_replay_takes_other_spans_rows_and_parameters(family, records):
+    model = model_of(family, "cuda")
+    config = tiny.FAMILIES[family]
+    check_equal(model, random_prompts(config, (30, 7, 12), 0), rule=Threshold(0.2), **GPU_OPTIONS)
+    first = set(records)
+    for seed, rule in enumerate((Threshold(0.05), Threshold(2.0), Threshold(torch.tensor([0.1, 0.3, 2.0])))):
+        check_equal(model, random_prompts(config, (5 + seed, 60, 21), seed), rule=rule, **GPU_OPTIONS)
+    assert len(records) == len(set(records)), "a step of this size was captured twice"
+    assert first
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_gpu_decodes_as_is_right(family, records):
+    rule = ("threshold", RULES[family]["threshold"]["confidence"])
+    options = {"gen_length": 11, "block_length": 4, "cache": "dual"}
+    prompts, rows = clear_case(family, (3, 6), rule=rule, **options)
+    recorder = Recorder()
+    model = copy.deepcopy(case(family)[0]).to("cuda")
+    result = fastdllm.generate(model, prompts, rule=product_rule(rule), stop_ids=(), on_step=recorder, **options)
+    check_against_oracle(result, rows, recorder)
+    assert records
+
+
+@pytest.mark.gpu
+def test_memory_stays_and_is_given_back(records):
+    model, prompts = model_of("llada", "cuda"), random_prompts(tiny.LLADA, (20, 30, 40), 0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    held = []
+    for _ in range(4):
+        fastdllm.generate(model, prompts, rule=Threshold(0.3), **GPU_OPTIONS)
+        held.append(torch.cuda.memory_allocated())
+    assert held[-1] == held[-2] > before
+    kept = sum(tensor.numel() * tensor.element_size() for tensor in graph._workspaces[model].held.values())
+    graph.clear(model)
+    assert held[-1] - torch.cuda.memory_allocated() >= kept > 0
+
+
+@pytest.mark.gpu
+def test_a_forward_that_reads_back_to_the_host_runs_uncaptured_on_a_gpu(records, caplog):
+    model, prompts = model_of("llada", "cuda"), random_prompts(tiny.LLADA, (5, 8), 0)
+    plain = fastdllm.generate(model, prompts, rule=Threshold(0.3), graph=False, **GPU_OPTIONS)
+    head = model.lm_head
+    model.head = lambda hidden: head(hidden) if hidden.isfinite().all() else None
+    stream = torch.cuda.current_stream()
+    for _ in range(2):
+        result = check_equal(model, prompts, rule=Threshold(0.3), **GPU_OPTIONS)
+        assert all(map(torch.equal, result.tokens, plain.tokens))
+    assert sum("cannot be captured" in message for message in caplog.messages) == 1
+    assert torch.cuda.current_stream() == stream
+    assert torch.randn(3, device="cuda").isfinite().all()
+    before = len(records)
+    check_equal(model_of("dream", "cuda"), random_prompts(tiny.DREAM, (5, 8), 0), rule=Threshold(0.3), **GPU_OPTIONS)
+    assert len(records) > before
+
+
+@pytest.mark.gpu
+def test_a_replaced_model_is_captured_on_a_gpu(records):
+    model = replaced("cuda", torch.bfloat16)
+    prompts = random_prompts(tiny.LLADA, (6, 3, 4), 0)
+    check_equal(model, prompts, rule=Threshold(0.035), **GPU_OPTIONS)
+    assert records and graph._workspaces[model.fastdllm_adapter].captures
