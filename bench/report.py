@@ -1,8 +1,9 @@
 """Turn what `pytest bench --benchmark --benchmark-json=RESULTS.json` wrote into tables and, on request, two plots.
 
-    python bench/report.py RESULTS.json [-o TABLES.md] [--plots FOLDER]
+    python bench/report.py RESULTS.json [-o TABLES.md] [--plots FOLDER] [--readme README.md]
 
-Without -o the tables go beside RESULTS.json, named after the GPU: kernels-<gpu>.md.
+Without -o the tables go beside RESULTS.json, named after the GPU: kernels-<gpu>.md. --readme writes the short tables between
+the marks `<!-- kernels -->` and `<!-- /kernels -->` of that file.
 """
 
 import argparse
@@ -67,6 +68,48 @@ def table(shapes):
         lines.append([shape, number(ours.get("floor_us")), f"**{number(ours['us'])}**", share(ours), reach(ours), ratio(ours),
                       throughput(ours), *(cell(entries.get(name)) for name in others)])  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# What the README shows: op -> (its heading, shapes, competitors and what they are called there).
+SHORT = {
+    "block_attention": (
+        "`block_attention`, 32 queries, D 128, rotation included",
+        ["32-32 heads, B 1, T 32, 512 keys", "32-32 heads, B 1, T 32, 1024 keys", "32-32 heads, B 1, T 32, 4096 keys",
+         "32-32 heads, B 8, T 32, 2048 keys", "28-4 heads, B 1, T 32, 1024 keys", "28-4 heads, B 8, T 32, 2048 keys",
+         "28-4 heads, B 32, T 32, 2048 keys"],
+        ["SDPA flash", "SDPA cuDNN", "flash-attn-4"],
+    ),
+    "confidence_select": (
+        "`confidence_select`, rule and commit included",
+        ["V 126464, 32 rows", "V 126464, 256 rows", "V 126464, 1024 rows", "V 152064, 1024 rows"],
+        ["torch.compile", "float32 softmax", "published, float64"],
+    ),
+}  # fmt: skip
+
+
+def short_tables(ops):
+    """The README's tables, as Markdown."""
+    tables = []
+    for op, (heading, shapes, peers) in SHORT.items():
+        found = {shape: ops.get(op, {}).get(shape) for shape in shapes}
+        lines = [[heading, "floor", "ours", *peers], ["---"] + ["--:"] * (2 + len(peers))]
+        for shape, entries in found.items():
+            if entries and "ours" in entries:
+                ours = entries["ours"]
+                cells = number(ours.get("floor_us")), f"**{number(ours['us'])}**", *(cell(entries.get(name)) for name in peers)
+                lines.append([shape.replace(", T 32", ""), *cells])
+        tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(tables)
+
+
+def insert(path, name, text):
+    """Put the text between the marks `<!-- name -->` and `<!-- /name -->` of a file; ValueError where it has none."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, mark, rest = path.read_text().partition(begin)
+    _, closing, after = rest.partition(end)
+    if not mark or not closing:
+        raise ValueError(f"{path}: expected the marks {begin} and {end}")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def number(value):
@@ -148,6 +191,7 @@ def main():
     parser.add_argument("results", type=Path)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="also draw the two plots there (needs matplotlib)")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="also put the short tables between its marks")
     arguments = parser.parse_args()
     machine, ops = load(arguments.results)
     slug = re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or "cpu").lower()).strip("-").removeprefix("nvidia-")
@@ -156,6 +200,8 @@ def main():
     print(output)
     if arguments.plots:
         plots(ops, arguments.plots)
+    if arguments.readme:
+        insert(arguments.readme, "kernels", short_tables(ops))
 
 
 if __name__ == "__main__":

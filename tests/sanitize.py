@@ -1,0 +1,60 @@
+"""One small case of every kernel, for compute-sanitizer: `compute-sanitizer --tool memcheck python tests/sanitize.py`.
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor its own allocation, so that a step past its end is seen.
+"""
+
+import torch
+
+import fastdllm_kernels as ops
+
+DEVICE, DTYPE = "cuda", torch.bfloat16
+
+
+def normal(*shape):
+    return torch.randn(shape, device=DEVICE, dtype=DTYPE)
+
+
+def numbers(*values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def attention():
+    """Split and whole passes, ragged rows, a group of 7, pages, rotation, a width that no tile divides."""
+    for heads, kv_heads, dim, slots in ((4, 4, 128, 300), (7, 1, 64, 90), (2, 2, 96, 513)):
+        q, k, v = normal(2, 9, heads, dim), normal(2, 9, kv_heads, dim), normal(2, 9, kv_heads, dim)
+        caches = normal(2, slots, kv_heads, dim), normal(2, slots, kv_heads, dim)
+        tables = torch.randn(2, slots, dim // 2, device=DEVICE).unbind(0)
+        spans = numbers(0, slots - 9), numbers(slots, slots)
+        ops.block_attention(q, k, v, *caches, *spans, block_len=numbers(9, 5), cos=tables[0], sin=tables[1], return_lse=True)
+        pages = torch.arange(2 * -(-slots // 16), dtype=torch.int32, device=DEVICE).view(2, -1)
+        paged = [normal(pages.numel(), 16, kv_heads, dim) for _ in caches]
+        ops.block_attention(q, k, v, *paged, *spans, page_table=pages)
+
+
+def selection():
+    logits, tokens = normal(2, 9, 5003), torch.full((2, 9), 7, device=DEVICE)
+    rules = ops.Threshold(0.5), ops.Factor(1.0), ops.Quota(4), ops.Quota(4, "dream")
+    for rule, score in zip(rules, ops.SCORES, strict=True):
+        ops.confidence_select(logits, tokens.clone(), mask_id=7, rule=rule, score=score, temperature=0.7, seed=1)
+    ops.token_confidence(logits.flatten(0, 1), return_logsumexp=True, return_entropy=True, return_margin=True)
+    ops.token_confidence_partials(logits.flatten(0, 1), vocab_start=2)
+
+
+def layers():
+    x, weight, norm = normal(9, 200), normal(136, 200), normal(136)
+    ops.linear(x, weight, norm)
+    ops.linear_swiglu(x, weight)
+    ops.linear_rms_norm(x, weight, normal(9, 136), norm, 1e-5)
+    ops.rms_norm(normal(9, 136), norm, 1e-5, normal(9, 136))
+    ops.rms_norm(normal(3, 17000), normal(17000), 1e-5)
+    ops.swiglu(normal(9, 270))
+    q, k, v = normal(2, 9, 4, 64), normal(2, 9, 2, 64), normal(2, 9, 2, 64)
+    cos, sin = torch.randn(2, 40, 32, device=DEVICE).unbind(0)
+    ops.rope_to_cache(q, k, v, cos, sin, numbers(0, 31), normal(2, 40, 2, 64), normal(2, 40, 2, 64), length=numbers(9, 4))
+
+
+if __name__ == "__main__":
+    for run in (attention, selection, layers):
+        run()
+    torch.cuda.synchronize()
+    print("every kernel ran")
