@@ -18,6 +18,7 @@ FLOORS = {
     "fastdllm.model": 3,
     "fastdllm.families": 3,
     "fastdllm.checkpoint": 3,
+    "fastdllm.quantize": 3,
     "fastdllm.arguments": 4,
     "fastdllm.decode": 4,
     "fastdllm.graph": 4,

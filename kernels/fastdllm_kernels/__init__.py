@@ -1,6 +1,16 @@
 """Triton kernels and PyTorch references for block-wise diffusion decoding. Imports torch and triton only."""
 
 from .attention import block_attention, block_attention_reference
+from .linear import (
+    Fp8Weight,
+    linear,
+    linear_reference,
+    linear_rms_norm,
+    linear_rms_norm_reference,
+    linear_swiglu,
+    linear_swiglu_reference,
+    quantize_weight,
+)
 from .pointwise import rms_norm, rms_norm_reference, rope_to_cache, rope_to_cache_reference, swiglu, swiglu_reference
 from .rules import Factor, Quota, Threshold
 from .select import (
@@ -22,6 +32,7 @@ __all__ = [
     "SCORES",
     "Confidence",
     "Factor",
+    "Fp8Weight",
     "Partials",
     "Quota",
     "Selection",
@@ -31,7 +42,14 @@ __all__ = [
     "commit_proposals",
     "confidence_select",
     "confidence_select_reference",
+    "linear",
+    "linear_reference",
+    "linear_rms_norm",
+    "linear_rms_norm_reference",
+    "linear_swiglu",
+    "linear_swiglu_reference",
     "merge_confidence_partials",
+    "quantize_weight",
     "rms_norm",
     "rms_norm_reference",
     "rope_to_cache",
