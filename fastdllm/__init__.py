@@ -2,6 +2,7 @@
 
 from fastdllm_kernels import Factor, Quota, Threshold
 
+from .cache import CachePolicy
 from .checkpoint import load
 from .decode import Generation, StepEvent, generate
 from .patch import replace_attention, restore_attention
@@ -9,5 +10,6 @@ from .patch import replace_attention, restore_attention
 __version__ = "0.1.0"
 
 __all__ = [
-    "Factor", "Generation", "Quota", "StepEvent", "Threshold", "generate", "load", "replace_attention", "restore_attention",
+    "CachePolicy", "Factor", "Generation", "Quota", "StepEvent", "Threshold", "generate", "load", "replace_attention",
+    "restore_attention",
 ]

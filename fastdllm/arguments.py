@@ -5,7 +5,9 @@ import torch
 from fastdllm_kernels import Factor, Quota, Threshold
 from fastdllm_kernels.checks import choice, integer, number
 
-__all__ = ["CACHES", "check_rule", "choice", "integer", "number", "prompt_ids", "stop_tokens"]
+from .cache import CachePolicy
+
+__all__ = ["CACHES", "check_policy", "check_rule", "choice", "integer", "number", "prompt_ids", "stop_tokens"]
 
 CACHES = ("none", "prefix", "dual")
 
@@ -58,3 +60,11 @@ def check_rule(rule, rows: int) -> None:
     for name, value in vars(rule).items():
         if isinstance(value, torch.Tensor) and value.shape != (rows,):
             raise ValueError(f"rule: expected {name} with one entry for each of {rows} prompts, got {tuple(value.shape)}")
+
+
+def check_policy(policy, cache: str) -> None:
+    """TypeError unless `policy` is a CachePolicy; ValueError where it keeps the prompt's keys and there is no cache."""
+    if not isinstance(policy, CachePolicy):
+        raise TypeError(f"policy: expected a CachePolicy, got {policy!r}")
+    if cache == "none" and policy.prompt_refreshes != 1:
+        raise ValueError(f"policy: prompt_refreshes {policy.prompt_refreshes} needs cache prefix or dual, got none")

@@ -37,8 +37,8 @@ class RotaryTable:
 class BlockAttention(nn.Module):
     """Bidirectional attention of the tokens at hand over themselves and over what a KVCache holds around them.
 
-    Without a cache it is plain full attention. With one, `cache.span` says where the tokens stand: over the whole canvas it
-    stores rotated keys and values and attends with PyTorch's SDPA; over a block it calls `block_attention`.
+    Without a cache it is plain full attention. With one, `cache.span` says where the tokens stand: in a refresh it stores
+    rotated keys and values and attends with PyTorch's SDPA where it can; over a block it calls `block_attention`.
     """
 
     def __init__(self, hidden_size, num_heads, num_kv_heads, head_dim, *, layer, rotary: RotaryTable, qkv_bias=False):
@@ -70,11 +70,15 @@ def attend(q, k, v, rotary: RotaryTable, cache: KVCache | None, layer: int) -> t
         q, k = rope_to_cache(q, k, v, cos, sin, start)
         return full_attention(q, k, v, None)
     span, (k_cache, v_cache) = cache.span, cache.layer(layer)
-    if span.whole:
+    if span.whole or span.stores:
         q, k = rope_to_cache(
             q, k, v, cos, sin, span.start, k_cache, v_cache, length=span.length, page_table=span.page_table
         )
+        cos = sin = None
+    if span.whole:
         return full_attention(q, k, v, span)
+    if span.shared:
+        return full_attention(q, k_cache[:, : span.shared], v_cache[:, : span.shared], None)
     return block_attention(
         q, k, v, k_cache, v_cache, span.start, span.kv_len, page_table=span.page_table, cos=cos, sin=sin,
         block_len=span.length if span.ragged else None,
@@ -88,10 +92,10 @@ BACKENDS = [
 
 
 def full_attention(q, k, v, span: Span | None):
-    """Every position of a row with every other: [R, L, H, D] and [R, L, HK, D], rows no longer than the span says.
+    """Every query of a row with every key of it: [R, T, H, D] and [R, L, HK, D], rows no longer than the span says.
 
     PyTorch's SDPA; rows of different lengths on a GPU take block_attention, which needs no mask: under one, SDPA falls back
-    to its slow paths. Positions past a row's length give values that nobody reads. Returns [R, L, H, D].
+    to its slow paths. Positions past a row's length give values that nobody reads. Returns [R, T, H, D].
     """
     mask, ragged = None, span is not None and span.ragged
     if ragged and q.is_cuda:

@@ -1,14 +1,40 @@
 """KVCache: one preallocated tensor of rotated keys and values, and the span that the next forward works on.
 
-The decoding loop owns the cache and opens a span before it calls the model; every BlockAttention reads that span. Spans
-live in small device tensors, because a CUDA graph bakes host integers in.
+CachePolicy says what refreshes may leave out. The decoding loop owns the cache and opens a span before it calls the model;
+every BlockAttention reads that span. Spans live in small device tensors, because a CUDA graph bakes host integers in.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from fastdllm_kernels.checks import integer
+
 from .config import ModelConfig
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """What refreshes leave out to save time, for some accuracy. By default nothing; a row never depends on its neighbours.
+
+    prompt_refreshes: the prompt's keys and values are computed anew at every n-th refresh of a row, counted from its first,
+    which always computes them; 0: at the first alone. The refreshes between compute and store only what comes after the
+    prompt (where outputs are shifted, from the prompt's last position on: its output is the first one generated), over the
+    prompt's keys and values as they were last stored. Other values than 1 need a cache.
+
+    suffix_blocks: the canvas that a forward sees and computes ends w blocks of masks after the active block, at
+    min(total, end + w * block_length); None: with the row's last mask. Cached steps see the same part as their refresh.
+
+    Raises TypeError and ValueError, naming the field.
+    """
+
+    prompt_refreshes: int = 1
+    suffix_blocks: int | None = None
+
+    def __post_init__(self):
+        integer("CachePolicy.prompt_refreshes", self.prompt_refreshes, 0)
+        if self.suffix_blocks is not None:
+            integer("CachePolicy.suffix_blocks", self.suffix_blocks, 0)
 
 
 @dataclass(frozen=True)
@@ -17,8 +43,10 @@ class Span:
 
     start, length, kv_len: [R] int32 on the device. Row r's tokens sit at positions start[r] .. + length[r] - 1 of a canvas of
     kv_len[r] positions. `whole` says that they are the whole canvas (a refresh: fresh keys and values are stored, attention
-    is PyTorch's); otherwise keys and values outside them come from the cache, which is not written. `ragged`: some row is
-    shorter than the tensor is wide. `page_table` [R, 1] int32 names the cache rows when the forward runs only some of them.
+    is PyTorch's); otherwise keys and values outside them come from the cache, which is written where `stores` says so (a
+    refresh that keeps the prompt's). `ragged`: some row is shorter than the tensor is wide. `page_table` [R, 1] int32 names
+    the cache rows when the forward runs only some of them. `shared`: where all rows run, store, and have one start and one
+    kv_len, that kv_len as a number of the host; else 0.
     """
 
     start: torch.Tensor
@@ -27,6 +55,8 @@ class Span:
     whole: bool
     ragged: bool
     page_table: torch.Tensor | None = None
+    stores: bool = False
+    shared: int = 0
 
 
 class KVCache:

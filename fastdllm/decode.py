@@ -1,8 +1,9 @@
 """generate(): block-wise diffusion decoding (Fast-dLLM, arXiv 2505.22618). One loop; the cache mode and the rule are data.
 
 Each row walks through its own blocks at its own pace. In every turn of the loop the rows at a block's start get one refresh
-together, the rows in the middle of a block one cached step together, and the host reads one small tensor of each: what is
-left. A forward is a function of a plan, one small tensor of integers; of cached steps graph.py makes CUDA graphs.
+together (those that keep their prompt's keys another), the rows in the middle of a block one cached step together, and the
+host reads one small tensor of each: what is left. A forward is a function of a plan, one small tensor of
+integers; of cached steps graph.py makes CUDA graphs.
 """
 
 import functools
@@ -17,11 +18,12 @@ from fastdllm_kernels import SCORES, Quota, Selection, Threshold, commit_proposa
 from fastdllm_kernels.backend import forced
 
 from . import arguments
-from .cache import KVCache, Span
+from .cache import CachePolicy, KVCache, Span
 from .families import FAMILIES
 from .graph import workspace
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # spreads consecutive seeds over the 64-bit keys; as a signed number
+LAUNCH_BOUND = 2048  # tokens of a refresh up to which it may wait for its launches: they take 25 ms, 512 tokens 10 ms
 CAPACITY = 256  # the canvas's length goes up in these steps, so that one captured step serves many requests
 
 
@@ -45,7 +47,7 @@ class Generation:
 class StepEvent:
     """What one forward committed: `rows`, canvas `positions`, `token_ids`, `scores` are parallel 1-D CPU tensors.
 
-    step counts the forwards of the call from 0; kind is "refresh" (over the whole canvas) or "cached".
+    step counts the forwards of the call from 0; kind is "refresh" (a block's first; without a cache, all) or "cached".
     """
 
     step: int
@@ -71,18 +73,19 @@ class Sampling:
 @torch.inference_mode(False)  # what a Workspace keeps must be writable in the next call, whatever mode that is in
 @torch.no_grad()
 def generate(
-    model, prompts, *, gen_length=256, block_length=32, cache="dual", rule=Threshold(0.9), score="confidence",  # noqa: B008
-    temperature=0.0, top_p=None, top_k=None, seed=None, stop_ids=None, on_step=None, graph=True,
+    model, prompts, *, gen_length=256, block_length=32, cache="dual", policy=CachePolicy(), rule=Threshold(0.9),  # noqa: B008
+    score="confidence", temperature=0.0, top_p=None, top_k=None, seed=None, stop_ids=None, on_step=None, graph=True,
 ) -> Generation:
     """Fill gen_length masks after each prompt, block by block.
 
     model: what `fastdllm.load` or `fastdllm.replace_attention` returns. prompts: a list of 1-D id sequences of any lengths, or
     a [B, P] tensor; a row gets the tokens it would get alone. cache: "none" (a full forward every step), "prefix" or "dual".
-    rule: Threshold, Factor, Quota (a parameter may be a [B] tensor), or a function (scores [B, T] fp32, candidates [B, T]
-    bool, step [B] int64) -> commit [B, T] bool, called with the rows of one forward. score: "confidence", "margin", "entropy"
-    or "random". temperature 0 is greedy; top_p in (0, 1] and top_k >= 1 filter the proposals. seed: row b draws as a single
-    row with seed + b would; None takes one from torch's global generator. stop_ids: None for the model's end-of-text ids, () to
-    never stop. on_step(StepEvent) is called after every forward. graph: on a GPU, capture a cached step in a CUDA graph when it
+    policy: a CachePolicy, what the refreshes leave out; by default nothing. rule: Threshold, Factor, Quota (a parameter may be
+    a [B] tensor), or a function (scores [B, T] fp32, candidates [B, T] bool, step [B] int64) -> commit [B, T] bool, called
+    with the rows of one forward. score: "confidence", "margin", "entropy" or "random". temperature 0 is greedy; top_p in
+    (0, 1] and top_k >= 1 filter the proposals. seed: row b draws as a single row with seed + b would; None takes one from
+    torch's global generator. stop_ids: None for the model's end-of-text ids, () to never stop. on_step(StepEvent) is called
+    after every forward. graph: on a GPU, capture a cached step (and a short refresh that comes often) in a CUDA graph when it
     is first needed and replay it after; the model then keeps its cache allocated between calls (`fastdllm.graph.clear(model)`
     frees it). A rule that is a function, top_p and top_k run uncaptured, and so does a model that cannot be captured: logged.
 
@@ -100,6 +103,7 @@ def generate(
     if longest > config.max_positions:
         raise ValueError(f"gen_length: prompt and generation need {longest} positions, the model has {config.max_positions}")
     arguments.choice("cache", cache, arguments.CACHES)
+    arguments.check_policy(policy, cache)
     arguments.choice("score", score, SCORES)
     arguments.check_rule(rule, len(prompts))
     stops = arguments.stop_tokens(stop_ids, config)
@@ -109,7 +113,7 @@ def generate(
         raise TypeError(f"graph: expected a bool, got {type(graph).__name__}")
     sampling = _sampling(config, score, temperature, top_p, top_k, seed)
     with workspace(model, _obstacle(model, graph, rule, sampling)) as space:
-        return Decoder(model, prompts, gen_length, block_length, cache, rule, sampling, stops, on_step, space).run()
+        return Decoder(model, prompts, gen_length, block_length, cache, policy, rule, sampling, stops, on_step, space).run()
 
 
 def _obstacle(model, graph, rule, sampling) -> str | None:
@@ -166,9 +170,10 @@ class Row:
 class Decoder:
     """The state of one call of `generate`: the canvas on the device, where each row stands on the host."""
 
-    def __init__(self, model, prompts, gen_length, block_length, cache, rule, sampling, stops, on_step, space):
+    def __init__(self, model, prompts, gen_length, block_length, cache, policy, rule, sampling, stops, on_step, space):
         self.model, self.config, self.mode, self.rule, self.sampling = model, model.config, cache, rule, sampling
         self.ends, self.on_step, self.space, device = {self.config.mask_id, *stops}, on_step, space, model.device
+        self.policy = policy
         self.block_length = block = min(block_length, gen_length)
         lengths = [len(prompt) for prompt in prompts]
         self.rows = [Row(i, n, n + gen_length, n, n + block) for i, n in enumerate(lengths)]
@@ -187,7 +192,7 @@ class Decoder:
         # With shifted outputs and a cache, a cached step cannot see its first position: the refresh commits it, alone.
         self.first_alone = cache != "none" and self.config.logit_shift > 0
         self.parameters = [0] * count if callable(rule) else _bits(rule, count)
-        self.forwards = 0
+        self.forwards, self.blocks = 0, gen_length // block
         # What a captured step has baked in beside its plan and the model.
         kind = type(rule), getattr(rule, "schedule", None)
         self.key = self.canvas.shape, block, self.config, kind, sampling.score, sampling.temperature, forced()
@@ -198,13 +203,14 @@ class Decoder:
         try:
             active = self.rows
             while active:
-                stepping = [row for row in active if row.step and self.mode != "none"]
-                refreshing = [row for row in active if not row.step or self.mode == "none"]
-                groups = [(rows, whole) for rows, whole in ((stepping, False), (refreshing, True)) if rows]
-                forwards = [self._forward(rows, whole) for rows, whole in groups]
+                stepping = [row for row in active if self._origin(row) == row.start]
+                keeping = [row for row in active if 0 < self._origin(row) < row.start]
+                whole = [row for row in active if not self._origin(row)]
+                groups = [(rows, refresh) for rows, refresh in ((stepping, False), (keeping, True), (whole, True)) if rows]
+                forwards = [self._forward(rows, refresh) for rows, refresh in groups]
                 self.space.wait()
-                for (rows, whole), (report, selection) in zip(groups, forwards, strict=True):
-                    self._finish(rows, whole, report.tolist(), selection)
+                for (rows, refresh), (report, selection) in zip(groups, forwards, strict=True):
+                    self._finish(rows, refresh, report.tolist(), selection)
                 active = [row for row in active if not row.done]
         finally:
             self.model.attach(None)
@@ -215,27 +221,47 @@ class Decoder:
             *counts.unbind(1), counts.sum(1), time.perf_counter() - began,
         )
 
-    def _forward(self, rows, whole):
+    def _origin(self, row):
+        """Where the row's next forward begins: in a cached step at its block, in a refresh at 0 or past the kept prompt."""
+        if row.step and self.mode != "none":
+            return row.start
+        every = self.policy.prompt_refreshes
+        kept = row.refreshes % every if every else row.refreshes
+        return row.prompt_length - self.config.logit_shift if kept else 0
+
+    def _forward(self, rows, refresh):
         """Launch one forward of `rows` and its commit. Returns the report, for each row what remains and its block's
         tokens, and the Selection."""
-        alone = whole and self.first_alone
-        entries = [self._entry(row, whole, alone) for row in rows]
-        lengths, key = [entry[2] for entry in entries], None
+        alone = refresh and self.first_alone
+        entries, key = [self._entry(row, refresh, alone) for row in rows], None
+        (_, origin, *_), lengths = entries[0], [entry[2] for entry in entries]
         width, block, ragged = max(lengths), 1 if alone else self.block_length, min(lengths) < max(lengths)
-        if not whole and width <= block:  # the block's own positions: one shape for all such steps, so that few graphs serve
+        same = len({entry[1:4] for entry in entries}) == 1 and len(rows) == len(self.rows)
+        shared = origin + width if refresh and same else 0
+        if not refresh and width <= block:  # the block's own positions: one shape for all such steps, so that few graphs serve
             width, ragged = block, True
             entries += self._padding(rows)
             key = self.key, len(entries)
-        shape = {"whole": whole, "width": width, "block": block, "ragged": ragged, "rule": BEST_ONE if alone else self.rule}
-        return self.space.run(key, functools.partial(self._compute, **shape), torch.tensor(entries).T.contiguous())
+        elif refresh and same and self._repays(origin, len(rows) * width):
+            key = self.key, self.mode, origin, width
+        shape = {"whole": not origin, "stores": refresh, "width": width, "block": block, "ragged": ragged, "shared": shared}
+        compute = functools.partial(self._compute, rule=BEST_ONE if alone else self.rule, **shape)
+        return self.space.run(key, compute, torch.tensor(entries).T.contiguous())
 
-    def _entry(self, row, whole, alone):
+    def _repays(self, origin, tokens):
+        """Whether a refresh of that many tokens waits for its launches, and comes often enough to repay its capture, which
+        takes as long as three of them."""
+        again = self.policy.suffix_blocks is None and (origin > 0 or self.policy.prompt_refreshes > 0)
+        return again and tokens <= LAUNCH_BOUND and self.blocks >= 4
+
+    def _entry(self, row, refresh, alone):
         """The row's column of a plan: plain numbers, the rule's parameter as bits."""
-        origin = 0 if whole else row.start
-        length = (row.end if self.mode == "dual" and not whole else row.total) - origin
+        origin, suffix = self._origin(row), self.policy.suffix_blocks
+        limit = row.total if suffix is None else min(row.total, row.end + suffix * self.block_length)
+        length = (row.end if self.mode == "dual" and not refresh else limit) - origin
         seed = _signed((row.index + (self.sampling.seed or 0)) * GOLDEN + row.refreshes + row.cached_steps)
         last, parameter = (row.start + 1, BEST_ONE_BITS) if alone else (row.end, self.parameters[row.index])
-        return row.index, origin, length, row.total, row.start, last, row.step, seed, parameter
+        return row.index, origin, length, limit, row.start, last, row.step, seed, parameter
 
     def _padding(self, rows):
         """Columns up to the next power of two, of rows that sit this forward out: they see nothing and commit nothing."""
@@ -246,19 +272,19 @@ class Decoder:
         wanted = (1 << (len(rows) - 1).bit_length()) - len(rows)
         return [(index, *[0] * 7, self.parameters[index]) for index in itertools.islice(spare, wanted)]
 
-    def _compute(self, plan, *, whole, width, block, ragged, rule):
+    def _compute(self, plan, *, whole, stores, width, block, ragged, shared, rule):
         """One forward and what it commits, from device tensors alone; where no row has a candidate it changes nothing.
 
-        Row by row it feeds the model `width` positions, or the whole canvas, and may commit `block` of them.
+        Row by row it feeds the model `width` positions and may commit `block` of them.
         """
         row, origin, _, _, start, last, step, seed, parameter = plan
         page, *span = plan[:4].to(torch.int32)
-        pages = None if whole and len(row) == len(self.rows) else page[:, None]
-        self.cache.span = Span(*span, whole=whole, ragged=ragged, page_table=pages)
+        pages = None if stores and len(row) == len(self.rows) else page[:, None]
+        self.cache.span = Span(*span, whole=whole, ragged=ragged, page_table=pages, stores=stores, shared=shared)
         in_block, shift, mask_id = self.positions[:block], self.config.logit_shift, self.config.mask_id
         place = row[:, None], start[:, None] + in_block
         tokens = fed = self.canvas[place]
-        if wide := whole or width > block:
+        if wide := width > block:
             at = (origin[:, None] + self.positions[:width]).clamp(max=self.canvas.shape[1] - 1)
             fed = self.canvas[row[:, None], at]
         source = ((start - origin)[:, None] + in_block - shift).clamp(min=0, max=width - 1) if wide or shift else None
@@ -283,34 +309,34 @@ class Decoder:
             return select_in_parts(rule, logits, offered, tokens, candidates, step, **options)
         return confidence_select(logits, tokens, rule=rule, candidates=candidates, step=step, **options)
 
-    def _finish(self, rows, whole, report, selection):
+    def _finish(self, rows, refresh, report, selection):
         """Count the forward, tell the listener, and move its rows on."""
         for row, (left, *_) in zip(rows, report, strict=False):  # padding may follow
             if left < 0:
                 raise ValueError(f"logits: NaN in row {row.index} at position {row.start - 1 - left}")
         if self.on_step is not None:
-            self._tell(rows, whole, selection)
+            self._tell(rows, refresh, selection)
         self.forwards += 1
         for row, (left, *tokens) in zip(rows, report, strict=False):
-            row.refreshes += whole
-            row.cached_steps += not whole
+            row.refreshes += refresh
+            row.cached_steps += not refresh
             # The text ends at its first stop id, once nothing before it is masked.
             stop = next((offset for offset, token in enumerate(tokens) if token in self.ends), None)
             if stop is not None and tokens[stop] != self.config.mask_id:
                 row.done = True
                 self.canvas[row.index, row.start + stop + 1 : row.total] = tokens[stop]
-            elif (row.end - row.start - 1 if whole and self.first_alone else left) > 0:
+            elif (row.end - row.start - 1 if refresh and self.first_alone else left) > 0:
                 row.step += 1
             else:
                 row.done = row.end == row.total
                 row.start, row.end, row.step = row.end, min(row.end + self.block_length, row.total), 0
 
-    def _tell(self, rows, whole, selection):
+    def _tell(self, rows, refresh, selection):
         committed = selection.committed[: len(rows)].cpu()
         row, offset = committed.nonzero().unbind(1)
         index, start = torch.tensor([(row.index, row.start) for row in rows]).unbind(1)
         token_ids, scores = (value[: len(rows)].cpu()[committed] for value in (selection.token_ids, selection.score))
-        kind = "refresh" if whole else "cached"
+        kind = "refresh" if refresh else "cached"
         self.on_step(StepEvent(self.forwards, kind, index[row], start[row] + offset, token_ids, scores))
         self.model.attach(self.cache)  # the listener may have decoded with the same model
 

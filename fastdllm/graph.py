@@ -1,4 +1,4 @@
-"""A cached step captured once in a CUDA graph and replayed: one launch for what Python would launch kernel by kernel.
+"""A forward captured once in a CUDA graph and replayed: one launch for what Python would launch kernel by kernel.
 
 A graph bakes in every address and every number of the host. A step is therefore a function of one small integer tensor, its
 plan, and what else it reads or writes lies at addresses that stay: the weights, and the tensors of the model's Workspace,
@@ -76,7 +76,7 @@ class Workspace:
         except Exception as error:  # whatever somebody else's model raises
             self.captures = False
             self.steps.clear()
-            log.warning("cached steps run uncaptured from now on: this model's forward cannot be captured: %s", error)
+            log.warning("forwards run uncaptured from now on: this model's forward cannot be captured: %s", error)
         if len(self.steps) > MOST:
             self.steps.popitem(last=False)
 
@@ -151,7 +151,7 @@ def clear(model) -> None:
 
 @functools.cache
 def _log_once(obstacle):
-    log.info("cached steps run uncaptured: %s", obstacle)
+    log.info("forwards run uncaptured: %s", obstacle)
 
 
 def _state(model):

@@ -131,31 +131,48 @@ def finished_by_stop(canvas, prompt_length, mask_id, stop_ids):
     return None
 
 
+def prompt_alone(store, kept, length):
+    """A store for a canvas of that length with the first positions of another; NaN where a forward must bring its own."""
+    empty = [torch.full((len(keys), length - kept, keys.shape[2]), math.nan, dtype=keys.dtype) for keys, _ in store]
+    return [tuple(torch.cat([held[:, :kept], rest], dim=1) for held in layer) for layer, rest in zip(store, empty, strict=True)]
+
+
 def decode_row(
-    source, prompt, *, mask_id, gen_length, block_length, cache, rule, score="confidence", shift=0, stop_ids=()
-):
-    """Decodes one prompt (a list of ids) greedily. shift 1: the logits of position i are output i - 1."""
+    source, prompt, *, mask_id, gen_length, block_length, cache, rule, score="confidence", shift=0, stop_ids=(),
+    prompt_refreshes=1, suffix_blocks=None,
+):  # fmt: skip
+    """Decodes one prompt (a list of ids) greedily. shift 1: the logits of position i are output i - 1.
+
+    prompt_refreshes n: of the refreshes, numbers 0, n, 2n ... run over the canvas (n 0: number 0 alone), the others from
+    `shift` positions before the prompt's end on. suffix_blocks w: the canvas ends w blocks after the active one.
+    """
     prompt_length, length = len(prompt), len(prompt) + gen_length
     canvas = list(prompt) + [mask_id] * gen_length
-    row = Row(canvas)
+    row, store = Row(canvas), None
     for start in range(prompt_length, length, block_length):
         end = min(start + block_length, length)
-        store, step = None, 0
+        step = 0
+        seen = length if suffix_blocks is None else min(length, end + suffix_blocks * block_length)
         plan = even_plan(end - start, rule[1]) if rule[0] == "quota" else None
         while True:
             masked = [position for position in range(start, end) if canvas[position] == mask_id]
             if not masked:
                 break
             full = cache == "none" or step == 0
-            stop = end if cache == "dual" else length
-            positions = list(range(0, length)) if full else list(range(start, stop))
-            outputs, new_store = source([canvas[p] for p in positions], positions, None if full else store)
+            if not full:
+                positions, known = list(range(start, end if cache == "dual" else seen)), store
+            elif row.refreshes == 0 or (prompt_refreshes > 0 and row.refreshes % prompt_refreshes == 0):
+                positions, known = list(range(seen)), None
+            else:
+                kept = prompt_length - shift
+                positions, known = list(range(kept, seen)), prompt_alone(store, kept, seen)
+            outputs, new_store = source([canvas[p] for p in positions], positions, known)
             if full:
                 store = new_store
             commits = {}
             if shift and cache != "none" and full:
                 # A cached step never sees the output before the block: the refresh settles the first position.
-                commits[start], _, slack = propose(outputs[start - 1], mask_id, "confidence")
+                commits[start], _, slack = propose(outputs[positions.index(start - 1)], mask_id, "confidence")
                 if rule[0] == "quota":
                     plan = [1, *even_plan(end - start - 1, max(1, rule[1] - 1))]
             else:

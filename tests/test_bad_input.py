@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import fastdllm
-from fastdllm import Factor, Quota, Threshold
+from fastdllm import CachePolicy, Factor, Quota, Threshold
 from fastdllm_kernels import block_attention, confidence_select, rms_norm, rope_to_cache, swiglu, token_confidence
 
 NAN, INF = float("nan"), float("inf")
@@ -133,6 +133,20 @@ GENERATE = [
     ),
     ("an unknown cache", lambda f: generate(f, cache="both"), ValueError, "cache.*dual.*both"),
     ("a cache of None", lambda f: generate(f, cache=None), (ValueError, TypeError), "cache"),
+    ("a policy of None", lambda f: generate(f, policy=None), TypeError, "policy.*CachePolicy.*None"),
+    ("a policy that is a class", lambda f: generate(f, policy=CachePolicy), TypeError, "policy"),
+    ("a policy that is a number", lambda f: generate(f, policy=2), TypeError, "policy.*2"),
+    ("negative prompt_refreshes", lambda f: CachePolicy(prompt_refreshes=-1), ValueError, "prompt_refreshes.*-1"),
+    ("prompt_refreshes of None", lambda f: CachePolicy(prompt_refreshes=None), TypeError, "prompt_refreshes.*None"),
+    ("prompt_refreshes a bool", lambda f: CachePolicy(prompt_refreshes=True), TypeError, "prompt_refreshes.*bool"),
+    ("negative suffix_blocks", lambda f: CachePolicy(suffix_blocks=-1), ValueError, "suffix_blocks.*-1"),
+    ("suffix_blocks a float", lambda f: CachePolicy(suffix_blocks=1.0), TypeError, "suffix_blocks.*float"),
+    (
+        "a kept prompt without a cache",
+        lambda f: generate(f, cache="none", policy=CachePolicy(prompt_refreshes=0)),
+        ValueError,
+        "policy.*prompt_refreshes.*none",
+    ),
     ("an unknown score", lambda f: generate(f, score="surprise"), ValueError, "score.*confidence.*surprise"),
     ("a rule that is a number", lambda f: generate(f, rule=0.9), TypeError, "rule"),
     ("a rule that is a class", lambda f: generate(f, rule=Threshold), TypeError, "rule"),
@@ -254,6 +268,20 @@ LOAD = [
     ("dtype int8", lambda f: load(f, dtype=torch.int8), ValueError, "dtype"),
     ("dtype a text", lambda f: load(f, dtype="float16"), (TypeError, ValueError), "dtype"),
     ("a device that is none", lambda f: load(f, device="abacus"), (ValueError, RuntimeError), "device"),
+    ("unknown weights", lambda f: load(f, weights="int4"), ValueError, "weights.*fp8.*int4"),
+    ("weights a dtype", lambda f: load(f, weights=torch.float8_e4m3fn), ValueError, "weights.*fp8"),
+    (
+        "NaN in weights that are quantised",
+        lambda f: load(f, state_change=lambda s: s["model.transformer.ff_out.weight"][3].fill_(NAN), weights="fp8"),
+        ValueError,
+        "transformer.ff_out.*NaN",
+    ),
+    (
+        "fp8 weights to be saved",
+        lambda f: fastdllm.checkpoint.save(load(f, weights="fp8"), f / "copy"),
+        ValueError,
+        "model.*fp8",
+    ),
 ]
 
 ATTENTION = [

@@ -186,13 +186,13 @@ def test_a_bounded_number_is_kept_and_the_least_recently_used_goes(records, monk
     monkeypatch.setattr(graph, "MOST", 2)
     model, config, _ = case("llada")
     prompts = random_prompts(config, (4,), 0)
-    for block_length in (5, 3, 4, 3, 5):  # the longest first: a larger canvas would drop the steps of the others
+    for block_length in (6, 4, 5, 4, 6):  # the longest first: a larger canvas would drop the steps of the others
         check_equal(model, prompts, gen_length=12, block_length=block_length, rule=Threshold(0.9), stop_ids=())
     steps = graph._workspaces[model].steps
-    assert len(steps) == 2 and len(records) == 4, "the 5 went when the 4 came, and the 4 when the 5 came back"
-    check_equal(model, prompts, gen_length=12, block_length=3, rule=Threshold(0.9), stop_ids=())
-    assert len(records) == 4, "the one used last but one was dropped"
+    assert len(steps) == 2 and len(records) == 4, "the 6 went when the 5 came, and the 5 when the 6 came back"
     check_equal(model, prompts, gen_length=12, block_length=4, rule=Threshold(0.9), stop_ids=())
+    assert len(records) == 4, "the one used last but one was dropped"
+    check_equal(model, prompts, gen_length=12, block_length=5, rule=Threshold(0.9), stop_ids=())
     assert len(records) == 5 and len(steps) == 2
 
 
@@ -442,3 +442,18 @@ def test_a_replaced_model_is_captured_on_a_gpu(records):
     prompts = random_prompts(tiny.LLADA, (6, 3, 4), 0)
     check_equal(model, prompts, rule=Threshold(0.035), **GPU_OPTIONS)
     assert records and graph._workspaces[model.fastdllm_adapter].captures
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("policy", [fastdllm.CachePolicy(), fastdllm.CachePolicy(prompt_refreshes=0)], ids=["all", "kept"])
+def test_short_refreshes_are_captured_where_they_come_often(family, cache, policy, records):
+    if cache == "none" and policy.prompt_refreshes == 0:
+        pytest.skip("nothing keeps the prompt")
+    model, prompts = model_of(family), random_prompts(tiny.FAMILIES[family], (6, 6), 0)
+    options = {"cache": cache, "policy": policy, "rule": Quota(2), "stop_ids": (), "block_length": 4}
+    for gen_length, often in ((12, False), (16, True)):
+        graph.clear(model)
+        check_equal(model, prompts, gen_length=gen_length, **options)
+        keys = graph._workspaces[model].steps
+        assert any(len(key) == 4 for key in keys) == often, "a refresh's key has four parts"

@@ -335,14 +335,17 @@ def _attend(
     ROTATE: tl.constexpr = cos_ptr is not None
     GRAIN: tl.constexpr = TILE_KEYS if PEEL_TAIL else 16
     tile, kv_head, b = _place(tl.program_id(0), tiles, HK)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     page_ptr, k_page, v_page = 0, 0, 0
     k_base, v_base = k_cache_ptr + kv_head * kc_head, v_cache_ptr + kv_head * vc_head
     if PAGE > 0:
         page_ptr, k_page, v_page = page_table_ptr + b * page_row, kc_row, vc_row
     else:
-        k_base, v_base = k_base + b * kc_row, v_base + b * vc_row
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
+        row = b
+        if page_table_ptr is not None:  # one page a row: where it lies is asked once
+            row = tl.load(page_table_ptr + b * page_row).to(tl.int64)
+        k_base, v_base = k_base + row * kc_row, v_base + row * vc_row
     start, length, own, first, prefix, cached = _spans(b, T, block_start_ptr, kv_len_ptr, kv_start_ptr, block_len_ptr)
     # A tile past the row's block has nothing to compute; its zeros are written all the same.
     busy = tile * TILE_ROWS < own * G
@@ -450,6 +453,8 @@ def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, pag
     B, T, H, D = q.shape
     HK = k.shape[2]
     tiles = _ceil_div(T * (H // HK), chosen.TILE_ROWS)
+    # A table of one column names whole rows: no slot needs to be looked up.
+    page = 0 if page_table is None or page_table.shape[1] == 1 else k_cache.shape[1]
     # The sign of the scale goes into q, so that the largest product is the largest score; 0 becomes too small to matter.
     power = max(abs(scale) * LOG2E.value, 1e-37)
     _attend[tiles * B * HK, chosen.splits](
@@ -458,7 +463,7 @@ def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, pag
         *q.stride()[:3], *_two_strides(k, v), *_two_strides(k_cache, v_cache), *out_stride[:3],
         out_split, B * T * H, 0 if page_table is None else page_table.stride(0),
         0 if cos is None else cos.stride(0), 0 if sin is None else sin.stride(0),
-        HK=HK, G=H // HK, D=D, TILE_D=_tile_d(D), PAGE=0 if page_table is None else k_cache.shape[1],
+        HK=HK, G=H // HK, D=D, TILE_D=_tile_d(D), PAGE=page,
         TILE_ROWS=chosen.TILE_ROWS, TILE_KEYS=chosen.TILE_KEYS, PEEL_TAIL=chosen.peel_tail, NEGATIVE=scale < 0,
         OWN_APART=chosen.own_apart, OVERLAP=chosen.overlap, STAGES=chosen.num_stages,
         num_warps=chosen.num_warps, num_stages=chosen.num_stages, enable_fp_fusion=True, **pdl(chosen.overlap), **REGISTERS,
