@@ -1,7 +1,7 @@
 """Whole requests at the real shapes of LLaDA-8B and Dream-7B: our decoding beside what the published implementation does.
 
     python bench/end_to_end.py [--headline] [--grid] [--accuracy] [--only llada] [--canvas 2048] [--rows 1,8] [--minutes 9]
-    python bench/end_to_end.py --report FILE           tables and two plots beside FILE
+    python bench/end_to_end.py --report FILE [--readme README.md]     tables and two plots beside FILE
     python bench/end_to_end.py --merge FILE ... --out FILE
 
 Without a choice everything is measured. Results go to bench/results/end-to-end-<gpu>.json (or --out FILE) after every
@@ -187,6 +187,7 @@ def parse(argv):
     parser.add_argument("--again", action="store_true", help="measure anew what the file already holds")
     parser.add_argument("--out", type=Path, metavar="FILE")
     parser.add_argument("--report", type=Path, metavar="FILE", help="measure nothing: tables and plots of FILE")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="with --report: also put the headline between its marks")
     parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing: put files together in --out")
     args = parser.parse_args(argv)
     if args.merge and not args.out:
@@ -201,7 +202,7 @@ def parse(argv):
 def main(argv=None) -> int:
     args = parse(argv)
     if args.report:
-        report.write_report(args.report)
+        report.write_report(args.report, args.readme)
         return 0
     if args.merge:
         write(args.out, merged(args.merge))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import time
 from contextlib import contextmanager
@@ -12,10 +13,11 @@ import plain
 import timing
 import torch
 
-from fastdllm import Quota, generate, graph
+from fastdllm import CachePolicy, Quota, generate, graph
 from fastdllm.config import ModelConfig
 from fastdllm.decode import Decoder
 from fastdllm.model import DiffusionTransformer, initialize
+from fastdllm.quantize import quantize
 
 BLOCK = 32
 TURNS = 3
@@ -63,12 +65,14 @@ SMOKE = Scale({"llada": "tiny LLaDA", "dream": "tiny Dream"}, {160: 128}, (1, 2)
 
 @dataclass(frozen=True)
 class Way:
-    """One way of decoding. peer: bench/plain.py instead of `generate`; captured: generate's `graph`."""
+    """One way of decoding. peer: bench/plain.py instead of `generate`; captured, policy: generate's; weights: None or "fp8"."""
 
     name: str
     cache: str
     peer: bool = False
     captured: bool = False
+    weights: str | None = None
+    policy: CachePolicy = CachePolicy()
 
 
 WAYS = (
@@ -80,6 +84,15 @@ WAYS = (
     Way("prefix captured", "prefix", captured=True),
     Way("dual eager", "dual"),
     Way("dual captured", "dual", captured=True),
+    Way("dual captured, fp8", "dual", captured=True, weights="fp8"),
+)
+# What trades accuracy for time, measured beside the headline; the options' accuracy is in tiny-*-policies.md.
+KEPT, NEAR = CachePolicy(prompt_refreshes=0), CachePolicy(prompt_refreshes=0, suffix_blocks=4)
+OPTIONS = (
+    Way("dual captured, prompt kept", "dual", captured=True, policy=KEPT),
+    Way("dual captured, prompt kept, 4 blocks ahead", "dual", captured=True, policy=NEAR),
+    Way("dual captured, fp8, prompt kept", "dual", captured=True, weights="fp8", policy=KEPT),
+    Way("dual captured, fp8, prompt kept, 4 blocks ahead", "dual", captured=True, weights="fp8", policy=NEAR),
 )
 
 
@@ -119,11 +132,19 @@ class Subject:
             model = DiffusionTransformer(config)
         model = initialize(model.to(scale.dtype).to_empty(device=device), seed=0).requires_grad_(False).eval()
         model.lm_head.weight[config.mask_id] = 0  # the published code never ends once it proposes a mask
-        self.model, self.config, self.plain = model, config, plain.Plain(model)
-        self.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.model, self.config, self.plain, self.models = model, config, plain.Plain(model), {None: model}
         generator = torch.Generator().manual_seed(0)
         shape = max(scale.rows), max(scale.canvases)
         self.prompts = torch.randint(min(config.mask_id, *config.stop_ids), shape, generator=generator)
+
+    def of(self, way):
+        """The way's model; the fp8 one is made when it is first asked for."""
+        if way.weights not in self.models:
+            self.models[way.weights] = quantize(copy.deepcopy(self.model))
+        return self.models[way.weights]
+
+    def weight_bytes(self, way):
+        return held_bytes(self.of(way))
 
     @torch.no_grad()
     def logits_error(self):
@@ -141,8 +162,9 @@ class Subject:
         options = {"gen_length": gen_length, "block_length": BLOCK, "cache": way.cache}
         if way.peer:
             return plain.decode(self.plain, prompts.to(self.model.device), steps=steps, stop_after=stop_after, **options)
+        options |= {"stop_ids": (), "graph": way.captured, "policy": way.policy}
         with self._leaving_after(stop_after):
-            done = generate(self.model, prompts, rule=Quota(steps), stop_ids=(), graph=way.captured, **options)
+            done = generate(self.of(way), prompts, rule=Quota(steps), **options)
             return torch.stack(done.tokens), int(done.refreshes[0]), int(done.cached_steps[0])
         return None, stop_after, stop_after * (steps - 1)
 
@@ -189,6 +211,10 @@ def synchronize():
         torch.cuda.synchronize()
 
 
+def held_bytes(model):
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+
+
 def tidy():
     """Give back the GPU memory that the last way left."""
     if timing.ON_GPU:
@@ -198,13 +224,16 @@ def tidy():
 
 def check(subject, way, cell):
     """Decode the last two blocks, compiling and capturing what is needed: (canvas, peak bytes, what is wrong or None)."""
-    graph.clear(subject.model)
+    model = subject.of(way)
+    for kept in subject.models.values():
+        graph.clear(kept)
     tidy()
     if timing.ON_GPU:
         torch.cuda.reset_peak_memory_stats()
     steps = 2 if way.cache == "none" else 4
     canvas, *forwards = subject.decode(way, cell.rows, cell.canvas - 2 * BLOCK, 2 * BLOCK, steps)
-    peak = torch.cuda.max_memory_allocated() if timing.ON_GPU else None
+    others = sum(held_bytes(other) for other in subject.models.values() if other is not model)
+    peak = torch.cuda.max_memory_allocated() - others if timing.ON_GPU else None
     canvas, scripted = canvas.cpu(), [4, 0] if way.cache == "none" else [2, 6]
     wrong = None
     if forwards != scripted:
@@ -213,7 +242,7 @@ def check(subject, way, cell):
         wrong = "masks were left"
     elif not torch.equal(canvas[:, : -2 * BLOCK], subject.prompts[: cell.rows, : cell.canvas - 2 * BLOCK]):
         wrong = "the prompt was changed"
-    elif way.captured and way.cache == "dual" and timing.ON_GPU and not captured_steps(subject.model):
+    elif way.captured and way.cache == "dual" and timing.ON_GPU and not captured_steps(model):
         wrong = "no step was captured"
     return canvas, peak, wrong
 
@@ -224,25 +253,25 @@ def captured_steps(model):
     return len(space.steps) if space else 0
 
 
-def prepare(subject, cell):
+def prepare(subject, cell, ways):
     """{way name: row}, and {way: its plan} of the ways that are fit to be timed; a plan is [(steps, blocks or None), ...]."""
     rows, plans, canvases = {}, {}, {}
-    for way in WAYS:
-        row = rows[way.name] = asdict(cell) | {"way": way.name, "cache": way.cache, "peer": way.peer, "captured": way.captured}
-        row |= {"weight_bytes": subject.weight_bytes, "cache_bytes": cache_bytes(subject, way, cell)}
+    for way in ways:
+        row = rows[way.name] = asdict(cell) | {key: value for key, value in asdict(way).items() if key != "name"}
+        row |= {"way": way.name, "weight_bytes": subject.weight_bytes(way), "cache_bytes": cache_bytes(subject, way, cell)}
         try:
             canvases[way], row["peak_bytes"], wrong = check(subject, way, cell)
         except torch.OutOfMemoryError:
             row["absent"] = "out of memory"
             continue
-        eager = replace(way, name=f"{way.cache} eager", captured=False)
-        wrong = wrong or (way.captured and eager in canvases and difference(canvases[way], canvases[eager]))
+        if way.captured and not wrong:
+            wrong = difference(canvases[way], check(subject, replace(way, captured=False), cell)[0])
         if wrong:
             row["wrong"] = wrong
             del canvases[way]
     for way in canvases:  # only now, for every check frees what the captured ways keep
         peer = next((other for other in canvases if other.peer and other.cache == way.cache), None)
-        if peer and not way.peer:
+        if peer and not way.peer and not way.weights and way.policy == CachePolicy():
             rows[way.name]["tokens_as_peer"] = (canvases[way] == canvases[peer])[:, -2 * BLOCK :].float().mean().item()
         try:
             plans[way] = plan(subject, way, cell)
@@ -302,12 +331,13 @@ def fit(measured):
 
 def measure_cell(subject, cell, limits, headline):
     """The rows of one cell, one for each way."""
-    rows, plans = prepare(subject, cell)
+    rows, plans = prepare(subject, cell, WAYS + OPTIONS if headline else WAYS)
     if headline:
         for way in plans:
             if way.cache == "dual":
                 subject.timed(way, cell, WHOLE_STEPS[1], 1)
-                plans[way] += [(steps, None) for steps in WHOLE_STEPS]
+                # What a policy saves differs from block to block: only whole requests tell.
+                plans[way] = plans[way] * (way.policy == CachePolicy()) + [(steps, None) for steps in WHOLE_STEPS]
     tidy()
     raced = race(subject, cell, plans, HEADLINE_SECONDS if headline else WAY_SECONDS)
     for way in plans.keys() - raced.keys():
@@ -320,7 +350,7 @@ def measure_cell(subject, cell, limits, headline):
             for (steps, blocks), taken in by_plan.items()
         ]  # fmt: skip
         row["ms_refresh"], row["ms_step"], row["fit_error"] = fit(row["measured"])
-        row |= floors(subject.config, cell, way.cache, limits)
+        row |= floors(subject.config, cell, way, limits)
     for row in rows.values():
         row["headline"] = headline
     return list(rows.values())
@@ -333,28 +363,31 @@ def cache_bytes(subject, way, cell):
     return 0 if way.cache == "none" else cell.rows * cell.canvas * position
 
 
-def floors(config, cell, cache, limits):
-    """{"floor_ms_refresh", "floor_ms_step"}: the least time of the bytes to be moved and the operations to be done."""
-    if limits is None:
+def floors(config, cell, way, limits):
+    """{"floor_ms_refresh", "floor_ms_step"}: the least time of the bytes to be moved and the operations to be done; nothing
+    where a policy makes both differ from block to block."""
+    if limits is None or way.policy != CachePolicy():
         return {}
     wide = (cell.gen_length + BLOCK) / 2  # of a prefix step, over the blocks
-    refresh = floor_seconds(config, cell, cell.canvas, limits, stores=cache != "none")
-    step = floor_seconds(config, cell, wide if cache == "prefix" else BLOCK, limits)
-    return {"floor_ms_refresh": 1e3 * refresh, "floor_ms_step": None if cache == "none" else 1e3 * step}
+    options = {"limits": limits, "weight_size": 1 if way.weights == "fp8" else 2}
+    refresh = floor_seconds(config, cell, cell.canvas, stores=way.cache != "none", **options)
+    step = floor_seconds(config, cell, wide if way.cache == "prefix" else BLOCK, stores=False, **options)
+    return {"floor_ms_refresh": 1e3 * refresh, "floor_ms_step": None if way.cache == "none" else 1e3 * step}
 
 
-def floor_seconds(config, cell, width, limits, stores=False):
-    """Of one forward over `width` positions of every row in bf16: of the last layer only keys and values are needed outside
-    the block, and the head only in it; the keys and values of the other positions are read, and its own stored or not."""
+def floor_seconds(config, cell, width, *, stores, limits, weight_size):
+    """Of one forward over `width` positions of every row: of the last layer only keys and values are needed outside the
+    block, and the head only in it; the keys and values of the other positions are read, and its own stored or not. Products
+    of weights of one byte run at twice the speed of bf16's."""
     heads, dim, hidden = config.num_heads, config.head_dim, config.hidden_size
     kv = 2 * config.num_kv_heads * dim * hidden
     layer = kv + 2 * heads * dim * hidden + 3 * hidden * config.intermediate_size
     head = config.vocab_size * hidden
     earlier = config.num_layers - 1
-    products = 2 * (width * (earlier * layer + kv) + BLOCK * (layer - kv + head))
+    products = 2 * (width * (earlier * layer + kv) + BLOCK * (layer - kv + head)) * weight_size / 2
     attention = 4 * heads * dim * cell.canvas * (earlier * width + BLOCK)
     position = 2 * config.num_layers * 2 * config.num_kv_heads * dim
     moved = position * (cell.canvas - width + (width if stores else 0))
-    weights = 2 * (config.num_layers * layer + head)
+    weights = weight_size * (config.num_layers * layer + head)
     read = (weights + cell.rows * moved) / limits["bytes_per_second"]
     return max(read, cell.rows * (products + attention) / limits["operations_per_second"])

@@ -3,13 +3,16 @@
 import json
 import re
 
+from report import insert
+
 BLOCK = 32
 RATES = (8, 4, 2, 1)  # tokens a step; the tables' columns are those of the first
 PAPER = 108 / 32  # cached steps a block of the paper's headline run: 32 refreshes and 108 cached steps for 1024 positions
 TARGETS = {"LLaDA-8B": 2.2}  # seconds of the headline request
 MEMORY_TARGETS = {1: 1e9, 16: 4e9}  # rows -> bytes over weights and cache, LLaDA-8B, canvas 2048
 COLORS = {"vanilla": "black", "vanilla, our selection": "grey", "plain prefix": "C3", "plain dual": "C1",
-          "prefix eager": "C9", "prefix captured": "C0", "dual eager": "C8", "dual captured": "C2"}  # fmt: skip
+          "prefix eager": "C9", "prefix captured": "C0", "dual eager": "C8", "dual captured": "C2",
+          "dual captured, fp8": "C4"}  # fmt: skip
 
 HOW = """Seconds of one batch of requests, wall time, the GPU idle before and after. Random weights and a scripted rule, which
 commits a fixed number of positions a step. `~` marks what was not decoded whole: it comes from the time of a refresh and of a
@@ -150,6 +153,21 @@ def headline(rows):
     return "\n".join(lines)
 
 
+def short_table(results):
+    """The README's table: the headline request, way by way."""
+    rows = next(rows for rows in grouped(results["rows"]) if rows[0]["headline"])
+    heads = ["way of decoding", "seconds", "tokens/s", "ms a refresh", "ms a cached step", "over vanilla", "peak GB"]
+    lines = [line(heads), line(["---"] + ["--:"] * (len(heads) - 1))]
+    for row in rows:
+        found = at_paper_rate(row)
+        if found:
+            ratio = times(over(at_paper_rate(rows[0]), found))
+            fitted = (number(row[name]) for name in ("ms_refresh", "ms_step"))
+            memory = f"{row['peak_bytes'] / 1e9:.1f}" if row.get("peak_bytes") else "–"
+            lines.append(line([row["way"], f"{found[0]:.2f}", number(row["gen_length"] / found[0]), *fitted, ratio, memory]))
+    return "\n".join(lines)
+
+
 def at_paper_rate(row):
     """(seconds, True) at the paper's number of forwards; vanilla's, one token a step, for what has no cache."""
     if "ms_refresh" not in row:
@@ -168,7 +186,7 @@ def verdicts(cells):
             if row["cache"] == "dual" and not row["peer"]:
                 rivals.append((worse, name.replace("dual", "prefix"), RATES[:1]))
             for losses, rival, rates in rivals:
-                for rate in rates:
+                for rate in rates if rival in by_way else ():
                     ratio = over(seconds(by_way[rival], rate), seconds(row, rate))
                     if ratio is not None and ratio < 1:
                         losses.setdefault(name, []).append((ratio, f"{label}, {rate} a step"))
@@ -250,9 +268,11 @@ def markdown(results):
     return "\n\n".join(parts) + "\n"
 
 
-def write_report(path):
-    """Write the Markdown and the two plots beside the JSON file."""
+def write_report(path, readme=None):
+    """Write the Markdown and the two plots beside the JSON file, and the short table between the marks of `readme`."""
     results = json.loads(path.read_text())
+    if readme:
+        insert(readme, "requests", short_table(results))
     path.with_suffix(".md").write_text(markdown(results))
     print(path.with_suffix(".md"))
     cells = [[row for row in rows if "ms_refresh" in row] for rows in grouped(results["rows"])]
@@ -310,9 +330,9 @@ def plot_time(cells, path):
         steps = [PAPER * blocks * row["ms_step"] / 1e3 for row in cached]
         axes.barh(names, refreshes, color="C0", label=f"{blocks} refreshes")
         axes.barh(names, steps, left=refreshes, color="C1", label=f"{round(PAPER * blocks)} cached steps")
-        least = [floor(row, PAPER) for row in cached]
-        if all(least):
-            axes.plot(least, names, "k|", ms=16, label="floor")
+        least = [(least, row["way"]) for row in cached if (least := floor(row, PAPER))]
+        if least:
+            axes.plot(*zip(*least, strict=True), "k|", ms=16, label="floor")
         for name, total in zip(names, map(sum, zip(refreshes, steps, strict=True)), strict=True):
             axes.text(total, name, f" {number(total)} s", va="center", fontsize=8)
         axes.margins(x=0.15)

@@ -2,10 +2,12 @@
 
     python bench/quality/evaluate.py MODEL_DIR --out FOLDER [--problems 1000] [--shard 0/2] [--limit-settings TEXT ...]
     python bench/quality/evaluate.py MODEL_DIR --out FOLDER --merge --plot
+    python bench/quality/evaluate.py MODEL_DIR --out FOLDER --policies [--weights fp8]
 
 Results go to FOLDER/<model>.json after every setting, those already there are skipped, and a table of them to
 FOLDER/<model>.md. A shard writes a file of its own; `--merge` puts the shards together, `--plot` draws the two plots, and
-`--card` writes the accuracy into the model's README.md.
+`--card` writes the accuracy into the model's README.md. `--policies` measures what refreshes may leave out instead, with one
+cache and rule, for <model>-policies.*; `--weights` goes to fastdllm.load and into the names of the files.
 
 accuracy: the answer ends in `#### n` with the right n. exact: the whole worked answer is right, letter for letter. tokens per
 forward: generated tokens before the first end-of-text, over all problems, divided by all forwards (NFE), full and cached.
@@ -31,7 +33,16 @@ from tokenizers import Tokenizer
 GEN_LENGTH = 128
 CACHES = ("none", "prefix", "dual")
 BLOCK_LENGTHS, SWEPT_LENGTHS = (16, 32), (8, 64, 128)  # the swept ones with two rules only
+POLICY_LENGTHS = (32, 8)  # in four blocks of 32 a suffix of four cannot matter, nor a fifth refresh: hence 16 blocks of 8 too
 VANILLA, PARALLEL = "1 a step", "threshold 0.9"
+# What a refresh leaves out, by the name it is told by (CachePolicy's fields): prompt kept always, or for four; short suffixes.
+POLICIES = {
+    "off": {},
+    "prompt_refreshes 0": {"prompt_refreshes": 0},
+    "prompt_refreshes 4": {"prompt_refreshes": 4},
+    **{f"suffix_blocks {w}": {"suffix_blocks": w} for w in (1, 2, 4)},
+    "prompt_refreshes 0, suffix_blocks 2": {"prompt_refreshes": 0, "suffix_blocks": 2},
+}
 SHOWN = ("accuracy", "exact", "tokens_per_forward", "nfe", "refreshes", "cached_steps", "text_tokens")
 
 
@@ -52,9 +63,18 @@ def all_settings() -> list[dict]:
     ]
 
 
+def policy_settings() -> list[dict]:
+    """The settings of `--policies`, for each block length the one that leaves nothing out first."""
+    return [
+        {"cache": "dual", "rule": PARALLEL, "block_length": length, "policy": policy}
+        for length in POLICY_LENGTHS
+        for policy in POLICIES
+    ]
+
+
 def key_of(setting: dict) -> str:
-    """Its name, as `--limit-settings` matches it: `dual/threshold 0.9/32`."""
-    return f"{setting['cache']}/{setting['rule']}/{setting['block_length']}"
+    """Its name, as `--limit-settings` matches it: `dual/threshold 0.9/32`, with the policy last where it names one."""
+    return "/".join(str(setting[name]) for name in ("cache", "rule", "block_length", "policy") if name in setting)
 
 
 def final_number(text: str) -> int | None:
@@ -72,16 +92,18 @@ def score(problem: Problem, generated: list[int], tokenizer, stop_ids) -> tuple[
 
 def measure(model, tokenizer, problems: list[Problem], setting: dict, rows: int) -> dict:
     """Decode all problems, `rows` at a time, and return the setting with its scores; counts are means per problem."""
-    from fastdllm import generate
+    from fastdllm import CachePolicy, generate
 
+    policy = CachePolicy(**POLICIES[setting.get("policy", "off")])
     rule = rules()[setting["rule"]](setting["block_length"])
     prompts = [torch.tensor(tokenizer.encode(prompt_of(problem)).ids) for problem in problems]
     scores, counts = [], torch.zeros(3, dtype=torch.int64)
     for first in range(0, len(problems), rows):
         part = prompts[first : first + rows]
         done = generate(
-            model, part, gen_length=GEN_LENGTH, block_length=setting["block_length"], cache=setting["cache"], rule=rule
-        )
+            model, part, gen_length=GEN_LENGTH, block_length=setting["block_length"], cache=setting["cache"], rule=rule,
+            policy=policy,
+        )  # fmt: skip
         counts += torch.stack([done.nfe.sum(), done.refreshes.sum(), done.cached_steps.sum()]).cpu()
         for problem, prompt, tokens in zip(problems[first : first + rows], part, done.tokens, strict=True):
             scores.append(score(problem, tokens[len(prompt) :].tolist(), tokenizer, model.config.stop_ids))
@@ -113,11 +135,12 @@ def evaluate(args: argparse.Namespace, path: Path) -> dict:
     """Measure the settings asked for that `path` does not hold yet, writing it after each."""
     from fastdllm import load
 
-    model = load(args.model, device=args.device, dtype=getattr(torch, args.dtype))
+    weights = {"weights": args.weights} if args.weights else {}
+    model = load(args.model, device=args.device, dtype=getattr(torch, args.dtype), **weights)
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     problems = [make_problem(index, "test") for index in range(args.problems)]
     head = {"model": args.model.name, "problems": args.problems, "split": "test", "gen_length": GEN_LENGTH}
-    head["dtype"] = args.dtype
+    head |= {"dtype": args.dtype, **weights}
     report = head | {"environment": environment(args.device), "results": []}
     if path.exists():
         before = json.loads(path.read_text())
@@ -125,7 +148,7 @@ def evaluate(args: argparse.Namespace, path: Path) -> dict:
             raise ValueError(f"{path}: holds results of another model, split, number of problems or dtype; move it away")
         report["results"] = before["results"]
     index, count = (int(number) for number in args.shard.split("/"))
-    for setting in all_settings()[index::count]:
+    for setting in (policy_settings() if args.policies else all_settings())[index::count]:
         key = key_of(setting)
         wanted = not args.limit_settings or any(text in key for text in args.limit_settings)
         if wanted and key not in map(key_of, report["results"]):
@@ -146,7 +169,7 @@ def write_report(report: dict, path: Path) -> None:
 
 
 def merge(paths: list[Path]) -> dict:
-    """One report of several shards, in the order of all_settings; ValueError where they differ in anything else."""
+    """One report of several shards, in the order of the settings; ValueError where they differ in anything else."""
     reports = [json.loads(path.read_text()) for path in paths]
     if not reports:
         raise ValueError("merge: found no results")
@@ -154,14 +177,16 @@ def merge(paths: list[Path]) -> dict:
         if len({report[name] for report in reports}) > 1:
             raise ValueError(f"merge: the shards differ in {name}")
     found = {key_of(result): result for report in reports for result in report["results"]}
-    return reports[0] | {"results": [found[key] for key in map(key_of, all_settings()) if key in found]}
+    keys = map(key_of, all_settings() + policy_settings())
+    return reports[0] | {"results": [found[key] for key in keys if key in found]}
 
 
 def table(report: dict) -> str:
     """The report as Markdown."""
     where = ", ".join(f"{name} {value}" for name, value in report["environment"].items() if value)
+    kind = report["dtype"] + (f", {report['weights']} weights" if "weights" in report else "")
     lines = [
-        f"# {report['model']}: {report['problems']} unseen problems, gen_length {report['gen_length']}, {report['dtype']}",
+        f"# {report['model']}: {report['problems']} unseen problems, gen_length {report['gen_length']}, {kind}",
         f"\n{where}. Accuracy in %; counts are means per problem; tokens are those before the end of text.\n",
         "| block | rule | cache | accuracy | whole answer | tokens/forward | NFE | refreshes | cached steps |",
         "|--:|---|---|--:|--:|--:|--:|--:|--:|",
@@ -169,7 +194,8 @@ def table(report: dict) -> str:
     for r in report["results"]:
         percent = f"{100 * r['accuracy']:.1f} | {100 * r['exact']:.1f}"
         counts = " | ".join(f"{r[name]:.1f}" for name in ("nfe", "refreshes", "cached_steps"))
-        row = f"{r['block_length']} | {r['rule']} | {r['cache']} | {percent} | {r['tokens_per_forward']:.2f} | {counts}"
+        cache = f"{r['cache']}, {r['policy']}" if "policy" in r else r["cache"]
+        row = f"{r['block_length']} | {r['rule']} | {cache} | {percent} | {r['tokens_per_forward']:.2f} | {counts}"
         lines.append(f"| {row} |")
     return "\n".join(lines) + "\n"
 
@@ -237,6 +263,8 @@ def main(argv=None) -> None:
     parser.add_argument("--rows", type=int, default=250, help="problems decoded in one batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--weights", choices=("fp8",), help="how the weights are held: fastdllm.load's own argument")
+    parser.add_argument("--policies", action="store_true", help="measure CachePolicies instead of caches and rules")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th setting from the i-th on")
     parser.add_argument("--limit-settings", nargs="+", metavar="TEXT", help="only settings whose name holds a TEXT")
     parser.add_argument("--merge", action="store_true", help="measure nothing, put the shards in FOLDER together")
@@ -244,9 +272,10 @@ def main(argv=None) -> None:
     parser.add_argument("--card", action="store_true")
     args = parser.parse_args(argv)
     args.model = args.model.resolve()
-    path = args.out / f"{args.model.name}.json"
+    name = "-".join(filter(None, (args.model.name, args.weights, "policies" if args.policies else None)))
+    path = args.out / f"{name}.json"
     if args.merge:
-        report = merge(sorted(args.out.glob(f"{args.model.name}.*json")))
+        report = merge(sorted(args.out.glob(f"{name}.*json")))
         write_report(report, path)
     else:
         sharded = args.shard != "0/1"
