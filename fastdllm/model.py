@@ -5,7 +5,7 @@ from torch import nn
 
 from fastdllm_kernels import linear_rms_norm, linear_swiglu, rms_norm
 
-from .attention import BlockAttention, RotaryTable
+from .attention import BlockAttention, RotaryTable, fastest_sdpa
 from .cache import KVCache
 from .config import ModelConfig
 
@@ -85,9 +85,10 @@ class DiffusionTransformer(nn.Module):
         at [R, n] alone, without what the last layer would compute for others."""
         residual = self.embedding(tokens)
         x = self.layers[0].attention_norm(residual)
-        for layer, following in zip(self.layers, self.layers[1:], strict=False):
-            x, residual = layer(x, residual, following.attention_norm)
-        return self.layers[-1](x, residual, self.norm, at)[0]
+        with fastest_sdpa(tokens):
+            for layer, following in zip(self.layers, self.layers[1:], strict=False):
+                x, residual = layer(x, residual, following.attention_norm)
+            return self.layers[-1](x, residual, self.norm, at)[0]
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Vocabulary logits of the chosen rows only: hidden [..., hidden_size] -> [..., V]."""

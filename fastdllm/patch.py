@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .attention import RotaryTable, attend
+from .attention import RotaryTable, attend, fastest_sdpa
 from .cache import KVCache
 from .config import ModelConfig
 from .families import FAMILIES
@@ -125,9 +125,10 @@ class Adapter:
     def hidden_states(self, tokens: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
         """Through the user's layers but not their outer forward, which may run the vocabulary head on every row."""
         x = self._part("embedding")(tokens)
-        for layer in self._part("layers"):
-            x = layer(x)
-            x = x[0] if isinstance(x, tuple) else x
+        with fastest_sdpa(tokens):
+            for layer in self._part("layers"):
+                x = layer(x)
+                x = x[0] if isinstance(x, tuple) else x
         return self._part("norm")(x if at is None else torch.take_along_dim(x, at[:, :, None], dim=1))
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:

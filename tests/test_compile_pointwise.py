@@ -42,7 +42,8 @@ def a_kernel_that_spills(arch):
     from fastdllm_kernels import pointwise_triton as kernels
 
     x = empty(32, 8192, dtype=torch.float32)
-    kernels.rms_norm_kernel.warmup(x, x, x, x, x, 8192, 8192, 8192, 1e-5, TILE=8192, ONE_TILE=True, num_warps=1, grid=(32,))
+    constants = {"TILE": 8192, "ONE_TILE": True, "PARTS": 1, "OVERLAP": False}
+    kernels.rms_norm_kernel.warmup(x, x, x, x, x, 8192, 8192, 0, 8192, 1e-5, **constants, num_warps=1, grid=(32,))
 
 
 @pytest.mark.parametrize("arch", compile_check.ARCHITECTURES)

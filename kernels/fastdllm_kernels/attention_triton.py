@@ -19,12 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import chip_of, dense, on_device, pdl
+from .backend import ceil_div, chip_of, dense, on_device, pdl, power_of_2
 from .pointwise import rope_to_cache
 
-LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-# Rotating takes registers beside the sums: few own keys at a time leave enough, and there are few of them.
-TILE_OWN = tl.constexpr(16)
+LOG2E = 1.4426950408889634
 # Left alone, the assembler spills a few bytes to fit a third program on a multiprocessor, which shared memory forbids.
 REGISTERS = {"maxnreg": 255} if torch.version.hip is None else {}
 
@@ -63,11 +61,11 @@ def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
     elif tile_d > 128:
         # The sums of 64 rows fill the registers of 8 warps; older chips keep copies of the operands there as well.
         tiles = 64 if chip.shared > 200000 else 32, 32, 8, 3
-    elif rows > 64 and _ceil_div(rows, 128) * groups >= chip.multiprocessors:
+    elif rows > 64 and ceil_div(rows, 128) * groups >= chip.multiprocessors:
         # Enough work to be bound by the tensor cores: 128 rows feed them at full width and halve what is read again.
         # 128 keys would be 8% faster on Hopper, and spill on Blackwell.
         tiles = 128, 64, 8, 3
-    programs = _ceil_div(rows, tiles[0] if tiles else 64) * groups
+    programs = ceil_div(rows, tiles[0] if tiles else 64) * groups
     # 64 rows even where there are fewer: below that Hopper's tensor cores take their slow path (20 us for 16 at 1,024 keys).
     alone = _splits(programs, keys, chip.multiprocessors)
     if tiles is None and 2 * programs <= chip.multiprocessors and keys // alone <= 384:
@@ -90,17 +88,8 @@ def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
     return Config(tile_rows, tile_keys, warps, stages, splits, peel_tail, rotate_first, own_apart, chip.overlap)
 
 
-def _ceil_div(a, b):
-    return -(-a // b)
-
-
-def _power_of_2(n):
-    """The next power of two, in plain Python: triton's own costs a launcher ten times as much."""
-    return 1 << (n - 1).bit_length()
-
-
 def _tile_d(D):
-    return max(16, _power_of_2(D))
+    return max(16, power_of_2(D))
 
 
 def _fitted(tile_rows, tile_keys, warps, stages, tile_d, itemsize, shared):
@@ -262,6 +251,8 @@ def _fold_rotated(
     D: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     """Fold the block's own keys begin .. end - 1, rotated to positions start + key."""
+    # Rotating takes registers beside the sums: few own keys at a time leave enough, and there are few of them.
+    TILE_OWN: tl.constexpr = 16
     column, inside = _columns(D, TILE_D, False)
     for at in tl.range(begin, end, TILE_OWN, num_stages=1):
         key = at + tl.arange(0, TILE_OWN)
@@ -328,6 +319,7 @@ def _attend(
     OVERLAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row tile of one key head (program axis 0, tiles fastest so that they share keys in L2) and one split (axis 1)."""
+    LN2: tl.constexpr = 0.6931471805599453  # here, not outside: a launch compares every global that a kernel reads
     if v_at is None:
         v_row, v_at, v_head = k_row, k_at, k_head
     if vc_at is None:
@@ -396,6 +388,8 @@ def _merge(
     TILE_ROWS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = sum_s exp(lse_s - lse) part_s for TILE_ROWS of the B * T * H rows; part [SPLITS, rows, D] fp32."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    LN2: tl.constexpr = 0.6931471805599453
     row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     column, split = tl.arange(0, TILE_D), tl.arange(0, TILE_SPLITS)
     real = row < rows
@@ -452,11 +446,11 @@ def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, pag
                    out, out_stride, out_split, lse, chosen):  # fmt: skip
     B, T, H, D = q.shape
     HK = k.shape[2]
-    tiles = _ceil_div(T * (H // HK), chosen.TILE_ROWS)
+    tiles = ceil_div(T * (H // HK), chosen.TILE_ROWS)
     # A table of one column names whole rows: no slot needs to be looked up.
     page = 0 if page_table is None or page_table.shape[1] == 1 else k_cache.shape[1]
     # The sign of the scale goes into q, so that the largest product is the largest score; 0 becomes too small to matter.
-    power = max(abs(scale) * LOG2E.value, 1e-37)
+    power = max(abs(scale) * LOG2E, 1e-37)
     _attend[tiles * B * HK, chosen.splits](
         q, k, v, k_cache, v_cache, out, lse, block_start, kv_len, kv_start, page_table, block_len, cos, sin,
         power, tiles, T, 0 if cos is None else cos.shape[0],
@@ -477,9 +471,9 @@ def _two_strides(k, v):
 
 def _launch_merge(part, part_lse, out, lse, chosen):
     splits, B, T, H, D = part.shape
-    tile_splits, tile_d = _power_of_2(splits), _tile_d(D)
+    tile_splits, tile_d = power_of_2(splits), _tile_d(D)
     tile_rows = max(1, 512 // tile_d)
-    _merge[(_ceil_div(B * T * H, tile_rows),)](
+    _merge[(ceil_div(B * T * H, tile_rows),)](
         part, part_lse, out, lse, B * T * H, T, *out.stride()[:3],
         H=H, D=D, TILE_D=tile_d, SPLITS=splits, TILE_SPLITS=tile_splits, TILE_ROWS=tile_rows, OVERLAP=chosen.overlap,
         num_warps=4, enable_fp_fusion=True, **pdl(chosen.overlap),

@@ -61,6 +61,16 @@ def on_device(tensor: torch.Tensor):
     return nullcontext()
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. In plain Python, as `power_of_2` is: triton's own cost a launcher ten times as much."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The next power of two."""
+    return 1 << (n - 1).bit_length()
+
+
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """A tensor whose elements follow one another (a column of a table is copied, on the device); None stays None."""
     return None if tensor is None else tensor.contiguous()

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import chip_of, dense, on_device, pdl
+from .backend import ceil_div, chip_of, dense, on_device, pdl, power_of_2
 from .linear import LARGEST, SMALLEST, Fp8Weight
 from .pointwise_triton import rms_norm, rows_of
 
@@ -43,8 +43,8 @@ def linear_config(rows, width_in, width_out, gated, splittable, itemsize, chip) 
 
     gated: two rows of the weight for each output. splittable: what follows can add up parts.
     """
-    tile_rows = min(128, max(16, triton.next_power_of_2(rows)))
-    tiles = triton.cdiv(width_out, 64)
+    tile_rows = min(128, max(16, power_of_2(rows)))
+    tiles = ceil_div(width_out, 64)
     if itemsize == 4:  # outside the tensor cores, from registers; only where somebody forces it
         return LinearConfig(min(tile_rows, 32), 32, 16, 4, 2, 1, chip.overlap)
     # 64 KB or more of weights in flight on each multiprocessor; with many rows or two tiles of weights half the columns fit.
@@ -132,7 +132,7 @@ def launch_linear(x, weight, bias, gated, config):
     width_out = weight.shape[0] // 2 if gated else weight.shape[0]
     shape = (rows, width_out) if config.splits == 1 else (config.splits, rows, width_out)
     y = torch.empty(shape, dtype=x.dtype if config.splits == 1 else torch.float32, device=x.device)
-    grid = triton.cdiv(width_out, config.TILE_OUT), config.splits, triton.cdiv(rows, config.TILE_ROWS)
+    grid = ceil_div(width_out, config.TILE_OUT), config.splits, ceil_div(rows, config.TILE_ROWS)
     x_scale = w_scale = None
     if isinstance(weight, Fp8Weight):
         (x, x_scale), (weight, w_scale) = quantize_rows(x), weight
@@ -168,7 +168,7 @@ def quantize_rows(x):
     x, (rows, width), overlap = rows_of(x), x.shape, chip_of(x.device).overlap
     data = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    tile = triton.next_power_of_2(width)
+    tile = power_of_2(width)
     with on_device(x):
         quantize_rows_kernel[(rows,)](
             x, data, scale, x.stride(0), width, LARGEST=LARGEST, SMALLEST=SMALLEST, TILE=tile, OVERLAP=overlap,

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import chip_of, dense, on_device, pdl
+from .backend import ceil_div, chip_of, dense, on_device, pdl, power_of_2
 
 # A row of up to this many values is held in registers (32 fp32 a thread); a wider one is read twice.
 WIDEST_ROW = 16384
@@ -35,20 +35,20 @@ class RopeConfig:
 
 def rms_norm_config(width: int) -> RowConfig:
     """The whole row if it fits; 8 values a thread, so that every operand is one 16-byte load in flight."""
-    tile = triton.next_power_of_2(width) if width <= WIDEST_ROW else 4096
+    tile = power_of_2(width) if width <= WIDEST_ROW else 4096
     return RowConfig(tile, min(16, max(1, tile // 256)))
 
 
 def swiglu_config(width: int) -> RowConfig:
     """1024 values: 32 rows of LLaDA's 12288 are 384 programs, enough to keep every multiprocessor loading."""
-    tile = min(1024, triton.next_power_of_2(width))
+    tile = min(1024, power_of_2(width))
     return RowConfig(tile, max(1, tile // 256))
 
 
 def rope_config(heads: int, kv_heads: int, half: int) -> RopeConfig:
     """16 heads (4 warps at D 128) where there are as many key heads; fewer where grouping leaves few, so lanes do not idle."""
-    tile_h = min(16, triton.next_power_of_2(kv_heads)) if kv_heads > 4 else min(4, triton.next_power_of_2(heads))
-    return RopeConfig(tile_h, min(8, max(1, tile_h * triton.next_power_of_2(half) // 256)))
+    tile_h = min(16, power_of_2(kv_heads)) if kv_heads > 4 else min(4, power_of_2(heads))
+    return RopeConfig(tile_h, min(8, max(1, tile_h * power_of_2(half) // 256)))
 
 
 @triton.jit
@@ -220,7 +220,7 @@ def swiglu(gate_up):
     y = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
     if y.numel():
         rows, config = rows_of(gate_up), swiglu_config(width)
-        tiles, overlap = triton.cdiv(width, config.tile), chip_of(gate_up.device).overlap
+        tiles, overlap = ceil_div(width, config.tile), chip_of(gate_up.device).overlap
         with on_device(gate_up):
             swiglu_kernel[(rows.shape[0] * tiles,)](
                 rows, y, rows.stride(0), width, tiles, TILE=config.tile, OVERLAP=overlap, num_warps=config.num_warps,
@@ -244,7 +244,7 @@ def rope_to_cache(q, k, v, cos, sin, start, k_cache, v_cache, length, page_table
     if page_table is not None:
         page_table, page_size = page_table.contiguous(), slots
         table_stride, slots = page_table.shape[1], page_size * page_table.shape[1]
-    tiles = triton.cdiv(heads, config.tile_h) + triton.cdiv(kv_heads, config.tile_h)
+    tiles = ceil_div(heads, config.tile_h) + ceil_div(kv_heads, config.tile_h)
     if rows * steps:
         # Without fused multiply-adds every bit is the reference's; the arithmetic hides behind the loads anyway.
         with on_device(q):
@@ -252,7 +252,7 @@ def rope_to_cache(q, k, v, cos, sin, start, k_cache, v_cache, length, page_table
                 q, k, v, cos, sin, start, k_cache, v_cache, None if length is None else length.contiguous(), page_table,
                 q_out, k_out, steps, cos.shape[0], slots, page_size, table_stride,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_strides, *v_strides,
-                HEADS=heads, KV_HEADS=kv_heads, HALF=half, TILE_D=triton.next_power_of_2(half), TILE_H=config.tile_h,
+                HEADS=heads, KV_HEADS=kv_heads, HALF=half, TILE_D=power_of_2(half), TILE_H=config.tile_h,
                 num_warps=config.num_warps, enable_fp_fusion=False,
             )
     return q_out, k_out

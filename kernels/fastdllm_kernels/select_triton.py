@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import Chip, chip_of, dense, on_device, pdl
+from .backend import Chip, ceil_div, chip_of, dense, on_device, pdl, power_of_2
 from .select import inverse
 
 # The fields of a record, in natural units: largest logit m, sum exp(z - m), sum exp(z - m)(z - m), what was compared of the
@@ -49,8 +49,8 @@ def select_config(rows: int, vocab: int, chip: Chip, draw: bool = False) -> Sele
     # 32 logits a thread, 8 KB of bf16 in flight from each program, and about 64 registers a thread: eight programs share
     # a multiprocessor, 64 KB in flight on each, twice what its share of the bandwidth needs. Draws keep ten values alive
     # for each logit, and are bound by arithmetic: two waves of eight.
-    tile = min(1024 if draw else 4096, max(16, triton.next_power_of_2(vocab)))
-    count = triton.cdiv(vocab, tile)
+    tile = min(1024 if draw else 4096, max(16, power_of_2(vocab)))
+    count = ceil_div(vocab, tile)
     # Few rows: four programs a multiprocessor, all of one size and there at once, read as fast as eight and leave half the
     # records to merge (H200, V 126464, 32 rows: 8.2 us with 16 parts of two tiles, 10.2 with 31 of one; 38 parts of V 152064
     # would be merged as 64). Many rows: two and a half waves, so that a short last one costs little (256 rows: 26.7 us with
@@ -58,8 +58,8 @@ def select_config(rows: int, vocab: int, chip: Chip, draw: bool = False) -> Sele
     few = rows * count <= 16 * chip.multiprocessors
     programs = 16 if draw else 4 if few else 21
     tiles = min(count, max(1, round(rows * count / (programs * chip.multiprocessors))))
-    parts = triton.cdiv(count, tiles)
-    return SelectConfig(tile, triton.cdiv(count, parts), parts, overlap=chip.overlap)
+    parts = ceil_div(count, tiles)
+    return SelectConfig(tile, ceil_div(count, parts), parts, overlap=chip.overlap)
 
 
 @triton.jit
@@ -439,7 +439,7 @@ def launch_select(
             config, rows * width, (logits, tokens, candidates, seed, None), (*logits.stride()[:2], *numbers, *tokens.stride()),
             DRAW=temperature > 0, TWO=score == "margin", ENTROPY=score == "entropy",
         )
-        tile_width, tile_parts = triton.next_power_of_2(width), triton.next_power_of_2(config.parts)
+        tile_width, tile_parts = power_of_2(width), power_of_2(config.parts)
         chunk = min(tile_width, max(1, 8192 // tile_width))
         # Fused multiply-adds would round the rules' arithmetic unlike the reference.
         commit_kernel[(rows,)](
@@ -470,9 +470,9 @@ def launch_confidence(
         floats, integers = _scan(
             config, rows, (logits, None, None, seed, position), numbers, DRAW=temperature > 0, TWO=margin, ENTROPY=entropy
         )
-        tile_parts = triton.next_power_of_2(config.parts)
-        tile_rows = max(1, min(triton.next_power_of_2(rows), 512 // tile_parts))
-        merge_kernel[(triton.cdiv(rows, tile_rows),)](
+        tile_parts = power_of_2(config.parts)
+        tile_rows = max(1, min(power_of_2(rows), 512 // tile_parts))
+        merge_kernel[(ceil_div(rows, tile_rows),)](
             floats, integers, seed, position, token_ids, has_nan, values, rows, config.parts, vocab_size, vocab_start,
             mask_id, seed_number, SCORE=score, TWO=margin, ENTROPY=entropy, TILE_ROWS=tile_rows, PARTS=tile_parts,
             OVERLAP=config.overlap, num_warps=4, enable_fp_fusion=False, **pdl(config.overlap),
