@@ -15,7 +15,7 @@ import torch
 
 from fastdllm import CachePolicy, Quota, generate, graph
 from fastdllm.config import ModelConfig
-from fastdllm.decode import LAUNCH_BOUND, Decoder
+from fastdllm.decode import LAUNCH_BOUND, PATIENCE, Decoder
 from fastdllm.model import DiffusionTransformer, initialize
 from fastdllm.quantize import quantize
 
@@ -293,11 +293,12 @@ def plan(subject, way, cell):
         return [(max(2, min(BLOCK // 2, int(2 * subject.sample / seconds))), 1)]
     block = subject.timed(way, cell, FIT_STEPS[0], 1).seconds
     chosen = HEAVY_STEPS if block > HEAVY_SECONDS else FIT_STEPS
-    # A short refresh is captured in requests of several blocks alone, so short requests would show something else.
-    least = min(4, cell.blocks) if cell.rows * cell.canvas <= LAUNCH_BOUND else 1
-    blocks = max(least, min(cell.blocks, int(subject.sample / block)))
-    for steps in chosen:
-        subject.timed(way, cell, steps, least)  # whatever is made once for a rule is made here
+    blocks = max(1, min(cell.blocks, int(subject.sample / block)))
+    # A short refresh is captured once its length has come often: here before the clock starts.
+    short = way.captured and cell.rows * cell.canvas <= LAUNCH_BOUND
+    for steps in chosen:  # whatever is made once for a rule is made here
+        for _ in range(-(-(PATIENCE + 1) // blocks) if short else 1):
+            subject.timed(way, cell, steps, blocks if short else 1)
     return [(steps, blocks) for steps in chosen]
 
 

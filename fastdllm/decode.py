@@ -24,6 +24,7 @@ from .graph import workspace
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # spreads consecutive seeds over the 64-bit keys; as a signed number
 LAUNCH_BOUND = 2048  # tokens of a refresh up to which it may wait for its launches: they take 25 ms, 512 tokens 10 ms
+PATIENCE = 24  # refreshes of one length before it is captured: then it has come often enough to come again
 CAPACITY = 256  # the canvas's length goes up in these steps, so that one captured step serves many requests
 
 
@@ -85,9 +86,10 @@ def generate(
     with the rows of one forward. score: "confidence", "margin", "entropy" or "random". temperature 0 is greedy; top_p in
     (0, 1] and top_k >= 1 filter the proposals. seed: row b draws as a single row with seed + b would; None takes one from
     torch's global generator. stop_ids: None for the model's end-of-text ids, () to never stop. on_step(StepEvent) is called
-    after every forward. graph: on a GPU, capture a cached step (and a short refresh that comes often) in a CUDA graph when it
-    is first needed and replay it after; the model then keeps its cache allocated between calls (`fastdllm.graph.clear(model)`
-    frees it). A rule that is a function, top_p and top_k run uncaptured, and so does a model that cannot be captured: logged.
+    after every forward. graph: on a GPU, capture a cached step in a CUDA graph when it is first needed (a short refresh once
+    its length has come often) and replay it after; the model then keeps its cache allocated between calls
+    (`fastdllm.graph.clear(model)` frees it). A rule that is a function, top_p and top_k run uncaptured, and so does a model
+    that cannot be captured: logged.
 
     Raises TypeError and ValueError, naming the argument, before any work is done; ValueError naming row and position when
     the logits of a candidate hold a NaN.
@@ -192,7 +194,7 @@ class Decoder:
         # With shifted outputs and a cache, a cached step cannot see its first position: the refresh commits it, alone.
         self.first_alone = cache != "none" and self.config.logit_shift > 0
         self.parameters = [0] * count if callable(rule) else _bits(rule, count)
-        self.forwards, self.blocks = 0, gen_length // block
+        self.forwards = 0
         # What a captured step has baked in beside its plan and the model.
         kind = type(rule), getattr(rule, "schedule", None)
         self.key = self.canvas.shape, block, self.config, kind, sampling.score, sampling.temperature, forced()
@@ -242,17 +244,11 @@ class Decoder:
             width, ragged = block, True
             entries += self._padding(rows)
             key = self.key, len(entries)
-        elif refresh and same and self._repays(origin, len(rows) * width):
+        elif refresh and same and len(rows) * width <= LAUNCH_BOUND:
             key = self.key, self.mode, origin, width
         shape = {"whole": not origin, "stores": refresh, "width": width, "block": block, "ragged": ragged, "shared": shared}
         compute = functools.partial(self._compute, rule=BEST_ONE if alone else self.rule, **shape)
-        return self.space.run(key, compute, torch.tensor(entries).T.contiguous())
-
-    def _repays(self, origin, tokens):
-        """Whether a refresh of that many tokens waits for its launches, and comes often enough to repay its capture, which
-        takes as long as three of them."""
-        again = self.policy.suffix_blocks is None and (origin > 0 or self.policy.prompt_refreshes > 0)
-        return again and tokens <= LAUNCH_BOUND and self.blocks >= 4
+        return self.space.run(key, compute, torch.tensor(entries).T.contiguous(), PATIENCE if refresh else 0)
 
     def _entry(self, row, refresh, alone):
         """The row's column of a plan: plain numbers, the rule's parameter as bits."""

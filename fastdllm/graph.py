@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -40,26 +40,30 @@ class Workspace:
 
     def __init__(self, device: torch.device, state=None):
         self.device, self.state, self.captures = device, state, state is not None
-        self.held, self.steps, self.lock = {}, OrderedDict(), threading.Lock()
+        self.held, self.steps, self.uses, self.lock = {}, OrderedDict(), Counter(), threading.Lock()
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A tensor whose address stays until a larger one or another dtype is asked for. It holds what was left in it."""
         size = math.prod(shape)
         if name not in self.held or self.held[name].numel() < size or self.held[name].dtype != dtype:
             self.steps.clear()
+            self.uses.clear()
             self.held.pop(name, None)  # freed before the new one is made
             self.held[name] = torch.zeros(size, dtype=dtype, device=device)
         return self.held[name][:size].view(shape)
 
-    def run(self, key, function, plan: torch.Tensor):
+    def run(self, key, function, plan: torch.Tensor, patience: int = 0):
         """function(plan on the device) -> (report, more), with the report on the host: to be read after `wait`.
 
         plan: int64, on the host. With a key (None: none) the function is captured where this Workspace captures, and later
         plans of that key replay it: it must depend on nothing else, do nothing for a plan of zeros and read nothing back to
-        the host. `more` then holds until the next replay.
+        the host. `more` then holds until the next replay. patience: so many runs of the key come first as they are, for what
+        may not come often enough to repay a capture, which takes as long as three of them.
         """
         if key is not None and key not in self.steps and self.captures:
-            self._capture(key, function, plan)
+            self.uses[key] += 1
+            if self.uses[key] > patience:
+                self._capture(key, function, plan)
         if key not in self.steps:
             report, more = function(plan.to(self.device))
             return report.to("cpu", non_blocking=True), more
@@ -78,7 +82,8 @@ class Workspace:
             self.steps.clear()
             log.warning("forwards run uncaptured from now on: this model's forward cannot be captured: %s", error)
         if len(self.steps) > MOST:
-            self.steps.popitem(last=False)
+            gone, _ = self.steps.popitem(last=False)
+            del self.uses[gone]
 
     def wait(self) -> None:
         """Until the reports of every `run` so far have arrived."""

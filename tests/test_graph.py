@@ -447,13 +447,31 @@ def test_a_replaced_model_is_captured_on_a_gpu(records):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("policy", [fastdllm.CachePolicy(), fastdllm.CachePolicy(prompt_refreshes=0)], ids=["all", "kept"])
-def test_short_refreshes_are_captured_where_they_come_often(family, cache, policy, records):
+def test_a_refresh_is_captured_once_its_length_has_come_often(family, cache, policy, records, monkeypatch):
     if cache == "none" and policy.prompt_refreshes == 0:
         pytest.skip("nothing keeps the prompt")
+    monkeypatch.setattr(decode, "PATIENCE", 4)
     model, prompts = model_of(family), random_prompts(tiny.FAMILIES[family], (6, 6), 0)
-    options = {"cache": cache, "policy": policy, "rule": Quota(2), "stop_ids": (), "block_length": 4}
-    for gen_length, often in ((12, False), (16, True)):
-        graph.clear(model)
-        check_equal(model, prompts, gen_length=gen_length, **options)
-        keys = graph._workspaces[model].steps
-        assert any(len(key) == 4 for key in keys) == often, "a refresh's key has four parts"
+    options = {"cache": cache, "policy": policy, "rule": Quota(2), "stop_ids": (), "block_length": 4, "gen_length": 12}
+
+    def refreshes():
+        return [key for key in graph._workspaces[model].steps if len(key) == 4]
+
+    fastdllm.generate(model, prompts, **options)
+    once = len(refreshes())
+    assert once == (cache == "none"), "three blocks have three refreshes; without a cache every forward is one"
+    for _ in range(3):
+        check_equal(model, prompts, **options)
+    assert len(refreshes()) == (1 if policy.prompt_refreshes else 2), "the first of a request, and those that keep the prompt"
+
+
+def test_what_was_dropped_must_come_often_again(monkeypatch):
+    monkeypatch.setattr(graph, "MOST", 1)
+    nothing = SimpleNamespace(replay=lambda: None, pool=lambda: None)
+    monkeypatch.setattr(graph, "record", lambda function, plan, device, pool: graph.Step(plan, nothing, (plan, None)))
+    space = graph.Workspace(torch.device("cpu"), state=[])
+    captured = []
+    for key in "aaabbbaaaab":
+        space.run(key, lambda plan: (plan, None), torch.zeros(1, dtype=torch.int64), patience=2)
+        captured.append("".join(space.steps))
+    assert captured == ["", "", "a", "a", "a", "b", "b", "b", "a", "a", "a"]
