@@ -2,8 +2,8 @@
 
     python bench/report.py RESULTS.json [-o TABLES.md] [--plots FOLDER] [--readme README.md]
 
-Without -o the tables go beside RESULTS.json, named after the GPU: kernels-<gpu>.md. --readme writes the short tables between
-the marks `<!-- kernels -->` and `<!-- /kernels -->` of that file.
+Without -o the tables go beside RESULTS.json, and both are named after the GPU: kernels-<gpu>.md, kernels-<gpu>.json. --readme
+writes the short tables between the marks `<!-- kernels -->` and `<!-- /kernels -->` of that file.
 """
 
 import argparse
@@ -194,8 +194,10 @@ def main():
     parser.add_argument("--readme", type=Path, metavar="FILE", help="also put the short tables between its marks")
     arguments = parser.parse_args()
     machine, ops = load(arguments.results)
-    slug = re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or "cpu").lower()).strip("-").removeprefix("nvidia-")
+    slug = re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or "cpu").lower()).strip("-")
     output = arguments.output or arguments.results.parent / f"kernels-{slug}.md"
+    if not arguments.output:
+        arguments.results.rename(output.with_suffix(".json"))
     output.write_text(markdown(machine, ops))
     print(output)
     if arguments.plots:
