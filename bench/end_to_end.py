@@ -38,6 +38,7 @@ import timing
 import torch
 from end_to_end_accuracy import accuracy
 from end_to_end_race import MODELS, REAL, SMOKE, Cell, Subject, measure_cell, tidy
+from report import slug
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -209,7 +210,7 @@ def main(argv=None) -> int:
         return 0
     device = timing.DEVICE
     gpu = torch.cuda.get_device_name(device) if timing.ON_GPU else None
-    args.out = args.out or RESULTS / f"end-to-end-{report.slug(gpu)}.json"
+    args.out = args.out or RESULTS / f"end-to-end-{slug(gpu)}.json"
     results = merged([args.out] if args.out.exists() else [])
     if not timing.ON_GPU:
         torch.set_num_threads(1)  # at these shapes threads cost more than they bring

@@ -333,6 +333,17 @@ def fit(measured):
     return refresh, step[0] if step else None, error
 
 
+def timings(by_plan):
+    """What a row records of a way's runs: each plan's median, and what is fitted to them."""
+    measured = [
+        {"steps": steps, "blocks": blocks, "refreshes": taken[0].refreshes, "cached_steps": taken[0].cached_steps,
+         "seconds": median(sample.seconds for sample in taken), "samples": len(taken)}
+        for (steps, blocks), taken in by_plan.items()
+    ]  # fmt: skip
+    refresh, step, error = fit(measured)
+    return {"measured": measured, "ms_refresh": refresh, "ms_step": step, "fit_error": error}
+
+
 def measure_cell(subject, cell, limits, headline):
     """The rows of one cell, one for each way."""
     rows, plans = prepare(subject, cell, WAYS + OPTIONS if headline else WAYS)
@@ -348,12 +359,7 @@ def measure_cell(subject, cell, limits, headline):
         rows[way.name]["absent"] = "out of memory"
     for way, by_plan in raced.items():
         row = rows[way.name]
-        row["measured"] = [
-            {"steps": steps, "blocks": blocks, "refreshes": taken[0].refreshes, "cached_steps": taken[0].cached_steps,
-             "seconds": median(sample.seconds for sample in taken), "samples": len(taken)}
-            for (steps, blocks), taken in by_plan.items()
-        ]  # fmt: skip
-        row["ms_refresh"], row["ms_step"], row["fit_error"] = fit(row["measured"])
+        row |= timings(by_plan)
         row |= floors(subject.config, cell, way, limits)
     for row in rows.values():
         row["headline"] = headline

@@ -1,9 +1,8 @@
 """Tables and plots of what bench/end_to_end.py measured: everything here is derived from its JSON file."""
 
 import json
-import re
 
-from report import insert
+from report import insert, number
 
 BLOCK = 32
 RATES = (8, 4, 2, 1)  # tokens a step; the tables' columns are those of the first
@@ -24,11 +23,6 @@ ON_A_CPU = "**These are CPU numbers** of tiny models: they say that the benchmar
 HEADLINE = """The paper's run has 32 refreshes and 108 cached steps for 1024 positions: its time (`~`) lies between those of
 the two rates that were decoded whole, or comes from the fit where there are none. tok/s and ratios are those at the paper's
 rate; vanilla is extrapolated."""
-
-
-def slug(gpu):
-    """The GPU's name as a part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", (gpu or "cpu").lower()).strip("-")
 
 
 def seconds(row, tokens):
@@ -70,13 +64,6 @@ def times(value):
 def over(theirs, ours):
     """How many times as long the other takes; both are (seconds, extrapolated) or None."""
     return None if theirs is None or ours is None else theirs[0] / ours[0]
-
-
-def number(value):
-    """Three digits that matter, at most."""
-    if value is None:
-        return "–"
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def duration(found):

@@ -29,7 +29,6 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 
 import end_to_end_race as race
 import end_to_end_report as report
@@ -168,12 +167,7 @@ def measure_cell(field, cell):
     for way in plans.keys() - raced.keys():
         rows[way]["absent"] = "out of memory"
     for way, by_plan in raced.items():
-        rows[way]["measured"] = [
-            {"steps": steps, "blocks": blocks, "refreshes": taken[0].refreshes, "cached_steps": taken[0].cached_steps,
-             "seconds": median(sample.seconds for sample in taken), "samples": len(taken)}
-            for (steps, blocks), taken in by_plan.items()
-        ]  # fmt: skip
-        rows[way]["ms_refresh"], rows[way]["ms_step"], rows[way]["fit_error"] = race.fit(rows[way]["measured"])
+        rows[way] |= race.timings(by_plan)
     return list(rows.values())
 
 

@@ -112,6 +112,11 @@ def insert(path, name, text):
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
+def slug(gpu):
+    """The GPU's name as a part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", (gpu or "cpu").lower()).strip("-")
+
+
 def number(value):
     """Three digits that matter, at most."""
     if value is None:
@@ -194,8 +199,7 @@ def main():
     parser.add_argument("--readme", type=Path, metavar="FILE", help="also put the short tables between its marks")
     arguments = parser.parse_args()
     machine, ops = load(arguments.results)
-    slug = re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or "cpu").lower()).strip("-")
-    output = arguments.output or arguments.results.parent / f"kernels-{slug}.md"
+    output = arguments.output or arguments.results.parent / f"kernels-{slug(machine['gpu'])}.md"
     if not arguments.output:
         arguments.results.rename(output.with_suffix(".json"))
     output.write_text(markdown(machine, ops))

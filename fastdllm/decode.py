@@ -3,7 +3,7 @@
 Each row walks through its own blocks at its own pace. In every turn of the loop the rows at a block's start get one refresh
 together (those that keep their prompt's keys another), the rows in the middle of a block one cached step together, and the
 host reads one small tensor of each: what is left. A forward is a function of a plan, one small tensor of
-integers; of cached steps graph.py makes CUDA graphs.
+integers; of those that come often graph.py makes CUDA graphs.
 """
 
 import functools
@@ -23,7 +23,7 @@ from .families import FAMILIES
 from .graph import workspace
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # spreads consecutive seeds over the 64-bit keys; as a signed number
-LAUNCH_BOUND = 2048  # tokens of a refresh up to which it may wait for its launches: they take 25 ms, 512 tokens 10 ms
+LAUNCH_BOUND = 2048  # tokens of a refresh up to which it may wait for its launches, 20 to 37 ms of them for an 8B model
 PATIENCE = 24  # refreshes of one length before it is captured: then it has come often enough to come again
 CAPACITY = 256  # the canvas's length goes up in these steps, so that one captured step serves many requests
 
@@ -119,7 +119,7 @@ def generate(
 
 
 def _obstacle(model, graph, rule, sampling) -> str | None:
-    """Why the cached steps of a call cannot be captured, or None."""
+    """Why the forwards of a call cannot be captured, or None."""
     obstacles = {
         "graph=False": not graph,
         f"the model is on {model.device}, not on a GPU": model.device.type != "cuda",
@@ -205,10 +205,12 @@ class Decoder:
         try:
             active = self.rows
             while active:
-                stepping = [row for row in active if self._origin(row) == row.start]
-                keeping = [row for row in active if 0 < self._origin(row) < row.start]
-                whole = [row for row in active if not self._origin(row)]
-                groups = [(rows, refresh) for rows, refresh in ((stepping, False), (keeping, True), (whole, True)) if rows]
+                # A turn's forwards: cached steps, refreshes that keep the prompt's keys, whole refreshes.
+                groups = {(False, True): [], (True, True): [], (True, False): []}
+                for row in active:
+                    origin = self._origin(row)
+                    groups[origin != row.start, origin > 0].append(row)
+                groups = [(rows, refresh) for (refresh, _), rows in groups.items() if rows]
                 forwards = [self._forward(rows, refresh) for rows, refresh in groups]
                 self.space.wait()
                 for (rows, refresh), (report, selection) in zip(groups, forwards, strict=True):

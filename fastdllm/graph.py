@@ -1,11 +1,11 @@
 """A forward captured once in a CUDA graph and replayed: one launch for what Python would launch kernel by kernel.
 
-A graph bakes in every address and every number of the host. A step is therefore a function of one small integer tensor, its
+A graph bakes in every address and every number of the host. A forward is therefore a function of one small integer tensor, its
 plan, and what else it reads or writes lies at addresses that stay: the weights, and the tensors of the model's Workspace,
 which outlives a call of `generate`.
 
 What stays allocated between calls, for each model that captured: the cache and the canvas of its largest request so far, and
-one step's intermediate results, in one pool that all its graphs share. `clear(model)` frees them; so does deleting the model.
+one forward's intermediate results, in one pool that all its graphs share. `clear(model)` frees them; so does deleting it.
 """
 
 import functools
@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 
 log = logging.getLogger(__name__)
-MOST = 8  # captured steps that a model keeps; the least recently used goes
+MOST = 8  # captured forwards that a model keeps; the least recently used goes
 PLAIN = (bool, int, float, str)
 
 
 class Step(NamedTuple):
-    """A captured step: its graph works on the pinned `plan` and leaves, in `result`, a pinned report and what else it made."""
+    """A captured forward: its graph reads the pinned `plan` and leaves, in `result`, a pinned report and what else it made."""
 
     plan: torch.Tensor
     graph: torch.cuda.CUDAGraph
@@ -150,7 +150,7 @@ def workspace(model, obstacle: str | None):
 
 
 def clear(model) -> None:
-    """Free what stays allocated for `model` between calls of `generate`; its next cached steps are captured anew."""
+    """Free what stays allocated for `model` between calls of `generate`; its next forwards are captured anew."""
     _workspaces.pop(getattr(model, "fastdllm_adapter", model), None)
 
 

@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from . import backend
+from . import backend, checks
 from .pointwise import positions_of, rotate
 
 LIBRARY = torch.library.Library("fastdllm", "FRAGMENT")
@@ -132,7 +132,7 @@ def _check(q, k, v, k_cache, v_cache, page_table):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.ndim != 4:
             raise ValueError(f"{name}: expected 4 dimensions, got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32) or tensor.dtype != q.dtype:
+        if tensor.dtype not in checks.FLOATS or tensor.dtype != q.dtype:
             raise TypeError(f"{name}: expected float16, bfloat16 or float32, the same as q, got {tensor.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"{name}: expected a tensor on {q.device}, as q, got one on {tensor.device}")
@@ -151,28 +151,16 @@ def _check(q, k, v, k_cache, v_cache, page_table):
     if k_cache.shape[2:] != (kv_heads, dim) or (page_table is None and k_cache.shape[0] != rows):
         raise ValueError(f"k_cache: expected {layout} with B = {rows}, HK = {kv_heads}, D = {dim}, "
                          f"got {tuple(k_cache.shape)}")
-    if page_table is not None and not isinstance(page_table, torch.Tensor):
-        raise TypeError(f"page_table: expected a [B, pages] int32 tensor, got {type(page_table).__name__}")
-    if page_table is not None and (page_table.ndim != 2 or page_table.shape[0] != rows):
-        raise ValueError(f"page_table: expected [B, pages] with B = {rows}, got {tuple(page_table.shape)}")
-    if page_table is not None and page_table.dtype != torch.int32:
-        raise TypeError(f"page_table: expected int32, got {page_table.dtype}")
-    if page_table is not None and page_table.device != q.device:
-        raise ValueError(f"page_table: expected a tensor on {q.device}, as q, got one on {page_table.device}")
+    if checks.tensor("page_table", page_table, (torch.int32,), optional=True) is None:
+        return
+    if page_table.ndim != 2 or page_table.shape[0] != rows or page_table.device != q.device:
+        raise ValueError(f"page_table: expected [B, pages] with B = {rows} on {q.device}, "
+                         f"got {tuple(page_table.shape)} on {page_table.device}")
 
 
 def _check_spans(q, **spans):
-    for name, tensor in spans.items():
-        if tensor is None and name in ("kv_start", "block_len"):
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: expected a [B] int32 tensor, got {type(tensor).__name__}")
-        if tensor.dtype != torch.int32:
-            raise TypeError(f"{name}: expected int32, got {tensor.dtype}")
-        if tensor.shape != q.shape[:1]:
-            raise ValueError(f"{name}: expected shape [B] = [{q.shape[0]}], got {tuple(tensor.shape)}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name}: expected a tensor on {q.device}, as q, got one on {tensor.device}")
+    for name, span in spans.items():
+        checks.tensor(name, span, (torch.int32,), q.shape[:1], q.device, optional=name in ("kv_start", "block_len"))
 
 
 def _check_rotation(q, cos, sin):

@@ -1,7 +1,7 @@
 """block_attention in Triton: a flash pass over the keys that a row sees, split over keys where heads cannot fill the GPU.
 
 A program owns TILE_ROWS of the T * G query rows of one key head (G = H / HK query heads share it: keys are read once per
-tile, not once per head) and one of `splits` even shares of the row's visible keys. Visible keys are numbered without gaps,
+tile, not once per head) and one of `splits` shares of the row's visible keys. Visible keys are numbered without gaps,
 
     0 .. prefix - 1         cached slot kv_start + i
     prefix .. cached - 1    cached slot block_start + n + (i - prefix)
@@ -54,30 +54,19 @@ def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
     Pure: it sees host constants only, so a captured graph replays whatever the spans on the device say.
     """
     rows, groups, keys, tile_d = T * (H // HK), B * HK, max(capacity, T), _tile_d(D)
-    splits, tiles = 1, None
-    if itemsize == 4:
-        # Exact fp32 products run outside the tensor cores, from operands held in registers: small tiles, or they spill.
-        tiles = 16, 16, 8, 2
-    elif tile_d > 128:
-        # The sums of 64 rows fill the registers of 8 warps; older chips keep copies of the operands there as well.
-        tiles = 64 if chip.shared > 200000 else 32, 32, 8, 3
-    elif rows > 64 and ceil_div(rows, 128) * groups >= chip.multiprocessors:
+    if itemsize == 2 and tile_d <= 128 and rows > 64 and ceil_div(rows, 128) * groups >= chip.multiprocessors:
         # Enough work to be bound by the tensor cores: 128 rows feed them at full width and halve what is read again.
         # 128 keys would be 8% faster on Hopper, and spill on Blackwell.
-        tiles = 128, 64, 8, 3
-    programs = ceil_div(rows, tiles[0] if tiles else 64) * groups
-    # 64 rows even where there are fewer: below that Hopper's tensor cores take their slow path (20 us for 16 at 1,024 keys).
-    alone = _splits(programs, keys, chip.multiprocessors)
-    if tiles is None and 2 * programs <= chip.multiprocessors and keys // alone <= 384:
-        # Bound by latency: little more than one program on every multiprocessor; the shortest passes gain from more warps.
-        short = keys // alone <= 192
-        splits, tiles = (alone, (64, 64, 8, 3)) if short else (alone + (alone > 1), (64, 64, 4, 3))
-    elif tiles is None:
-        # Two programs on each, the one computing while the other loads; in long passes small tiles keep many loads in flight.
-        splits = _splits(programs, keys, 2 * chip.multiprocessors)
-        tiles = (64, 64, 4, 3) if splits == 2 else (64, 32, 4, 4)
-    elif tiles[0] <= 64:
-        splits = _splits(programs, keys, 2 * chip.multiprocessors)
+        splits, tiles = 1, (128, 64, 8, 3)
+    elif itemsize == 2 and tile_d <= 128:
+        # 64 rows even where there are fewer: below that Hopper's tensor cores take their slow path (4 queries over 2,048
+        # keys took 20.4 us in tiles of 16 rows, and take 15.7).
+        splits, tiles = _few_rows(ceil_div(rows, 64) * groups, keys, chip.multiprocessors)
+    else:
+        # Exact fp32 products run outside the tensor cores, from operands held in registers: small tiles, or they spill. With
+        # D above 128 the sums of 64 rows fill the registers of 8 warps; older chips keep copies of the operands there as well.
+        tiles = (16, 16, 8, 2) if itemsize == 4 else (64 if chip.shared > 200000 else 32, 32, 8, 3)
+        splits = _splits(ceil_div(rows, tiles[0]) * groups, keys, 2 * chip.multiprocessors)
     tile_rows, tile_keys, warps, stages = _fitted(*tiles, tile_d, itemsize, chip.shared)
     # A mask on every tile costs the tensor cores a tenth of their time; on a few tiles less than a tail apart does.
     peel_tail = tile_rows >= 64 and keys // splits >= 8 * tile_keys
@@ -86,6 +75,18 @@ def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
     # A share of its own for the block's keys shortens the longest, unless that is long for what the others then read more.
     own_apart = splits > 2 and T <= 64 and keys <= 2048
     return Config(tile_rows, tile_keys, warps, stages, splits, peel_tail, rotate_first, own_apart, chip.overlap)
+
+
+def _few_rows(programs, keys, multiprocessors):
+    """(splits, tiles) of passes in `programs` tiles of 64 rows, which memory or latency binds."""
+    alone = _splits(programs, keys, multiprocessors)
+    share = keys // alone
+    if 2 * programs <= multiprocessors and share <= 384:
+        # Bound by latency: little more than one program on every multiprocessor; the shortest passes gain from more warps.
+        return (alone, (64, 64, 8, 3)) if share <= 192 else (alone + (alone > 1), (64, 64, 4, 3))
+    # Two programs on each, the one computing while the other loads; in long passes small tiles keep many loads in flight.
+    splits = _splits(programs, keys, 2 * multiprocessors)
+    return splits, (64, 64, 4, 3) if splits == 2 else (64, 32, 4, 4)
 
 
 def _tile_d(D):

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what every op takes
+
 
 def integer(name: str, value, low: float = -math.inf, high: float = math.inf) -> int:
     """`value` if it is an int in [low, high]."""

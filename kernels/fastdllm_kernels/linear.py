@@ -5,8 +5,8 @@ linear_swiglu    silu(x Wg^T) * (x Wu^T) for W = [Wg; Wu]: the products are not 
 linear_rms_norm  rms_norm(residual + x W^T): the product is split over its columns, and the norm adds the parts up
 
 A cached step of one or two sequences has 32 or 64 rows: each product reads its weight once and does little else. cuBLAS reaches
-0.56 to 0.95 of the memory's speed there; what is lost is the ramp of every launch, and with three launches fewer a layer there
-are fewer ramps. With more rows, in fp32, on a CPU, under torch.compile or where a gradient is wanted these are the library's
+0.56 to 0.95 of the memory's speed there; what is lost is the ramp of every launch, and what stands around a product needs none
+of its own here. With more rows, in fp32, on a CPU, under torch.compile or where a gradient is wanted these are the library's
 product and the ops of pointwise.py. fp16, bf16, fp32; sums in fp32.
 
 A weight may be an Fp8Weight, half the bytes: then the rows of x are quantised as well, each by its largest magnitude, and

@@ -11,9 +11,7 @@ its own fusion reaches across them into what stands around.
 
 import torch
 
-from . import backend
-
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from . import backend, checks
 
 
 def rotate(x, cos, sin):
@@ -76,7 +74,7 @@ def use_kernel(op, *operands, unsupported=None):
             unsupported = "an input requires a gradient and the kernel has none"
         elif operand.dtype != first.dtype or operand.device != first.device:
             unsupported = f"{operand.dtype} on {operand.device} stands beside {first.dtype} on {first.device}"
-    if first.dtype not in KERNEL_DTYPES:
+    if first.dtype not in checks.FLOATS:
         unsupported = f"it takes float16, bfloat16 or float32, not {first.dtype}"
     return backend.use_triton(op, first, unsupported)
 

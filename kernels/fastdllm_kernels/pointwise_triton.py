@@ -249,7 +249,7 @@ def rope_to_cache(q, k, v, cos, sin, start, k_cache, v_cache, length, page_table
         # Without fused multiply-adds every bit is the reference's; the arithmetic hides behind the loads anyway.
         with on_device(q):
             rope_to_cache_kernel[(rows * steps * tiles,)](
-                q, k, v, cos, sin, start, k_cache, v_cache, None if length is None else length.contiguous(), page_table,
+                q, k, v, cos, sin, start, k_cache, v_cache, dense(length), page_table,
                 q_out, k_out, steps, cos.shape[0], slots, page_size, table_stride,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_strides, *v_strides,
                 HEADS=heads, KV_HEADS=kv_heads, HALF=half, TILE_D=power_of_2(half), TILE_H=config.tile_h,

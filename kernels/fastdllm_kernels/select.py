@@ -24,7 +24,6 @@ from . import backend, checks
 from .rules import Factor, Quota, Threshold
 
 SCORES = ("confidence", "margin", "entropy", "random")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Selection(NamedTuple):
@@ -392,7 +391,7 @@ def token_confidence_partials(
 
 def _check_logits(logits, ndim, mask_id, score, temperature, vocab_size):
     """Checks shared by the ops; returns the vocabulary size."""
-    checks.tensor("logits", logits, FLOATS)
+    checks.tensor("logits", logits, checks.FLOATS)
     if logits.ndim != ndim or not logits.numel():
         shape = "[B, T, V]" if ndim == 3 else "[N, V]"
         raise ValueError(f"logits: expected a non-empty {shape}, got {tuple(logits.shape)}")
