@@ -1,4 +1,8 @@
-"""The products of a cached step of LLaDA-8B with what surrounds them: a block's rows, and those of a small batch."""
+"""The products of a cached step of LLaDA-8B with what surrounds them: a block's rows, and those of a small batch.
+
+With fp8 weights the library is torch._scaled_mm with a scale for each row, quantising included; "bf16 library" reads the weight
+that was quantised. All of them are held to the fp32 product within what quantising two operands loses.
+"""
 
 from dataclasses import dataclass
 
@@ -14,11 +18,13 @@ from fastdllm_kernels import (
     linear_rms_norm_reference,
     linear_swiglu,
     linear_swiglu_reference,
+    quantize_weight,
     rms_norm,
     swiglu,
 )
+from fastdllm_kernels.linear_triton import quantize_rows
 
-NAMES = ("ours", "library", "reference")
+NAMES = ("ours", "library", "bf16 library", "reference")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 HIDDEN, INTERMEDIATE = (4096, 12288) if ON_GPU else (64, 96)
 EPS = 1e-5
@@ -32,13 +38,15 @@ class Case:
     rows: int
     width_in: int
     width_out: int
+    fp8: bool = False
 
     def __str__(self):
-        return f"{self.width_out} x {self.width_in}, {self.rows} rows"
+        return f"{self.width_out} x {self.width_in}, {self.rows} rows{', fp8' if self.fp8 else ''}"
 
 
 CASES = [
-    Case(op, rows, width_in, width_out)
+    Case(op, rows, width_in, width_out, fp8)
+    for fp8 in (False, True)
     for rows in ((32, 64, 128) if ON_GPU else (8,))
     for op, width_in, width_out in (
         ("linear", HIDDEN, 3 * HIDDEN),
@@ -49,24 +57,49 @@ CASES = [
 ]
 
 
-def library(op):
+def scaled_mm(x, weight):
+    """One launch quantises the rows of x, the library multiplies."""
+    data, scale = quantize_rows(x)
+    return torch._scaled_mm(data, weight.data.t(), scale[:, None], weight.scale[None], out_dtype=x.dtype, use_fast_accum=True)
+
+
+def library(op, product):
     """The library's product, then the kernel that would follow it."""
     return {
-        "linear": functional.linear,
-        "linear_swiglu": lambda x, weight: swiglu(functional.linear(x, weight)),
-        "linear_rms_norm": lambda x, weight, residual, norm, eps: rms_norm(functional.linear(x, weight), norm, eps, residual),
+        "linear": product,
+        "linear_swiglu": lambda x, weight: swiglu(product(x, weight)),
+        "linear_rms_norm": lambda x, weight, residual, norm, eps: rms_norm(product(x, weight), norm, eps, residual),
     }[op]
 
 
 def inputs(case: Case, index: int):
-    """The op's arguments."""
+    """The op's arguments; with fp8 the weight is (quantised, as it was)."""
     generator = torch.Generator(DEVICE).manual_seed(index)
 
     def normal(*shape, scale=1.0):
         return torch.empty(shape, dtype=DTYPE, device=DEVICE).normal_(std=scale, generator=generator)
 
     x, weight = normal(case.rows, case.width_in), normal(case.width_out, case.width_in, scale=case.width_in**-0.5)
+    weight = (quantize_weight(weight), weight) if case.fp8 else weight
     return (x, weight, normal(case.rows, case.width_out), normal(case.width_out), EPS) if "norm" in case.op else (x, weight)
+
+
+def with_weight(call, which):
+    """call for a buffer whose weight is (quantised, as it was): it takes one of them."""
+    return lambda b: call(b[0], b[1][which], *b[2:])
+
+
+def fp8_check_for(reference):
+    def check(result, buffer):
+        """Each operand loses 2.3% to fp8 (root mean square), and silu(gate) * up is of two products: up to 7.5%."""
+        x, (_, weight), *others = buffer
+        wide = [t.float() if isinstance(t, torch.Tensor) else t for t in (x, weight, *others)]
+        found = (r if isinstance(r, tuple) else (r,) for r in (result, reference(*wide)))
+        for one, true in zip(*found, strict=True):
+            lost = (one.float() - true).norm() / true.norm()
+            assert lost <= 0.075, f"off by {lost:.3g} of its size"
+
+    return check
 
 
 def check_for(reference):
@@ -87,14 +120,24 @@ def build(case: Case) -> Contest:
     reference = {
         "linear": linear_reference, "linear_swiglu": linear_swiglu_reference, "linear_rms_norm": linear_rms_norm_reference,
     }[case.op]  # fmt: skip
-    competitors = {
-        "ours": Competitor(lambda b: ours(*b), theirs=False),
-        "library": Competitor(lambda b: library(case.op)(*b)),
-        "reference": Competitor(lambda b: reference(*b)),
-    }
-    moved = case.width_out * case.width_in * DTYPE.itemsize
+    unquantised = library(case.op, functional.linear)
+    if case.fp8:
+        competitors = {
+            "ours": Competitor(with_weight(ours, 0), theirs=False),
+            "library": Competitor(with_weight(library(case.op, scaled_mm), 0)),
+            "bf16 library": Competitor(with_weight(unquantised, 1)),
+            "reference": Competitor(with_weight(reference, 0)),
+        }
+    else:
+        competitors = {
+            "ours": Competitor(lambda b: ours(*b), theirs=False),
+            "library": Competitor(lambda b: unquantised(*b)),
+            "reference": Competitor(lambda b: reference(*b)),
+        }
+    moved = case.width_out * case.width_in * (1 if case.fp8 else DTYPE.itemsize)
     operations = 2 * case.rows * case.width_out * case.width_in
-    return Contest(case.op, str(case), competitors, lambda i: inputs(case, i), check_for(reference), moved, operations)
+    check = (fp8_check_for if case.fp8 else check_for)(reference)
+    return Contest(case.op, str(case), competitors, lambda i: inputs(case, i), check, moved, operations)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,7 +1,8 @@
 """replace_attention(): our attention inside a model that somebody else built, and the way back.
 
-One function per layer is set on the instance and taken off again; the user's own projections, norms and MLPs run, whatever
-they are wrapped in. An Adapter beside the model offers what `generate` asks, so no attribute of the model changes meaning.
+One method per layer is set on the instance and taken off again; the user's own projections, norms and MLPs run, whatever they
+are wrapped in, and what is a plain linear, RMSNorm or SwiGLU by this project's ops (replaced.py). An Adapter beside the model
+offers what `generate` asks, so no attribute of the model changes meaning.
 """
 
 import logging
@@ -15,6 +16,7 @@ from .attention import RotaryTable, attend, fastest_sdpa
 from .cache import KVCache
 from .config import ModelConfig
 from .families import FAMILIES
+from .replaced import Replaced, speed_up
 
 log = logging.getLogger(__name__)
 ADAPTER = "fastdllm_adapter"  # the attribute of the model where `generate` finds the Adapter
@@ -56,13 +58,6 @@ class LayerAttention:
     def __init__(self, owner: nn.Module, structure: Structure, config: ModelConfig, rotary: RotaryTable, layer: int):
         self.owner, self.structure, self.head_dim, self.rotary, self.layer = owner, structure, config.head_dim, rotary, layer
         self.cache: KVCache | None = None
-        self.before = owner.__dict__.get(structure.method)  # what somebody else had set on the instance, a hook perhaps
-        setattr(owner, structure.method, getattr(self, structure.method))
-
-    def restore(self):
-        delattr(self.owner, self.structure.method)
-        if self.before is not None:
-            setattr(self.owner, self.structure.method, self.before)
 
     def attention(self, q, k, v, *_, layer_past=None, use_cache=False, **__):
         """LLaDA's method: q, k, v [R, T, width] -> (output, (k, v) before rotation [R, HK, T, D], or None)."""
@@ -97,6 +92,9 @@ class Adapter:
             LayerAttention(_find(layer, structure.owner), structure, config, rotary, index)
             for index, layer in enumerate(self._part("layers"))
         ]
+        method = structure.method
+        self.replaced = [Replaced(attention.owner, method, getattr(attention, method)) for attention in self.attentions]
+        self.replaced += speed_up(self._part("layers"), self._part("norm"))
         # transformers 5 drops this key from LLaDA's config, and LLaDA's forward reads it.
         self.lent_use_cache = not hasattr(model.config, "use_cache")
         if self.lent_use_cache:
@@ -136,8 +134,8 @@ class Adapter:
         return functional.linear(hidden, self._part("embedding").weight) if head is None else head(hidden)
 
     def restore(self) -> None:
-        for attention in self.attentions:
-            attention.restore()
+        for replaced in self.replaced:
+            replaced.restore()
         if self.lent_use_cache:
             del self.model.config.use_cache
 
@@ -151,10 +149,14 @@ def replace_attention(model: nn.Module, *, family=None, mask_id=None, stop_ids=N
     LLaDA for Llama and Dream for Qwen2, whose layers those are. mask_id, stop_ids: default config.mask_token_id (transformers'
     own classes have none) and config.eos_token_id.
 
-    The model's own projections are called, quantised or LoRA-wrapped ones too. Outside `generate` its forward is one plain
-    full forward, never causal and without attention dropout; padding, position_ids and a past raise ValueError. RoPE is
-    computed anew (transformers 5 leaves Dream's table uninitialised). LLaDA's code reads config.use_cache, which transformers
-    5 drops: it is set to False and that is logged; where else that code does not fit transformers 5 is out of reach here.
+    The model's own projections are called, quantised or LoRA-wrapped ones too. In the layers and the last norm, every module
+    that is an nn.Linear and no subclass, and what proves on a probe to be an RMSNorm or a SwiGLU MLP, computes its forward by
+    the ops of `fastdllm_kernels` from its own parameters, unless its instance has a forward already; hooks run.
+
+    Outside `generate` the model's forward is one plain full forward, never causal and without attention dropout; padding,
+    position_ids and a past raise ValueError. RoPE is computed anew (transformers 5 leaves Dream's table uninitialised). LLaDA's
+    code reads config.use_cache, which transformers 5 drops: it is set to False and that is logged; where else that code does
+    not fit transformers 5 is out of reach here.
 
     Replacing twice is replacing once; with other keywords, the last ones hold. TypeError for what is no module with a config;
     ValueError, before anything changes, for a model that is not known, naming what was looked for, and for a config that

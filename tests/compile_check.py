@@ -42,7 +42,10 @@ MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled kernel: bytes of shared memory, registers a thread, and bytes of stack and local memory (spills)."""
+    """One compiled kernel: bytes of shared memory, registers a thread, and bytes of stack and local memory (spills).
+
+    serialised: what the assembler says where it makes every asynchronous product wait for the one before it (Hopper), or "".
+    """
 
     name: str
     configuration: str
@@ -51,6 +54,7 @@ class Compiled:
     registers: int
     stack: int
     local: int
+    serialised: str
 
 
 def compile_launches(file, function, arch) -> list[Compiled]:
@@ -77,6 +81,8 @@ def problems(compiled: list[Compiled]) -> list[str]:
         what = f"{kernel.name} on sm_{kernel.arch} with {kernel.configuration}"
         if kernel.stack or kernel.local:
             found.append(f"{what}: spills ({kernel.stack} bytes of stack, {kernel.local} of local memory)")
+        if kernel.serialised:
+            found.append(f"{what}: {kernel.serialised}")
         if kernel.shared > SHARED_LIMIT[kernel.arch]:
             found.append(f"{what}: {kernel.shared} bytes of shared memory, the limit is {SHARED_LIMIT[kernel.arch]}")
     return found
@@ -146,6 +152,21 @@ def _resources(cubin):
     return tuple(int(re.search(rf"{name}:(\d+)", text).group(1)) for name in ("REG", "STACK", "LOCAL"))
 
 
+def _serialised(ptx, arch):
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    if arch != 90:
+        return ""
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
+        file.write(ptx.encode())
+        file.flush()
+        command = [tool, "--gpu-name=sm_90a", file.name, "--output-file", f"{file.name}.cubin"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        Path(f"{file.name}.cubin").unlink()
+    return next((line for line in text.splitlines() if "serialized" in line), "")
+
+
 def _main(file, function, arch, result):
     sys.path.insert(0, str(Path(file).resolve().parent))
     kernels = _record(int(arch))
@@ -157,7 +178,8 @@ def _main(file, function, arch, result):
     compiled = []
     for kernel, name, configuration in kernels.values():
         registers, stack, local = _resources(kernel.asm["cubin"])
-        compiled.append(Compiled(name, configuration, int(arch), kernel.metadata.shared, registers, stack, local))
+        serialised = _serialised(kernel.asm["ptx"], int(arch))
+        compiled.append(Compiled(name, configuration, int(arch), kernel.metadata.shared, registers, stack, local, serialised))
     Path(result).write_text(json.dumps([asdict(entry) for entry in compiled]))
 
 

@@ -22,6 +22,7 @@ FLOORS = {
     "fastdllm.arguments": 4,
     "fastdllm.decode": 4,
     "fastdllm.graph": 4,
+    "fastdllm.replaced": 2,
     "fastdllm.patch": 4,
     "fastdllm.integrations": 5,
     "fastdllm.cli": 5,
@@ -34,7 +35,7 @@ EVERYWHERE = {"torch", "safetensors", "fastdllm_kernels", "fastdllm"}
 FUNCTION_LINES = 60
 # "About 3,500" in the design; the products, the captured step, fp8 and the policies that came after it are what the measured
 # speed costs.
-PRODUCT_LINES = 3750
+PRODUCT_LINES = 3800
 
 
 def module_files():

@@ -1,6 +1,7 @@
 """replace_attention on somebody else's models: the published module structures restated, and transformers' own classes."""
 
 import copy
+from collections import Counter
 from types import SimpleNamespace
 
 import oracle_models
@@ -18,8 +19,11 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 import fastdllm
+from fastdllm import replaced
 
 # Dream's published config sets the older name, and so does the one restated here.
 pytestmark = pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated")
@@ -642,3 +646,253 @@ def test_what_it_cannot_do_is_refused_before_anything_changes(name, tmp_path):
     with pytest.raises(error, match=message):
         fastdllm.replace_attention(model, **options)
     assert not hasattr(model, "fastdllm_adapter")
+
+
+# What runs by this project's ops once a model is replaced: its plain linears and RMSNorms.
+
+
+def faster(model):
+    """Names of the modules whose forward is one of ours."""
+    return {name for name, module in model.named_modules() if isinstance(vars(module).get("forward"), replaced.Faster)}
+
+
+def logits_of(model, tokens):
+    """By the adapter: the restated models' own forwards run on a CPU only."""
+    with torch.no_grad():
+        return model.fastdllm_adapter.head(model.fastdllm_adapter.hidden_states(tokens))
+
+
+def test_plain_linears_and_norms_run_by_our_ops(case, monkeypatch):
+    model, options, native = case
+    tokens, calls = some_tokens(native.config.vocab_size), Counter()
+    for name in ("linear", "rms_norm", "linear_swiglu"):
+        op = getattr(replaced, name)
+        monkeypatch.setattr(replaced, name, lambda *args, name=name, op=op: calls.update([name]) or op(*args))
+    fastdllm.replace_attention(model, **options)
+    # The head stays: cuBLAS reads its weight at the memory's speed.
+    head = model.fastdllm_adapter._part("head")
+    linears = {name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head}
+    norms = {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
+    mlps = {name for name, module in model.named_modules() if hasattr(module, "gate_proj")}  # LLaDA's layer has none
+    assert faster(model) == linears | norms | mlps and len(norms) == 5 and len(linears) == 14
+    calls.clear()
+    forward(model, tokens)
+    products = len(linears) - 2 * len(mlps)
+    assert calls == Counter({"linear": products, "rms_norm": len(norms), "linear_swiglu": len(mlps)})
+
+
+@pytest.mark.parametrize("kind", [*PUBLISHED, "Llama, llada", "Qwen2, dream"])
+def test_half_precision_loses_no_more_than_the_models_own_modules(kind, dtype, device, tmp_path):
+    """26 rows: on a GPU the kernels run. Against the replaced model whose linears and norms are its own again."""
+    model, options, native = build(kind, tmp_path)
+    tokens = some_tokens(native.config.vocab_size).to(device)
+    exact = logits_of(fastdllm.replace_attention(copy.deepcopy(model).double().to(device), **options), tokens)
+    model.to(device, dtype)
+    ours = logits_of(fastdllm.replace_attention(model, **options), tokens).double()
+    for one in model.fastdllm_adapter.replaced:
+        if isinstance(one, replaced.Faster):
+            one.restore()
+    own = logits_of(model, tokens).double()
+    assert not faster(model)
+    ulps = 4 * torch.finfo(dtype).eps * exact.abs().max()
+    assert (ours - exact).abs().max() <= 2 * (own - exact).abs().max() + ulps
+
+
+@pytest.mark.parametrize("kind", ["Llama, llada", "Qwen2, dream"])
+def test_restore_is_bit_identical_in_half_precision(kind, dtype, device, tmp_path):
+    model, options, native = build(kind, tmp_path)
+    tokens = some_tokens(native.config.vocab_size).to(device)
+    model.to(device, dtype)
+    before = forward(model, tokens)
+    fastdllm.replace_attention(model, **options)
+    forward(model, tokens)
+    assert torch.equal(forward(fastdllm.restore_attention(model), tokens), before)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_what_is_more_than_a_linear_keeps_its_forward(tmp_path):
+    model, _, _ = build("Dream", tmp_path)
+    tokens, layers = some_tokens(40), model.model.layers
+    layers[0].mlp.up_proj.__class__ = Doubled
+    layers[0].self_attn.q_proj = LowRank(layers[0].self_attn.q_proj)
+    down = layers[1].mlp.down_proj
+    down.forward = own = lambda x: 3 * functional.linear(x, down.weight)
+    norm = layers[1].input_layernorm
+    norm.forward = own_norm = lambda x: -type(norm).forward(norm, x)
+    wanted = forward(model, tokens)
+    fastdllm.replace_attention(model)
+    torch.testing.assert_close(forward(model, tokens), wanted, rtol=1e-4, atol=1e-4)
+    assert down.forward is own and norm.forward is own_norm
+    kept = {"layers.0.mlp.up_proj", "layers.0.self_attn.q_proj"}
+    assert faster(model.model).isdisjoint(kept) and "layers.0.self_attn.q_proj.base" in faster(model.model)
+    fastdllm.restore_attention(model)
+    assert down.forward is own and norm.forward is own_norm and torch.equal(forward(model, tokens), wanted)
+
+
+def test_an_mlp_calls_what_is_more_than_a_product(tmp_path, monkeypatch):
+    model, _, _ = build("Dream", tmp_path)
+    tokens, seen = some_tokens(40), []
+    mlps = [layer.mlp for layer in model.model.layers]
+    fastdllm.replace_attention(model)
+    wanted = forward(model, tokens)
+    mlps[0].gate_proj.register_forward_hook(lambda *_: seen.append("gate"))
+    mlps[1].up_proj = LowRank(mlps[1].up_proj)
+    monkeypatch.setattr(replaced, "linear_swiglu", None)  # neither MLP may take the fused product now
+    changed = forward(model, tokens)
+    assert seen == ["gate"] and not torch.equal(changed, wanted)
+
+
+class TimesThree(torch.Tensor):
+    """Stands for a weight that is quantised in place: what it multiplies to, only its own code knows."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        out = super().__torch_function__(function, types, args, kwargs)
+        return 3 * out.as_subclass(torch.Tensor) if function is functional.linear else out
+
+
+def test_the_parameters_are_read_when_they_are_needed(published, monkeypatch):
+    model, _, _ = published
+    product, tokens = next(module for module in model.modules() if type(module) is nn.Linear), some_tokens(40)
+    fastdllm.replace_attention(model)
+    x = torch.randn(2, product.in_features)
+    with torch.no_grad():
+        before = product(x)
+        product.weight.mul_(2)
+        torch.testing.assert_close(product(x), 2 * before - (0 if product.bias is None else product.bias))
+        product.weight.mul_(0.5)
+        weight = product.weight.detach().clone()
+        product.weight = nn.Parameter(weight.as_subclass(TimesThree), requires_grad=False)
+        monkeypatch.setattr(replaced, "linear", None)  # whatever is no plain tensor is left to the class
+        assert torch.equal(product(x), 3 * before)
+        assert torch.equal(product(input=x), 3 * before)
+    monkeypatch.undo()
+    product.weight = nn.Parameter(weight)
+    model(tokens, use_cache=False).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Shifted(Norm):
+    """Gemma's: a weight of zeros changes nothing."""
+
+    def forward(self, x):
+        wide = x.float()
+        return ((1 + self.weight.float()) * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Centred(Norm):
+    def forward(self, x):
+        return functional.layer_norm(x, self.weight.shape, self.weight, eps=self.eps)
+
+
+class OtherEps(Norm):
+    def forward(self, x):
+        return functional.rms_norm(x, self.weight.shape, self.weight, 10 * self.eps)
+
+
+class Unweighted(Norm):
+    """With the weights it starts with, nothing tells it from an RMSNorm."""
+
+    def forward(self, x):
+        return functional.rms_norm(x, self.weight.shape, eps=self.eps)
+
+
+class Gated(Norm):
+    def forward(self, x, gate):
+        return super().forward(x) * gate
+
+
+class Tupled(Norm):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Biased(Norm):
+    """As LLaDA's published RMSLayerNorm, whose bias is None where the config has none."""
+
+    def __init__(self, width, eps, bias=False):
+        super().__init__(width, eps)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if bias else None)
+
+    def forward(self, x):
+        return super().forward(x) if self.bias is None else super().forward(x) + self.bias
+
+
+DTYPES_OF_NORMS = (torch.float32, torch.bfloat16, torch.float16)
+NORMS = {
+    "plain": (lambda: Norm(48, 1e-6), True),
+    "a bias that is none": (lambda: Biased(48, 1e-5), True),
+    "Llama's": (lambda: LlamaRMSNorm(48, 1e-6), True),
+    "Qwen2's": (lambda: Qwen2RMSNorm(48, 1e-5), True),
+    "PyTorch's, which rounds once": (lambda: nn.RMSNorm(48, eps=1e-5), True),
+    "1 + weight": (lambda: Shifted(48, 1e-6), False),
+    "LayerNorm without a bias": (lambda: nn.LayerNorm(48, bias=False), False),
+    "no mean": (lambda: Centred(48, 1e-6), False),
+    "another eps than it says": (lambda: OtherEps(48, 1e-6), False),
+    "the weight is not used": (lambda: Unweighted(48, 1e-6), False),
+    "two inputs": (lambda: Gated(48, 1e-6), False),
+    "two outputs": (lambda: Tupled(48, 1e-6), False),
+    "a bias": (lambda: Biased(48, 1e-5, bias=True), False),
+    "no eps": (lambda: nn.RMSNorm(48), False),
+    "on the meta device": (lambda: Norm(48, 1e-6).to("meta"), False),
+    "a matrix": (lambda: nn.Bilinear(2, 2, 2, bias=False), False),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES_OF_NORMS, ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_is_told_by_what_it_computes(name, dtype, device):
+    make, known = NORMS[name]
+    norm = make().to(dtype=dtype)
+    norm = norm if name == "on the meta device" else norm.to(device)
+    before, generator, calls = list(norm.state_dict().values()), torch.get_rng_state(), []
+    norm.register_forward_hook(lambda *_: calls.append(1))
+    found = replaced.speed_up(norm, None)
+    assert len(found) == known and ("forward" in vars(norm)) == known
+    assert torch.equal(torch.get_rng_state(), generator) and not calls
+    assert all(a is b or torch.equal(a, b) for a, b in zip(before, norm.state_dict().values(), strict=True) if not a.is_meta)
+    if known:
+        x = (3 * torch.randn(5, 48)).to(device, dtype)
+        torch.testing.assert_close(norm(x), type(norm).forward(norm, x), rtol=max(1e-5, 2 * torch.finfo(dtype).eps), atol=1e-6)
+        assert calls == [1]
+        found[0].restore()
+        assert "forward" not in vars(norm)
+
+
+def test_a_wrapper_put_on_later_stays_and_calls_what_was_there(published):
+    model, _, _ = published
+    tokens = some_tokens(40)
+    before = forward(model, tokens)
+    fastdllm.replace_attention(model)
+    name, product = next((name, m) for name, m in model.named_modules() if type(m) is nn.Linear)
+    inner, calls = product.forward, []
+    product.forward = wrapper = lambda x: calls.append(1) or inner(x)
+    forward(model, tokens)
+    fastdllm.replace_attention(model, mask_id=1)  # takes out and puts in again
+    assert product.forward is wrapper and name not in faster(model)
+    forward(model, tokens)
+    fastdllm.restore_attention(model)
+    assert product.forward is wrapper and torch.equal(forward(model, tokens), before)
+    assert calls == [1] * 3
+    del product.forward
+    assert torch.equal(forward(model, tokens), before)
+
+
+def test_a_saved_or_compiled_model_computes_the_same(published, tmp_path):
+    model, _, _ = published
+    tokens = some_tokens(40)
+    wanted = logits_of(fastdllm.replace_attention(model), tokens)
+    torch.save(model, tmp_path / "model.pt")
+    twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits_of(twin, tokens), wanted)
+    assert faster(fastdllm.restore_attention(twin)) == set() != faster(model)
+    layer = twin.get_submodule("model.layers.0.mlp" if hasattr(twin.model, "layers") else "model.transformer.blocks.0.ff_norm")
+    x = torch.randn(2, 3, 48 if hasattr(twin.model, "layers") else 32)
+    plain = layer(x)
+    assert replaced.speed_up(layer)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), plain)

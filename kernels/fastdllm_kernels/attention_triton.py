@@ -8,8 +8,9 @@ tile, not once per head) and one of `splits` shares of the row's visible keys. V
     cached .. cached + n    the block's own key i - cached, rotated on the way in
 
 so that the share of a split is arithmetic on device values (short rows stay balanced) and the one loop over the cache knows
-no prefix, suffix or gap. With one split the kernel writes the result; with more it writes fp32 parts and their
-log-sum-exp, and `_merge` adds them up in a fixed order: equal inputs give equal bits, launch after launch.
+no prefix, suffix or gap. A share's own keys come first, while the sums are empty: rotating them takes registers. With one
+split the kernel writes the result; with more it writes fp32 parts and their log-sum-exp, and `_merge` adds them up in a fixed
+order: equal inputs give equal bits, launch after launch.
 """
 
 from dataclasses import dataclass
@@ -31,9 +32,8 @@ REGISTERS = {"maxnreg": 255} if torch.version.hip is None else {}
 class Config:
     """How one call runs: TILE_ROWS query rows by TILE_KEYS keys a program, keys in `splits` shares.
 
-    peel_tail: full tiles run without a mask and the last one apart. rotate_first: q and k are rotated by a launch of their
-    own. own_apart: the last share is the block's own keys alone, which are rotated while the others read the cache. overlap:
-    launches may begin before what runs ahead of them ends, and wait on the device.
+    rotate_first: q and k are rotated by a launch of their own. overlap: launches may begin before what runs ahead of them
+    ends, and wait on the device.
     """
 
     TILE_ROWS: int
@@ -41,9 +41,7 @@ class Config:
     num_warps: int
     num_stages: int
     splits: int = 1
-    peel_tail: bool = False
     rotate_first: bool = False
-    own_apart: bool = False
     overlap: bool = False
 
 
@@ -54,39 +52,31 @@ def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
     Pure: it sees host constants only, so a captured graph replays whatever the spans on the device say.
     """
     rows, groups, keys, tile_d = T * (H // HK), B * HK, max(capacity, T), _tile_d(D)
-    if itemsize == 2 and tile_d <= 128 and rows > 64 and ceil_div(rows, 128) * groups >= chip.multiprocessors:
-        # Enough work to be bound by the tensor cores: 128 rows feed them at full width and halve what is read again.
-        # 128 keys would be 8% faster on Hopper, and spill on Blackwell.
-        splits, tiles = 1, (128, 64, 8, 3)
-    elif itemsize == 2 and tile_d <= 128:
+    if itemsize == 2 and tile_d <= 128:
         # 64 rows even where there are fewer: below that Hopper's tensor cores take their slow path (4 queries over 2,048
-        # keys took 20.4 us in tiles of 16 rows, and take 15.7).
-        splits, tiles = _few_rows(ceil_div(rows, 64) * groups, keys, chip.multiprocessors)
+        # keys took 20.4 us in tiles of 16 rows, and 15.7). Not 128: two programs of 64 on a multiprocessor take turns, one at
+        # its products while the other is at its exponentials (2,048 queries and keys: 152 us for 160).
+        splits, tiles = _tiles_of_64(ceil_div(rows, 64) * groups, rows, keys, chip.multiprocessors, tile_d > 64)
     else:
         # Exact fp32 products run outside the tensor cores, from operands held in registers: small tiles, or they spill. With
         # D above 128 the sums of 64 rows fill the registers of 8 warps; older chips keep copies of the operands there as well.
         tiles = (16, 16, 8, 2) if itemsize == 4 else (64 if chip.shared > 200000 else 32, 32, 8, 3)
         splits = _splits(ceil_div(rows, tiles[0]) * groups, keys, 2 * chip.multiprocessors)
     tile_rows, tile_keys, warps, stages = _fitted(*tiles, tile_d, itemsize, chip.shared)
-    # A mask on every tile costs the tensor cores a tenth of their time; on a few tiles less than a tail apart does.
-    peel_tail = tile_rows >= 64 and keys // splits >= 8 * tile_keys
     # Every row tile rotates the block's keys again, off the pipelined path: past a few tiles one more launch is cheaper.
     rotate_first = splits == 1 and T > 256
-    # A share of its own for the block's keys shortens the longest, unless that is long for what the others then read more.
-    own_apart = splits > 2 and T <= 64 and keys <= 2048
-    return Config(tile_rows, tile_keys, warps, stages, splits, peel_tail, rotate_first, own_apart, chip.overlap)
+    return Config(tile_rows, tile_keys, warps, stages, splits, rotate_first, chip.overlap)
 
 
-def _few_rows(programs, keys, multiprocessors):
-    """(splits, tiles) of passes in `programs` tiles of 64 rows, which memory or latency binds."""
+def _tiles_of_64(programs, rows, keys, multiprocessors, wide):
+    """(splits, tiles) of passes in `programs` tiles of 64 rows, `rows` real ones a group; wide: D above 64."""
     alone = _splits(programs, keys, multiprocessors)
-    share = keys // alone
-    if 2 * programs <= multiprocessors and share <= 384:
-        # Bound by latency: little more than one program on every multiprocessor; the shortest passes gain from more warps.
-        return (alone, (64, 64, 8, 3)) if share <= 192 else (alone + (alone > 1), (64, 64, 4, 3))
-    # Two programs on each, the one computing while the other loads; in long passes small tiles keep many loads in flight.
-    splits = _splits(programs, keys, 2 * multiprocessors)
-    return splits, (64, 64, 4, 3) if splits == 2 else (64, 32, 4, 4)
+    if wide and 2 * programs <= multiprocessors and keys // alone <= 192:
+        # Bound by latency: one program on a multiprocessor at most, with more warps; more than six parts take long to merge.
+        return min(alone, 6), (64, 64, 8, 3)
+    # Two programs on each. Tiles half full wait for memory: fewer keys in more stages keep more loads in flight. Where D is 64,
+    # too, 64 keys would make the assembler serialise the products.
+    return _splits(programs, keys, 2 * multiprocessors), (64, 64, 4, 3) if wide and rows >= 64 else (64, 32, 4, 4)
 
 
 def _tile_d(D):
@@ -128,10 +118,10 @@ def _columns(D: tl.constexpr, TILE_D: tl.constexpr, PAIRED: tl.constexpr):
 
 
 @triton.jit
-def _load(pointers, seen, inside, MASKED: tl.constexpr):
-    """A [rows, columns] tile, 0 wherever `seen` [rows] or `inside` [columns] says no: what lies there may be NaN."""
+def _load(pointers, inside, MASKED: tl.constexpr):
+    """A [rows, columns] tile, 0 wherever `inside` says no: what lies there may be NaN."""
     if MASKED:
-        return tl.load(pointers, mask=seen[:, None] & inside[None, :], other=0.0)
+        return tl.load(pointers, mask=inside, other=0.0)
     else:
         return tl.load(pointers)
 
@@ -168,15 +158,15 @@ def _queries(q_ptr, offset, asked, position, cos_ptr, sin_ptr, cos_at, sin_at, D
         q = _rotated(q_ptr, offset, asked, position, cos_ptr, sin_ptr, cos_at, sin_at, D, TILE_D)
     else:
         column, inside = _columns(D, TILE_D, False)
-        q = _load(q_ptr + offset[:, None] + column[None, :], asked, inside, True)
+        q = _load(q_ptr + offset[:, None] + column[None, :], asked[:, None] & inside[None, :], True)
     if NEGATIVE:
         q = -q
     return q
 
 
 @triton.jit
-def _fold(q, k, v, seen, top, total, acc, scale, MASKED: tl.constexpr):
-    """Fold one tile of keys and values into the running maximum, sum and weighted values (all in powers of two)."""
+def _fold(q, k, v, at, end, top, total, acc, scale):
+    """Fold a tile, keys at .. and not from `end` on, into the running maximum, sum and weighted values (in powers of two)."""
     if q.dtype == tl.float32:
         # Exact products hold their operands in registers: 16 columns of D at a time, spread over the warps, or they spill.
         PARTS: tl.constexpr = q.shape[1] // 16
@@ -185,8 +175,8 @@ def _fold(q, k, v, seen, top, total, acc, scale, MASKED: tl.constexpr):
         scores = tl.sum(tl.dot(left, right, input_precision="ieee"), 0)
     else:
         scores = tl.dot(q, tl.trans(k))
-    if MASKED:
-        scores = tl.where(seen[None, :], scores, float("-inf"))
+    if at + k.shape[0] > end:
+        scores = tl.where((at + tl.arange(0, k.shape[0]) < end)[None, :], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
     weights = tl.exp2(scores * scale - new_top[:, None])
     shrink = tl.exp2(top - new_top)
@@ -199,51 +189,28 @@ def _fold(q, k, v, seen, top, total, acc, scale, MASKED: tl.constexpr):
 def _fold_stored(
     q, top, total, acc, k_ptr, v_ptr, k_at, v_at, begin, end, prefix, first, jump, page_ptr, k_page, v_page, scale,
     D: tl.constexpr, TILE_D: tl.constexpr, TILE_KEYS: tl.constexpr, PAIRED: tl.constexpr, PAGE: tl.constexpr,
-    MASKED: tl.constexpr, STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Fold keys begin .. end - 1, read as they are: key i lies in slot first + i below `prefix`, and in jump + i from there."""
+    """Fold keys begin .. end - 1, read as they are: key i lies in slot first + i below `prefix`, and in jump + i from there.
+
+    A last tile that is not full repeats the last key, so that no load of a row needs a mask, and only its scores get one.
+    """
     k_column, k_inside = _columns(D, TILE_D, PAIRED)
     v_column, v_inside = _columns(D, TILE_D, False)
-    PARTIAL: tl.constexpr = MASKED or D < TILE_D
     for at in tl.range(begin, end, TILE_KEYS, num_stages=STAGES):
-        key = at + tl.arange(0, TILE_KEYS)
-        seen = key < end
-        slot = key + tl.where(key < prefix, first, jump)
+        key = tl.minimum(at + tl.arange(0, TILE_KEYS), end - 1)
         if PAGE > 0:
-            page = tl.load(page_ptr + slot // PAGE, mask=seen, other=0).to(tl.int64)
+            slot = key + tl.where(key < prefix, first, jump)
+            page = tl.load(page_ptr + slot // PAGE).to(tl.int64)
             slot = (slot % PAGE).to(tl.int64)
             k_row, v_row = page * k_page + slot * k_at, page * v_page + slot * v_at
         else:
-            slot = slot.to(tl.int64)
+            slot = (key + tl.where(key < prefix, first, jump)).to(tl.int64)
             k_row, v_row = slot * k_at, slot * v_at
-        k = _load(k_ptr + k_row[:, None] + k_column[None, :], seen, k_inside, PARTIAL)
-        v = _load(v_ptr + v_row[:, None] + v_column[None, :], seen, v_inside, PARTIAL)
-        top, total, acc = _fold(q, k, v, seen, top, total, acc, scale, MASKED)
+        k = _load(k_ptr + k_row[:, None] + k_column[None, :], k_inside[None, :], D < TILE_D)
+        v = _load(v_ptr + v_row[:, None] + v_column[None, :], v_inside[None, :], D < TILE_D)
+        top, total, acc = _fold(q, k, v, at, end, top, total, acc, scale)
     return top, total, acc
-
-
-@triton.jit
-def _fold_range(
-    q, top, total, acc, k_ptr, v_ptr, k_at, v_at, begin, end, prefix, first, jump, page_ptr, k_page, v_page, scale,
-    D: tl.constexpr, TILE_D: tl.constexpr, TILE_KEYS: tl.constexpr, PAIRED: tl.constexpr, PAGE: tl.constexpr,
-    PEEL_TAIL: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """`_fold_stored` over begin .. end - 1: with a mask on every tile, or with full tiles bare and the rest apart.
-
-    The rest runs in two stages: its one tile then goes straight to shared memory, where one stage would take registers.
-    """
-    if PEEL_TAIL:
-        tail = begin + (end - begin) // TILE_KEYS * TILE_KEYS
-        top, total, acc = _fold_stored(
-            q, top, total, acc, k_ptr, v_ptr, k_at, v_at, begin, tail, prefix, first, jump, page_ptr, k_page, v_page,
-            scale, D, TILE_D, TILE_KEYS, PAIRED, PAGE, False, STAGES)  # fmt: skip
-        return _fold_stored(
-            q, top, total, acc, k_ptr, v_ptr, k_at, v_at, tail, end, prefix, first, jump, page_ptr, k_page, v_page,
-            scale, D, TILE_D, TILE_KEYS, PAIRED, PAGE, True, 2)  # fmt: skip
-    else:
-        return _fold_stored(
-            q, top, total, acc, k_ptr, v_ptr, k_at, v_at, begin, end, prefix, first, jump, page_ptr, k_page, v_page,
-            scale, D, TILE_D, TILE_KEYS, PAIRED, PAGE, True, STAGES)  # fmt: skip
 
 
 @triton.jit
@@ -252,16 +219,16 @@ def _fold_rotated(
     D: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     """Fold the block's own keys begin .. end - 1, rotated to positions start + key."""
-    # Rotating takes registers beside the sums: few own keys at a time leave enough, and there are few of them.
-    TILE_OWN: tl.constexpr = 16
+    TILE_OWN: tl.constexpr = 16 if q.dtype == tl.float32 or D != 128 else 32  # a block at once where that was seen to fit
     column, inside = _columns(D, TILE_D, False)
-    for at in tl.range(begin, end, TILE_OWN, num_stages=1):
+    # Two stages though nothing here is pipelined: with one, the assembler serialises every product of the kernel.
+    for at in tl.range(begin, end, TILE_OWN, num_stages=2):
         key = at + tl.arange(0, TILE_OWN)
         seen, row = key < end, key.to(tl.int64)
         position = tl.minimum(start + key, positions - 1)
         k = _rotated(k_ptr, row * k_at, seen, position, cos_ptr, sin_ptr, cos_at, sin_at, D, TILE_D)
-        v = _load(v_ptr + (row * v_at)[:, None] + column[None, :], seen, inside, True)
-        top, total, acc = _fold(q, k, v, seen, top, total, acc, scale, True)
+        v = _load(v_ptr + (row * v_at)[:, None] + column[None, :], seen[:, None] & inside[None, :], True)
+        top, total, acc = _fold(q, k, v, at, end, top, total, acc, scale)
     return top, total, acc
 
 
@@ -294,19 +261,11 @@ def _rows(tile, kv_head, own, G: tl.constexpr, TILE_ROWS: tl.constexpr):
 
 
 @triton.jit
-def _share(cached, own, OWN_APART: tl.constexpr, GRAIN: tl.constexpr):
-    """Keys begin .. end - 1 of this program's split: an even share of all, or of the cached ones with the own ones last."""
-    split, splits = tl.program_id(1), tl.num_programs(1)
-    keys, shares = cached + own, splits
-    if OWN_APART:
-        keys, shares = cached, splits - 1
-    share = tl.cdiv(tl.cdiv(keys, shares), GRAIN) * GRAIN
-    begin = tl.minimum(split * share, keys)
-    end = tl.minimum(begin + share, keys)
-    if OWN_APART:
-        end = tl.where(split == shares, cached + own, end)
-        begin = tl.where(split == shares, cached, begin)
-    return begin, end
+def _share(keys):
+    """Keys begin .. end - 1 of this program's split."""
+    share = tl.cdiv(tl.cdiv(keys, tl.num_programs(1)), 16) * 16
+    begin = tl.minimum(tl.program_id(1) * share, keys)
+    return begin, tl.minimum(begin + share, keys)
 
 
 @triton.jit(do_not_specialize=["tiles", "T", "lse_split", "positions"])
@@ -316,8 +275,8 @@ def _attend(
     q_row, q_at, q_head, k_row, k_at, k_head, v_row, v_at, v_head, kc_row, kc_at, kc_head, vc_row, vc_at, vc_head,
     out_row, out_at, out_head, out_split, lse_split, page_row, cos_at, sin_at,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, TILE_D: tl.constexpr, PAGE: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr, PEEL_TAIL: tl.constexpr, NEGATIVE: tl.constexpr, OWN_APART: tl.constexpr,
-    OVERLAP: tl.constexpr, STAGES: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr, NEGATIVE: tl.constexpr, OVERLAP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row tile of one key head (program axis 0, tiles fastest so that they share keys in L2) and one split (axis 1)."""
     LN2: tl.constexpr = 0.6931471805599453  # here, not outside: a launch compares every global that a kernel reads
@@ -326,7 +285,6 @@ def _attend(
     if vc_at is None:
         vc_row, vc_at, vc_head = kc_row, kc_at, kc_head
     ROTATE: tl.constexpr = cos_ptr is not None
-    GRAIN: tl.constexpr = TILE_KEYS if PEEL_TAIL else 16
     tile, kv_head, b = _place(tl.program_id(0), tiles, HK)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -342,7 +300,7 @@ def _attend(
     start, length, own, first, prefix, cached = _spans(b, T, block_start_ptr, kv_len_ptr, kv_start_ptr, block_len_ptr)
     # A tile past the row's block has nothing to compute; its zeros are written all the same.
     busy = tile * TILE_ROWS < own * G
-    begin, end = _share(tl.where(busy, cached, 0), tl.where(busy, own, 0), OWN_APART, GRAIN)
+    begin, end = _share(tl.where(busy, cached + own, 0))
 
     t, head, asked = _rows(tile, kv_head, own, G, TILE_ROWS)
     q = _queries(q_ptr, b * q_row + t.to(tl.int64) * q_at + head * q_head, asked, tl.minimum(start + t, positions - 1),
@@ -350,20 +308,20 @@ def _attend(
     top = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((TILE_ROWS,), tl.float32)
     acc = tl.zeros((TILE_ROWS, TILE_D), tl.float32)
-    top, total, acc = _fold_range(
-        q, top, total, acc, k_base, v_base, kc_at, vc_at, tl.minimum(begin, cached), tl.minimum(end, cached),
-        prefix, first, start + length - prefix, page_ptr, k_page, v_page, scale,
-        D, TILE_D, TILE_KEYS, ROTATE, PAGE, PEEL_TAIL, STAGES)  # fmt: skip
-    k_base, v_base = k_ptr + b * k_row + kv_head * k_head, v_ptr + b * v_row + kv_head * v_head
-    begin, end = tl.maximum(begin - cached, 0), tl.maximum(end - cached, 0)
+    own_begin, own_end = tl.maximum(begin - cached, 0), tl.maximum(end - cached, 0)
+    k_own, v_own = k_ptr + b * k_row + kv_head * k_head, v_ptr + b * v_row + kv_head * v_head
     if ROTATE:
         top, total, acc = _fold_rotated(
-            q, top, total, acc, k_base, v_base, k_at, v_at, begin, end, start, positions, cos_ptr, sin_ptr,
+            q, top, total, acc, k_own, v_own, k_at, v_at, own_begin, own_end, start, positions, cos_ptr, sin_ptr,
             cos_at, sin_at, scale, D, TILE_D)  # fmt: skip
     else:
-        top, total, acc = _fold_range(
-            q, top, total, acc, k_base, v_base, k_at, v_at, begin, end, 0, 0, 0, 0, 0, 0, scale,
-            D, TILE_D, TILE_KEYS, False, 0, PEEL_TAIL, STAGES)  # fmt: skip
+        top, total, acc = _fold_stored(
+            q, top, total, acc, k_own, v_own, k_at, v_at, own_begin, own_end, 0, 0, 0, 0, 0, 0, scale,
+            D, TILE_D, TILE_KEYS, False, 0, STAGES)  # fmt: skip
+    top, total, acc = _fold_stored(
+        q, top, total, acc, k_base, v_base, kc_at, vc_at, tl.minimum(begin, cached), tl.minimum(end, cached),
+        prefix, first, start + length - prefix, page_ptr, k_page, v_page, scale,
+        D, TILE_D, TILE_KEYS, ROTATE, PAGE, STAGES)  # fmt: skip
 
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -459,8 +417,8 @@ def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, pag
         out_split, B * T * H, 0 if page_table is None else page_table.stride(0),
         0 if cos is None else cos.stride(0), 0 if sin is None else sin.stride(0),
         HK=HK, G=H // HK, D=D, TILE_D=_tile_d(D), PAGE=page,
-        TILE_ROWS=chosen.TILE_ROWS, TILE_KEYS=chosen.TILE_KEYS, PEEL_TAIL=chosen.peel_tail, NEGATIVE=scale < 0,
-        OWN_APART=chosen.own_apart, OVERLAP=chosen.overlap, STAGES=chosen.num_stages,
+        TILE_ROWS=chosen.TILE_ROWS, TILE_KEYS=chosen.TILE_KEYS, NEGATIVE=scale < 0,
+        OVERLAP=chosen.overlap, STAGES=chosen.num_stages,
         num_warps=chosen.num_warps, num_stages=chosen.num_stages, enable_fp_fusion=True, **pdl(chosen.overlap), **REGISTERS,
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Products of few rows with what surrounds them: linear, linear_swiglu, linear_rms_norm.
 
 linear           y = x W^T + bias
-linear_swiglu    silu(x Wg^T) * (x Wu^T) for W = [Wg; Wu]: the products are not written
+linear_swiglu    silu(x Wg^T) * (x Wu^T) for W = [Wg; Wu], or for the two apart: the products are not written
 linear_rms_norm  rms_norm(residual + x W^T): the product is split over its columns, and the norm adds the parts up
 
 A cached step of one or two sequences has 32 or 64 rows: each product reads its weight once and does little else. cuBLAS reaches
@@ -77,9 +77,11 @@ def linear_reference(x, weight, bias=None):
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def linear_swiglu_reference(x, weight):
+def linear_swiglu_reference(x, weight, up=None):
     """See `linear_swiglu`."""
-    return swiglu_reference(linear_reference(x, weight))
+    if up is None:
+        return swiglu_reference(linear_reference(x, weight))
+    return functional.silu(linear_reference(x, weight)) * linear_reference(x, up)
 
 
 def linear_rms_norm_reference(x, weight, residual, norm_weight, eps):
@@ -145,18 +147,23 @@ def linear(x, weight, bias=None):
     return _library(x, weight, bias)
 
 
-def linear_swiglu(x, weight):
+def linear_swiglu(x, weight, up=None):
     """silu(gate) * up of the product x [..., in] by weight [2 I, in] = [gate; up] -> [..., I].
 
-    ValueError for shapes that do not agree, or an odd number of outputs.
+    up: a tensor [I, in] where weight, a tensor too, is the gate's [I, in] alone. ValueError for shapes that do not agree, or an
+    odd number of outputs.
     """
-    if weight.shape[0] % 2:
+    if up is None and weight.shape[0] % 2:
         raise ValueError(f"weight: expected an even number of rows [gate; up], got {tuple(weight.shape)}")
-    if _use_triton("linear_swiglu", x, weight):
+    if up is not None and (isinstance(weight, Fp8Weight) or up.shape != weight.shape):
+        raise ValueError(f"up: expected a tensor of weight's shape {tuple(weight.shape)}, got {tuple(up.shape)}")
+    if (up is None or up.is_contiguous()) and _use_triton("linear_swiglu", x, weight, *(() if up is None else (up,))):
         from . import linear_triton
 
-        return linear_triton.linear_swiglu(x, weight)
-    return swiglu(_library(x, weight))
+        return linear_triton.linear_swiglu(x, weight, up)
+    if up is None:
+        return swiglu(_library(x, weight))
+    return functional.silu(_library(x, weight)) * _library(x, up)
 
 
 def linear_rms_norm(x, weight, residual, norm_weight, eps):

@@ -55,9 +55,11 @@ def linear_config(rows, width_in, width_out, gated, splittable, itemsize, chip) 
         # Two programs a multiprocessor: with fewer the memory idles, with more the parts cost more than they hide.
         splits = max(1, min(2 * chip.multiprocessors // tiles, width_in // (4 * tile_in)))
         return LinearConfig(tile_rows, 64, tile_in, warps, stages, splits, chip.overlap)
-    # Where 64 rows of the weight a program leave multiprocessors without one, 32 do; but fp8 tensor cores want 64.
-    tile_out = 32 if tiles < chip.multiprocessors and not fp8 else 64
-    return LinearConfig(tile_rows, tile_out, tile_in, warps, stages, 1, chip.overlap)
+    narrow = tiles < chip.multiprocessors and not fp8
+    if narrow and not gated and tile_rows <= 64 and chip.shared > 200000:
+        return LinearConfig(tile_rows, 64, tile_in, warps, 5, 1, chip.overlap)  # fewer programs, more of each in flight
+    # Elsewhere smaller tiles, so that every multiprocessor has one; but fp8 tensor cores want 64 rows.
+    return LinearConfig(tile_rows, 32 if narrow else 64, tile_in, warps, stages, 1, chip.overlap)
 
 
 @triton.jit
@@ -72,11 +74,12 @@ def _plus_product(acc, w, inputs):
 
 @triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
-    x, weight, x_scale, w_scale, bias, y, rows, width_in, width_out, x_stride,
+    x, weight, up_weight, x_scale, w_scale, bias, y, rows, width_in, width_out, x_stride,
     TILE_ROWS: tl.constexpr, TILE_OUT: tl.constexpr, TILE_IN: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
     OVERLAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of outputs, splits, tiles of rows). GATED: the weight is [gate; up], 2 * width_out rows.
+    """Grid (tiles of outputs, splits, tiles of rows). GATED: the weight is [gate; up], 2 * width_out rows, or
+    the gate's beside up_weight.
 
     x_scale [rows], w_scale: both operands are e4m3, and these undo it (else None).
     """
@@ -88,8 +91,11 @@ def linear_kernel(
     end = tl.minimum(begin + share, width_in)
     column = tl.arange(0, TILE_IN)
     # Rows that do not exist repeat the last: no load of the loop needs a mask for them.
-    w_base = weight + tl.minimum(out, width_out - 1).to(tl.int64)[:, None] * width_in
+    w_row = tl.minimum(out, width_out - 1).to(tl.int64)[:, None] * width_in
+    w_base = weight + w_row
     up_base = w_base + width_out.to(tl.int64) * width_in
+    if up_weight is not None:
+        up_base = up_weight + w_row
     x_base = x + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * x_stride
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -126,10 +132,10 @@ def linear_kernel(
     tl.store(y + offset, acc.to(y.dtype.element_ty), mask=(out < width_out)[:, None] & (row < rows)[None, :])
 
 
-def launch_linear(x, weight, bias, gated, config):
+def launch_linear(x, weight, bias, gated, config, up=None):
     """x [rows, in] by weight [out, in]: y [rows, out] in x's dtype, or fp32 parts [splits, rows, out] where splits > 1."""
     rows, width_in = x.shape
-    width_out = weight.shape[0] // 2 if gated else weight.shape[0]
+    width_out = weight.shape[0] // 2 if gated and up is None else weight.shape[0]
     shape = (rows, width_out) if config.splits == 1 else (config.splits, rows, width_out)
     y = torch.empty(shape, dtype=x.dtype if config.splits == 1 else torch.float32, device=x.device)
     grid = ceil_div(width_out, config.TILE_OUT), config.splits, ceil_div(rows, config.TILE_ROWS)
@@ -138,7 +144,7 @@ def launch_linear(x, weight, bias, gated, config):
         (x, x_scale), (weight, w_scale) = quantize_rows(x), weight
     with on_device(x):
         linear_kernel[grid](
-            x, weight, x_scale, w_scale, bias, y, rows, width_in, width_out, x.stride(0),
+            x, weight, up, x_scale, w_scale, bias, y, rows, width_in, width_out, x.stride(0),
             TILE_ROWS=config.TILE_ROWS, TILE_OUT=config.TILE_OUT, TILE_IN=config.TILE_IN, GATED=gated,
             EVEN=width_in % (config.TILE_IN * config.splits) == 0, OVERLAP=config.overlap, STAGES=config.num_stages,
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True, **pdl(config.overlap),
@@ -177,11 +183,11 @@ def quantize_rows(x):
     return data, scale
 
 
-def _launch(x, weight, bias=None, gated=False, splittable=False):
-    x, width_out = rows_of(x), weight.shape[0] // 2 if gated else weight.shape[0]
+def _launch(x, weight, bias=None, gated=False, splittable=False, up=None):
+    x, width_out = rows_of(x), weight.shape[0] // 2 if gated and up is None else weight.shape[0]
     itemsize = 1 if isinstance(weight, Fp8Weight) else x.element_size()
     config = linear_config(*x.shape, width_out, gated, splittable, itemsize, chip_of(x.device))
-    return launch_linear(x, weight, bias, gated, config)
+    return launch_linear(x, weight, bias, gated, config, up)
 
 
 def linear(x, weight, bias):
@@ -189,9 +195,9 @@ def linear(x, weight, bias):
     return _launch(x, weight, dense(bias)).view(*x.shape[:-1], -1)
 
 
-def linear_swiglu(x, weight):
+def linear_swiglu(x, weight, up):
     """See linear.linear_swiglu."""
-    return _launch(x, weight, gated=True).view(*x.shape[:-1], -1)
+    return _launch(x, weight, gated=True, up=up).view(*x.shape[:-1], -1)
 
 
 def linear_rms_norm(x, weight, residual, norm_weight, eps):
