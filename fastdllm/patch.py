@@ -5,6 +5,7 @@ are wrapped in, and what is a plain linear, RMSNorm or SwiGLU by this project's 
 offers what `generate` asks, so no attribute of the model changes meaning.
 """
 
+import functools
 import logging
 from dataclasses import dataclass, replace
 
@@ -70,9 +71,25 @@ class LayerAttention:
         """self_attn.forward: [R, T, hidden_size] -> (output, None) or (output, None, None): no weights, no past."""
         if self.layer == 0 and self.cache is None:
             _refuse_padding(attention_mask, position_ids)
-        owner = self.owner
-        out = self._output(owner.q_proj(hidden_states), owner.k_proj(hidden_states), owner.v_proj(hidden_states))
+        out = self._output(*self._projected(hidden_states))
         return out, *[None] * (self.structure.outputs - 1)
+
+    def _projected(self, x):
+        """q, k and v; in a graph they run beside each other, for one alone leaves most of the GPU idle."""
+        owner = self.owner
+        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return owner.q_proj(x), owner.k_proj(x), owner.v_proj(x)
+        main, sides = torch.cuda.current_stream(x.device), _side_streams(x.device)
+        for side in sides:
+            side.wait_stream(main)
+        with torch.cuda.stream(sides[0]):
+            k = owner.k_proj(x)
+        with torch.cuda.stream(sides[1]):
+            v = owner.v_proj(x)
+        q = owner.q_proj(x)
+        for side in sides:  # what they free may be used again: they wait for this stream before they go on
+            main.wait_stream(side)
+        return q, k, v
 
     def _output(self, q, k, v):
         if q.shape[1] > self.rotary.positions:
@@ -80,6 +97,11 @@ class LayerAttention:
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         out = attend(q, k, v, self.rotary, self.cache, self.layer).flatten(2)
         return getattr(self.owner, self.structure.out)(out)
+
+
+@functools.cache
+def _side_streams(device):
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 class Adapter:

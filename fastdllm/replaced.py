@@ -36,7 +36,7 @@ class Replaced:
 class Faster(Replaced):
     """A module's forward by op(module, x), which reads the module's parameters when it is called.
 
-    Where x or a weight is no plain tensor (quantised in place, sharded, traced) op gives None, and the class's own forward runs.
+    Where x or a weight is no plain tensor (quantised in place, sharded, traced) op gives None: the class's own forward runs.
     """
 
     def __init__(self, module: nn.Module, op):
