@@ -153,15 +153,14 @@ def _resources(cubin):
 
 
 def _serialised(ptx, arch):
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas  # the one that triton itself takes for the chip
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     if arch != 90:
         return ""
     with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
         file.write(ptx.encode())
         file.flush()
-        command = [tool, "--gpu-name=sm_90a", file.name, "--output-file", f"{file.name}.cubin"]
+        command = [get_ptxas(arch).path, "--gpu-name=sm_90a", file.name, "--output-file", f"{file.name}.cubin"]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         Path(f"{file.name}.cubin").unlink()
     return next((line for line in text.splitlines() if "serialized" in line), "")
