@@ -94,7 +94,7 @@ class Workspace:
 def record(function, plan, device, pool) -> Step:
     """Capture function(plan), with the plan's way to the device and its report's way back."""
     plan = torch.zeros_like(plan).pin_memory()
-    stream, graph = _side_stream(device), torch.cuda.CUDAGraph()
+    stream, graph = side_stream(device, 0), torch.cuda.CUDAGraph()
     _unfinished.append(graph)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):  # around the capture too: one that fails leaves its own stream the current one
@@ -119,7 +119,8 @@ _unfinished = []  # a graph whose capture fails is never freed: PyTorch's alloca
 
 
 @functools.cache
-def _side_stream(device):
+def side_stream(device, index):
+    """A stream beside the current one: 0 is captured on, others are for forwards that run parts beside each other."""
     return torch.cuda.Stream(device)
 
 

@@ -5,7 +5,6 @@ are wrapped in, and what is a plain linear, RMSNorm or SwiGLU by this project's 
 offers what `generate` asks, so no attribute of the model changes meaning.
 """
 
-import functools
 import logging
 from dataclasses import dataclass, replace
 
@@ -17,6 +16,7 @@ from .attention import RotaryTable, attend, fastest_sdpa
 from .cache import KVCache
 from .config import ModelConfig
 from .families import FAMILIES
+from .graph import side_stream
 from .replaced import Replaced, speed_up
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class LayerAttention:
         owner = self.owner
         if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return owner.q_proj(x), owner.k_proj(x), owner.v_proj(x)
-        main, sides = torch.cuda.current_stream(x.device), _side_streams(x.device)
+        main, sides = torch.cuda.current_stream(x.device), [side_stream(x.device, index) for index in (1, 2)]
         for side in sides:
             side.wait_stream(main)
         with torch.cuda.stream(sides[0]):
@@ -97,11 +97,6 @@ class LayerAttention:
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         out = attend(q, k, v, self.rotary, self.cache, self.layer).flatten(2)
         return getattr(self.owner, self.structure.out)(out)
-
-
-@functools.cache
-def _side_streams(device):
-    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 class Adapter:

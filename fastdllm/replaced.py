@@ -88,6 +88,20 @@ def _eps(module):
     return vars(module).get("variance_epsilon", vars(module).get("eps"))
 
 
+def _computes(module, held, probe, wanted, rtol, atol) -> bool:
+    """Whether the module, with `held` in place of what it holds under those names, makes of the probe what wanted() is.
+
+    A twin answers: none of the module's hooks run, and its weights need not be loaded yet.
+    """
+    try:
+        twin = copy.copy(module)
+        vars(twin).update(held)
+        theirs, ours = twin.forward(probe), wanted()
+        return ours.dtype == theirs.dtype and torch.allclose(ours.float(), theirs.float(), rtol=rtol, atol=atol)
+    except Exception:  # whatever somebody else's forward wants or raises: it is something else
+        return False
+
+
 @torch.no_grad()
 def _is_rms_norm(module) -> bool:
     """Whether a module is made like an RMSNorm and, with other weights, computes what rms_norm does but for the rounding."""
@@ -98,15 +112,9 @@ def _is_rms_norm(module) -> bool:
     # Around 1, where a norm that takes off the mean shows; one row so small that eps counts. No global generator is drawn from.
     values = 1 + torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0), device="cpu")
     probe, other = (values[:2] * torch.tensor([[1e-3], [8.0]], device="cpu")).to(weight), values[2].to(weight)
-    try:
-        twin = copy.copy(module)  # its forward runs without the module's hooks, and the weights need not be loaded yet
-        vars(twin)["_parameters"] = {**module._parameters, "weight": other}
-        ours, theirs = _rms_norm(twin, probe), twin.forward(probe)
-        limits = torch.finfo(weight.dtype)
-        rtol = max(1e-5, 2 * limits.eps)  # two units in the last place: some round once, some before the weight as well
-        return ours.dtype == theirs.dtype and torch.allclose(ours.float(), theirs.float(), rtol=rtol, atol=limits.tiny)
-    except Exception:  # whatever somebody else's forward wants or raises: it is none
-        return False
+    held, limits = {"_parameters": {**module._parameters, "weight": other}}, torch.finfo(weight.dtype)
+    rtol = max(1e-5, 2 * limits.eps)  # two units in the last place: some round once, some before the weight as well
+    return _computes(module, held, probe, lambda: rms_norm(probe, other, _eps(module)), rtol, limits.tiny)
 
 
 @torch.no_grad()
@@ -121,9 +129,5 @@ def _is_mlp(module) -> bool:
         product.weight.normal_(generator=generator)
     gate, up, down = small.values()
     probe = torch.randn(3, 8, generator=generator, dtype=torch.float32, device="cpu")
-    try:
-        twin = copy.copy(module)
-        vars(twin)["_modules"] = {**module._modules, **small}
-        return torch.allclose(twin.forward(probe), down(functional.silu(gate(probe)) * up(probe)), rtol=1e-5, atol=1e-5)
-    except Exception:  # whatever somebody else's forward wants or raises: it is none
-        return False
+    held = {"_modules": {**module._modules, **small}}
+    return _computes(module, held, probe, lambda: down(functional.silu(gate(probe)) * up(probe)), 1e-5, 1e-5)

@@ -132,10 +132,13 @@ def linear_kernel(
     tl.store(y + offset, acc.to(y.dtype.element_ty), mask=(out < width_out)[:, None] & (row < rows)[None, :])
 
 
+def _width_out(weight, gated, up):
+    return weight.shape[0] // 2 if gated and up is None else weight.shape[0]
+
+
 def launch_linear(x, weight, bias, gated, config, up=None):
     """x [rows, in] by weight [out, in]: y [rows, out] in x's dtype, or fp32 parts [splits, rows, out] where splits > 1."""
-    rows, width_in = x.shape
-    width_out = weight.shape[0] // 2 if gated and up is None else weight.shape[0]
+    (rows, width_in), width_out = x.shape, _width_out(weight, gated, up)
     shape = (rows, width_out) if config.splits == 1 else (config.splits, rows, width_out)
     y = torch.empty(shape, dtype=x.dtype if config.splits == 1 else torch.float32, device=x.device)
     grid = ceil_div(width_out, config.TILE_OUT), config.splits, ceil_div(rows, config.TILE_ROWS)
@@ -184,7 +187,7 @@ def quantize_rows(x):
 
 
 def _launch(x, weight, bias=None, gated=False, splittable=False, up=None):
-    x, width_out = rows_of(x), weight.shape[0] // 2 if gated and up is None else weight.shape[0]
+    x, width_out = rows_of(x), _width_out(weight, gated, up)
     itemsize = 1 if isinstance(weight, Fp8Weight) else x.element_size()
     config = linear_config(*x.shape, width_out, gated, splittable, itemsize, chip_of(x.device))
     return launch_linear(x, weight, bias, gated, config, up)
