@@ -138,7 +138,7 @@ def measure(args, scale, device, results):
     subject = None
     tidy()
     if grade:
-        results["accuracy"] = {"environment": here, "results": accuracy(str(device), args.problems)}
+        results["accuracy"] = {"environment": here, "results": accuracy(str(device), args.problems, reference=args.reference)}
         write(args.out, results)
     return fine
 
@@ -184,6 +184,7 @@ def parse(argv):
     parser.add_argument("--canvas", type=numbers, help="of the grid: 512,1280,2048")
     parser.add_argument("--rows", type=numbers, help="of the grid: 1,4,8,16,32")
     parser.add_argument("--problems", type=int, default=1000, help="of the accuracy part")
+    parser.add_argument("--reference", type=Path, metavar="FILE", help="of the accuracy part: the CPU's answers, made before")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell that would end later")
     parser.add_argument("--again", action="store_true", help="measure anew what the file already holds")
     parser.add_argument("--out", type=Path, metavar="FILE")

@@ -63,7 +63,17 @@ class BlockAttention(nn.Module):
 
 
 def attend(q, k, v, rotary: RotaryTable, cache: KVCache | None, layer: int) -> torch.Tensor:
-    """BlockAttention between its projections: q [R, T, H, D] and k, v [R, T, HK, D], not rotated yet -> [R, T, H, D]."""
+    """BlockAttention between its projections: q [R, T, H, D] and k, v [R, T, HK, D], not rotated yet -> [R, T, H, D].
+
+    Where the cache's span has a packing, [1, N, ...] -> [1, N, H, D]: only here do rows lie beside each other.
+    """
+    packing = None if cache is None else cache.span.packing
+    if packing is None:
+        return _attend(q, k, v, rotary, cache, layer)
+    return packing.pack(_attend(*map(packing.unpack, (q, k, v)), rotary, cache, layer))
+
+
+def _attend(q, k, v, rotary, cache, layer):
     cos, sin = rotary(q)
     if cache is None:
         start = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)

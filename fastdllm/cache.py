@@ -38,6 +38,35 @@ class CachePolicy:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """Rows of different lengths one after another, [1, N, ...], instead of padded, [R, T, ...]: for what works on tokens alone.
+
+    row, offset: [N] int64, each token's row and its place in it. slot: [R, T] int64, where a row's tokens lie among the N;
+    past its end, its last one.
+    """
+
+    row: torch.Tensor
+    offset: torch.Tensor
+    slot: torch.Tensor
+
+    @classmethod
+    def of(cls, length: torch.Tensor, width: int, tokens: int) -> "Packing":
+        """For rows of length [R] int64 on the device, the longest of `width`, `tokens` together; nothing is read back."""
+        first, in_row = length.cumsum(0) - length, torch.arange(width, device=length.device)
+        row = torch.arange(len(length), device=length.device).repeat_interleave(length, output_size=tokens)
+        offset = torch.arange(tokens, device=length.device) - first[row]
+        return cls(row, offset, first[:, None] + torch.minimum(in_row, length[:, None] - 1))
+
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, N, ...] -> [R, T, ...]."""
+        return x[0][self.slot]
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """[R, T, ...] -> [1, N, ...]."""
+        return x[self.row, self.offset][None]
+
+
+@dataclass(frozen=True)
 class Span:
     """Where each row's tokens of one forward stand, and what they may attend to.
 
@@ -46,7 +75,7 @@ class Span:
     is PyTorch's); otherwise keys and values outside them come from the cache, which is written where `stores` says so (a
     refresh that keeps the prompt's). `ragged`: some row is shorter than the tensor is wide. `page_table` [R, 1] int32 names
     the cache rows when the forward runs only some of them. `shared`: where all rows run, store, and have one start and one
-    kv_len, that kv_len as a number of the host; else 0.
+    kv_len, that kv_len as a number of the host; else 0. `packing`: how the tokens lie where they are not padded.
     """
 
     start: torch.Tensor
@@ -57,6 +86,7 @@ class Span:
     page_table: torch.Tensor | None = None
     stores: bool = False
     shared: int = 0
+    packing: Packing | None = None
 
 
 class KVCache:

@@ -18,13 +18,14 @@ from fastdllm_kernels import SCORES, Quota, Selection, Threshold, commit_proposa
 from fastdllm_kernels.backend import forced
 
 from . import arguments
-from .cache import CachePolicy, KVCache, Span
+from .cache import CachePolicy, KVCache, Packing, Span
 from .families import FAMILIES
 from .graph import workspace
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # spreads consecutive seeds over the 64-bit keys; as a signed number
 LAUNCH_BOUND = 2048  # tokens of a refresh up to which it may wait for its launches, 20 to 37 ms of them for an 8B model
 PATIENCE = 24  # refreshes of one length before it is captured: then it has come often enough to come again
+WORTH_PACKING = 0.9  # of the padded tokens at most: laying rows together and apart again moves as much as three norms do
 CAPACITY = 256  # the canvas's length goes up in these steps, so that one captured step serves many requests
 
 
@@ -248,7 +249,9 @@ class Decoder:
             key = self.key, len(entries)
         elif refresh and same and len(rows) * width <= LAUNCH_BOUND:
             key = self.key, self.mode, origin, width
-        shape = {"whole": not origin, "stores": refresh, "width": width, "block": block, "ragged": ragged, "shared": shared}
+        packed = sum(lengths) if key is None and sum(lengths) <= WORTH_PACKING * len(rows) * width else 0
+        shape = {"whole": not origin, "stores": refresh, "width": width, "block": block, "ragged": ragged, "shared": shared,
+                 "packed": packed}  # fmt: skip
         compute = functools.partial(self._compute, rule=BEST_ONE if alone else self.rule, **shape)
         return self.space.run(key, compute, torch.tensor(entries).T.contiguous(), PATIENCE if refresh else 0)
 
@@ -270,22 +273,31 @@ class Decoder:
         wanted = (1 << (len(rows) - 1).bit_length()) - len(rows)
         return [(index, *[0] * 7, self.parameters[index]) for index in itertools.islice(spare, wanted)]
 
-    def _compute(self, plan, *, whole, stores, width, block, ragged, shared, rule):
+    def _compute(self, plan, *, whole, stores, width, block, ragged, shared, packed, rule):
         """One forward and what it commits, from device tensors alone; where no row has a candidate it changes nothing.
 
-        Row by row it feeds the model `width` positions and may commit `block` of them.
+        Row by row it feeds the model `width` positions, or `packed` (unless 0) of all rows together without padding, and may
+        commit `block` of a row's.
         """
-        row, origin, _, _, start, last, step, seed, parameter = plan
+        row, origin, length, _, start, last, step, seed, parameter = plan
         page, *span = plan[:4].to(torch.int32)
         pages = None if stores and len(row) == len(self.rows) else page[:, None]
-        self.cache.span = Span(*span, whole=whole, ragged=ragged, page_table=pages, stores=stores, shared=shared)
+        packing = Packing.of(length, width, packed) if packed else None
+        self.cache.span = Span(
+            *span, whole=whole, ragged=ragged, page_table=pages, stores=stores, shared=shared, packing=packing
+        )
         in_block, shift, mask_id = self.positions[:block], self.config.logit_shift, self.config.mask_id
         place = row[:, None], start[:, None] + in_block
         tokens = fed = self.canvas[place]
-        if wide := width > block:
+        if packed:
+            fed = self.canvas[row[packing.row], origin[packing.row] + packing.offset][None]
+        elif width > block:
             at = (origin[:, None] + self.positions[:width]).clamp(max=self.canvas.shape[1] - 1)
             fed = self.canvas[row[:, None], at]
-        source = ((start - origin)[:, None] + in_block - shift).clamp(min=0, max=width - 1) if wide or shift else None
+        source = None
+        if width > block or shift:
+            first = packing.slot[:, :1] if packed else width * torch.arange(len(row), device=row.device)[:, None]
+            source = first + torch.minimum((start - origin)[:, None] + in_block - shift, length[:, None] - 1).clamp(min=0)
         hidden = self.model.hidden_states(fed, source)
         candidates = (tokens == mask_id) & (in_block < (last - start)[:, None])
         selection = self._select(_with(rule, parameter), self.model.head(hidden), tokens, candidates, step, seed)

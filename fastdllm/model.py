@@ -41,11 +41,10 @@ class TransformerLayer(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x, residual, next_norm: RMSNorm, at=None):
-        """From x, normalised, and the residual to the same two for what follows, by its norm; at [R, n]: of those rows only."""
+        """From x, normalised, and the residual to the same two for what follows, by its norm; at: of those tokens only."""
         x = self.attention.heads(x)
         if at is not None:
-            row = torch.arange(len(at), device=at.device)[:, None]
-            x, residual = x[row, at], residual[row, at]
+            x, residual = x.flatten(0, 1)[at], residual.flatten(0, 1)[at]
         x, residual = self.mlp_norm.after(self.attention.out, x, residual)
         return next_norm.after(self.down, linear_swiglu(x, self.gate_up.weight), residual)
 
@@ -81,8 +80,8 @@ class DiffusionTransformer(nn.Module):
             layer.attention.cache = cache
 
     def hidden_states(self, tokens: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
-        """The last layer's output, normalised: tokens [R, T] int64 -> [R, T, hidden_size], or [R, n, hidden_size] of the rows
-        at [R, n] alone, without what the last layer would compute for others."""
+        """The last layer's output, normalised: tokens [R, T] int64 -> [R, T, hidden_size], or [..., hidden_size] of the tokens
+        at [...] alone, counted through all rows, without what the last layer would compute for others."""
         residual = self.embedding(tokens)
         x = self.layers[0].attention_norm(residual)
         with fastest_sdpa(tokens):

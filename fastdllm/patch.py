@@ -92,7 +92,7 @@ class LayerAttention:
         return q, k, v
 
     def _output(self, q, k, v):
-        if q.shape[1] > self.rotary.positions:
+        if self.cache is None and q.shape[1] > self.rotary.positions:
             raise ValueError(f"input_ids: expected at most {self.rotary.positions} positions, got {q.shape[1]}")
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         out = attend(q, k, v, self.rotary, self.cache, self.layer).flatten(2)
@@ -144,7 +144,7 @@ class Adapter:
             for layer in self._part("layers"):
                 x = layer(x)
                 x = x[0] if isinstance(x, tuple) else x
-        return self._part("norm")(x if at is None else torch.take_along_dim(x, at[:, :, None], dim=1))
+        return self._part("norm")(x if at is None else x.flatten(0, 1)[at])
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         head = self._part("head")

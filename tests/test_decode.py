@@ -280,6 +280,17 @@ def test_each_row_of_a_batch_may_have_its_own_rule():
             assert one.nfe[0] == together.nfe[row]
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_rows_of_different_lengths_are_fed_without_padding(cache, monkeypatch):
+    model, *_ = case("llada")
+    fed, hidden_states = [], model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda tokens, at: fed.append(tokens.shape) or hidden_states(tokens, at))
+    prompts = [torch.arange(length) for length in (3, 30)]
+    fastdllm.generate(model, prompts, gen_length=8, block_length=8, cache=cache, rule=fastdllm.Quota(2), stop_ids=())
+    assert fed[0] == (1, 3 + 8 + 30 + 8)
+    assert fed[1] == {"none": (1, 49), "prefix": (2, 8), "dual": (2, 8)}[cache]
+
+
 def test_a_tensor_of_prompts_is_a_list_of_its_rows():
     model, config, _ = case("dream")
     prompts = torch.stack(random_prompts(config, (5, 5, 5), 2))
@@ -501,10 +512,12 @@ class Scripted:
         self.cache = cache
 
     def hidden_states(self, tokens, at=None):
-        start = self.cache.span.start.long()
-        self.seen += list(zip(start.tolist(), tokens.tolist(), strict=True))
-        positions = start[:, None] + torch.arange(tokens.shape[1])
-        positions = positions if at is None else positions.gather(1, at)
+        start, packing = self.cache.span.start.long(), self.cache.span.packing
+        rows = tokens if packing is None else packing.unpack(tokens)
+        self.seen += list(zip(start.tolist(), rows.tolist(), strict=True))
+        positions = start[:, None] + torch.arange(rows.shape[1])
+        if at is not None:
+            positions = (positions.flatten() if packing is None else packing.pack(positions)[0])[at]
         return positions.clamp(max=len(self.script) - 1)[..., None].float()
 
     def head(self, hidden):
