@@ -295,7 +295,7 @@ def plan(subject, way, cell):
     chosen = HEAVY_STEPS if block > HEAVY_SECONDS else FIT_STEPS
     blocks = max(1, min(cell.blocks, int(subject.sample / block)))
     # A short refresh is captured once its length has come often: here before the clock starts.
-    short = way.captured and cell.rows * cell.canvas <= LAUNCH_BOUND
+    short = way.captured and cell.rows * cell.canvas <= LAUNCH_BOUND.get(timing.DEVICE.type, 0)
     for steps in chosen:  # whatever is made once for a rule is made here
         for _ in range(-(-(PATIENCE + 1) // blocks) if short else 1):
             subject.timed(way, cell, steps, blocks if short else 1)

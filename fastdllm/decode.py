@@ -23,8 +23,10 @@ from .families import FAMILIES
 from .graph import workspace
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # spreads consecutive seeds over the 64-bit keys; as a signed number
-LAUNCH_BOUND = 2048  # tokens of a refresh up to which it may wait for its launches, 20 to 37 ms of them for an 8B model
-PATIENCE = 24  # refreshes of one length before it is captured: then it has come often enough to come again
+# Tokens of a refresh, by kind of device, up to which it may wait for its launches: 20 to 37 ms of them for an 8B model. It is
+# then padded to a multiple of LENGTHS, so that few graphs serve all lengths, and captured when it has come PATIENCE times.
+LAUNCH_BOUND = {"cuda": 2048}
+LENGTHS, PATIENCE = 64, 4
 WORTH_PACKING = 0.9  # of the padded tokens at most: laying rows together and apart again moves as much as three norms do
 CAPACITY = 256  # the canvas's length goes up in these steps, so that one captured step serves many requests
 
@@ -155,6 +157,25 @@ BEST_ONE = Threshold(math.inf)
 (BEST_ONE_BITS,) = _bits(BEST_ONE, 1)
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What the launches of a forward depend on, beside its plan and the decoder: one captured graph serves all of a shape.
+
+    width: the positions that a row is given; ragged: some row has fewer. refresh: keys and values are stored; whole: from
+    position 0 on. alone: only the block's first position may be committed. shared: where all rows take part in a refresh and
+    see the same number of keys, that number; else 0. packed: the tokens of all rows together where they follow each other
+    without padding; else 0.
+    """
+
+    width: int
+    refresh: bool
+    whole: bool
+    ragged: bool
+    alone: bool
+    shared: int
+    packed: int
+
+
 @dataclass(eq=False)
 class Row:
     """Where a row of the canvas stands: its text's end, its active block [start, end), the steps made in it, all forwards."""
@@ -196,9 +217,10 @@ class Decoder:
         self.first_alone = cache != "none" and self.config.logit_shift > 0
         self.parameters = [0] * count if callable(rule) else _bits(rule, count)
         self.forwards = 0
-        # What a captured step has baked in beside its plan and the model.
+        # What a captured step has baked in beside its plan, its shape and the model.
         kind = type(rule), getattr(rule, "schedule", None)
-        self.key = self.canvas.shape, block, self.config, kind, sampling.score, sampling.temperature, forced()
+        sizes = self.canvas.shape, self.cache.data.shape, block
+        self.key = *sizes, self.config, kind, sampling.score, sampling.temperature, forced()
 
     def run(self) -> Generation:
         began = time.perf_counter()
@@ -238,22 +260,23 @@ class Decoder:
         """Launch one forward of `rows` and its commit. Returns the report, for each row what remains and its block's
         tokens, and the Selection."""
         alone = refresh and self.first_alone
-        entries, key = [self._entry(row, refresh, alone) for row in rows], None
+        entries = [self._entry(row, refresh, alone) for row in rows]
         (_, origin, *_), lengths = entries[0], [entry[2] for entry in entries]
-        width, block, ragged = max(lengths), 1 if alone else self.block_length, min(lengths) < max(lengths)
-        same = len({entry[1:4] for entry in entries}) == 1 and len(rows) == len(self.rows)
-        shared = origin + width if refresh and same else 0
-        if not refresh and width <= block:  # the block's own positions: one shape for all such steps, so that few graphs serve
-            width, ragged = block, True
+        width, ragged, patience = max(lengths), min(lengths) < max(lengths), None
+        if not refresh and width <= self.block_length:  # the block's own positions: one shape for all such steps
+            width, ragged, patience = self.block_length, True, 0
             entries += self._padding(rows)
-            key = self.key, len(entries)
-        elif refresh and same and len(rows) * width <= LAUNCH_BOUND:
-            key = self.key, self.mode, origin, width
-        packed = sum(lengths) if key is None and sum(lengths) <= WORTH_PACKING * len(rows) * width else 0
-        shape = {"whole": not origin, "stores": refresh, "width": width, "block": block, "ragged": ragged, "shared": shared,
-                 "packed": packed}  # fmt: skip
-        compute = functools.partial(self._compute, rule=BEST_ONE if alone else self.rule, **shape)
-        return self.space.run(key, compute, torch.tensor(entries).T.contiguous(), PATIENCE if refresh else 0)
+        elif refresh and len(rows) * width <= LAUNCH_BOUND.get(self.model.device.type, 0):
+            width, patience = -(-width // LENGTHS) * LENGTHS, PATIENCE
+            ragged = min(lengths) < width
+        same = refresh and not ragged and len({entry[1:4] for entry in entries}) == 1 and len(rows) == len(self.rows)
+        pack = patience is None and sum(lengths) <= WORTH_PACKING * len(rows) * width
+        shape = Shape(
+            width, refresh, not origin, ragged, alone, origin + width if same else 0, sum(lengths) if pack else 0
+        )
+        key = None if patience is None else (self.key, shape, len(entries))
+        compute = functools.partial(self._compute, shape)
+        return self.space.run(key, compute, torch.tensor(entries).T.contiguous(), patience or 0)
 
     def _entry(self, row, refresh, alone):
         """The row's column of a plan: plain numbers, the rule's parameter as bits."""
@@ -273,33 +296,32 @@ class Decoder:
         wanted = (1 << (len(rows) - 1).bit_length()) - len(rows)
         return [(index, *[0] * 7, self.parameters[index]) for index in itertools.islice(spare, wanted)]
 
-    def _compute(self, plan, *, whole, stores, width, block, ragged, shared, packed, rule):
-        """One forward and what it commits, from device tensors alone; where no row has a candidate it changes nothing.
-
-        Row by row it feeds the model `width` positions, or `packed` (unless 0) of all rows together without padding, and may
-        commit `block` of a row's.
-        """
+    def _compute(self, shape, plan):
+        """One forward and what it commits, from device tensors alone; where no row has a candidate it changes nothing."""
         row, origin, length, _, start, last, step, seed, parameter = plan
+        width, block = shape.width, 1 if shape.alone else self.block_length
         page, *span = plan[:4].to(torch.int32)
-        pages = None if stores and len(row) == len(self.rows) else page[:, None]
-        packing = Packing.of(length, width, packed) if packed else None
+        pages = None if shape.refresh and len(row) == len(self.rows) else page[:, None]
+        packing = Packing.of(length, width, shape.packed) if shape.packed else None
         self.cache.span = Span(
-            *span, whole=whole, ragged=ragged, page_table=pages, stores=stores, shared=shared, packing=packing
+            *span, whole=shape.whole, ragged=shape.ragged, page_table=pages, stores=shape.refresh, shared=shape.shared,
+            packing=packing,
         )
         in_block, shift, mask_id = self.positions[:block], self.config.logit_shift, self.config.mask_id
         place = row[:, None], start[:, None] + in_block
         tokens = fed = self.canvas[place]
-        if packed:
+        if packing:
             fed = self.canvas[row[packing.row], origin[packing.row] + packing.offset][None]
         elif width > block:
             at = (origin[:, None] + self.positions[:width]).clamp(max=self.canvas.shape[1] - 1)
             fed = self.canvas[row[:, None], at]
         source = None
         if width > block or shift:
-            first = packing.slot[:, :1] if packed else width * torch.arange(len(row), device=row.device)[:, None]
+            first = packing.slot[:, :1] if packing else width * torch.arange(len(row), device=row.device)[:, None]
             source = first + torch.minimum((start - origin)[:, None] + in_block - shift, length[:, None] - 1).clamp(min=0)
         hidden = self.model.hidden_states(fed, source)
         candidates = (tokens == mask_id) & (in_block < (last - start)[:, None])
+        rule = BEST_ONE if shape.alone else self.rule
         selection = self._select(_with(rule, parameter), self.model.head(hidden), tokens, candidates, step, seed)
         self.canvas[place] = tokens
         return torch.cat([selection.remaining[:, None], tokens], dim=1), selection

@@ -446,23 +446,22 @@ def test_a_replaced_model_is_captured_on_a_gpu(records):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
-@pytest.mark.parametrize("policy", [fastdllm.CachePolicy(), fastdllm.CachePolicy(prompt_refreshes=0)], ids=["all", "kept"])
-def test_a_refresh_is_captured_once_its_length_has_come_often(family, cache, policy, records, monkeypatch):
-    if cache == "none" and policy.prompt_refreshes == 0:
+@pytest.mark.parametrize("kept", [False, True], ids=["all", "kept"])
+def test_a_short_refresh_is_captured_once_its_padded_length_has_come_often(family, cache, kept, records, monkeypatch):
+    if cache == "none" and kept:
         pytest.skip("nothing keeps the prompt")
-    monkeypatch.setattr(decode, "PATIENCE", 4)
-    model, prompts = model_of(family), random_prompts(tiny.FAMILIES[family], (6, 6), 0)
+    monkeypatch.setattr(decode, "LENGTHS", 8)
+    monkeypatch.setitem(decode.LAUNCH_BOUND, "cpu", 64)
+    model, config = model_of(family), tiny.FAMILIES[family]
+    policy = fastdllm.CachePolicy(prompt_refreshes=0, suffix_blocks=1) if kept else fastdllm.CachePolicy()
     options = {"cache": cache, "policy": policy, "rule": Quota(2), "stop_ids": (), "block_length": 4, "gen_length": 12}
-
-    def refreshes():
-        return [key for key in graph._workspaces[model].steps if len(key) == 4]
-
-    fastdllm.generate(model, prompts, **options)
-    once = len(refreshes())
-    assert once == (cache == "none"), "three blocks have three refreshes; without a cache every forward is one"
-    for _ in range(3):
-        check_equal(model, prompts, **options)
-    assert len(refreshes()) == (1 if policy.prompt_refreshes else 2), "the first of a request, and those that keep the prompt"
+    for lengths in ((6, 6), (7, 5), (8, 8), (5, 6)):  # canvases of 17 to 20: one padded length
+        plain = fastdllm.generate(model_of(family), random_prompts(config, lengths, 0), **options, graph=False)
+        result = check_equal(model, random_prompts(config, lengths, 0), **options)
+        assert all(map(torch.equal, result.tokens, plain.tokens))
+    shapes = [shape for _, shape, _ in graph._workspaces[model].steps if shape.refresh]
+    assert {shape.width for shape in shapes} == {16 if kept else 24}
+    assert {shape.whole for shape in shapes} == ({True, False} if kept else {True})
 
 
 def test_what_was_dropped_must_come_often_again(monkeypatch):
