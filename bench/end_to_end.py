@@ -127,7 +127,7 @@ def measure(args, scale, device, results):
             error = subject.logits_error()
             if error > 0.2:
                 raise SystemExit(f"{subject.name}: the logits of bench/plain.py are off by {error:.2f}: nothing is measured")
-        rows = measure_cell(subject, cell, limits, headline)
+        rows = measure_cell(subject, cell, limits, headline, args.ways)
         for row in rows:
             row["environment"] = here
         results["rows"] = [row for row in results["rows"] if key_of(row) != key_of(asdict(cell))] + rows
@@ -181,8 +181,10 @@ def parse(argv):
     parser.add_argument("--grid", action="store_true", help="every model, canvas and number of rows")
     parser.add_argument("--accuracy", action="store_true", help="the embedded models, captured and eager")
     parser.add_argument("--only", type=lambda text: text.split(","), metavar="MODELS", help="llada, dream")
-    parser.add_argument("--canvas", type=numbers, help="of the grid: 512,1280,2048")
+    parser.add_argument("--canvas", type=numbers, help="of the grid: 512,1024,1280,2048")
     parser.add_argument("--rows", type=numbers, help="of the grid: 1,4,8,16,32")
+    parser.add_argument("--ways", type=lambda text: text.split(","), default=[""], metavar="TEXTS",
+                        help="of every cell only the ways whose names hold one of these: plain,dual")  # fmt: skip
     parser.add_argument("--problems", type=int, default=1000, help="of the accuracy part")
     parser.add_argument("--reference", type=Path, metavar="FILE", help="of the accuracy part: the CPU's answers, made before")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell that would end later")

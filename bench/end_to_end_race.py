@@ -58,7 +58,7 @@ class Scale:
     sample: float
 
 
-REAL = Scale({"llada": "LLaDA-8B", "dream": "Dream-7B"}, {512: 256, 1280: 1024, 2048: 1024}, (1, 4, 8, 16, 32), 2048,
+REAL = Scale({"llada": "LLaDA-8B", "dream": "Dream-7B"}, {512: 256, 1024: 512, 1280: 1024, 2048: 1024}, (1, 4, 8, 16, 32), 2048,
              torch.bfloat16, {}, 0.3)  # fmt: skip
 SMOKE = Scale({"llada": "tiny LLaDA", "dream": "tiny Dream"}, {160: 128}, (1, 2), 160, torch.float32, TINY, 0.02)
 
@@ -344,9 +344,10 @@ def timings(by_plan):
     return {"measured": measured, "ms_refresh": refresh, "ms_step": step, "fit_error": error}
 
 
-def measure_cell(subject, cell, limits, headline):
-    """The rows of one cell, one for each way."""
-    rows, plans = prepare(subject, cell, WAYS + OPTIONS if headline else WAYS)
+def measure_cell(subject, cell, limits, headline, wanted=("",)):
+    """The rows of one cell, one for each way whose name holds one of the texts wanted."""
+    ways = [way for way in (WAYS + OPTIONS if headline else WAYS) if any(text in way.name for text in wanted)]
+    rows, plans = prepare(subject, cell, ways)
     if headline:
         for way in plans:
             if way.cache == "dual":

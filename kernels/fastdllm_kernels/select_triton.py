@@ -52,12 +52,16 @@ def select_config(rows: int, vocab: int, chip: Chip, draw: bool = False) -> Sele
     tile = min(1024 if draw else 4096, max(16, power_of_2(vocab)))
     count = ceil_div(vocab, tile)
     # Few rows: four programs a multiprocessor, all of one size and there at once, read as fast as eight and leave half the
-    # records to merge (H200, V 126464, 32 rows: 8.2 us with 16 parts of two tiles, 10.2 with 31 of one; 38 parts of V 152064
-    # would be merged as 64). Many rows: two and a half waves, so that a short last one costs little (256 rows: 26.7 us with
-    # 11 parts of three tiles, 29.4 with 8 of four; 1024 rows: 3 parts of 11).
+    # records to merge (H200, V 126464, 32 rows: 8.2 us with 16 parts of two tiles, 10.2 with 31 of one). Records are merged by
+    # powers of two: 16 of them where that many still fill the GPU (H100, V 152064, 32 rows: 9.5 us with 13 parts of three
+    # tiles, 11.2 with 19 of two). Many rows: two and a half waves, so that a short last one costs little (256 rows: 26.7 us
+    # with 11 parts of three tiles, 29.4 with 8 of four; 1024 rows: 3 parts of 11).
     few = rows * count <= 16 * chip.multiprocessors
     programs = 16 if draw else 4 if few else 21
-    tiles = min(count, max(1, round(rows * count / (programs * chip.multiprocessors))))
+    tiles = max(1, round(rows * count / (programs * chip.multiprocessors)))
+    if few and not draw and 16 * rows >= 2 * chip.multiprocessors:
+        tiles = max(tiles, ceil_div(count, 16))
+    tiles = min(count, tiles)
     parts = ceil_div(count, tiles)
     return SelectConfig(tile, ceil_div(count, parts), parts, overlap=chip.overlap)
 
