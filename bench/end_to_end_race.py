@@ -248,9 +248,21 @@ def check(subject, way, cell):
 
 
 def captured_steps(model):
-    """How many captured steps the model keeps."""
+    """The captured cached steps that the model keeps."""
     space = graph._workspaces.get(model)
-    return len(space.steps) if space else 0
+    return [step for (_, shape, _), step in space.steps.items() if not shape.refresh] if space else []
+
+
+def ms_on_gpu(step, replays=20):
+    """What one replay of a captured step takes on the GPU: a cached step's time without what the host adds."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    step.graph.replay()
+    begin.record()
+    for _ in range(replays):
+        step.graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / replays
 
 
 def prepare(subject, cell, ways):
@@ -356,6 +368,9 @@ def measure_cell(subject, cell, limits, headline, wanted=("",)):
                 plans[way] = plans[way] * (way.policy == CachePolicy()) + [(steps, None) for steps in WHOLE_STEPS]
     tidy()
     raced = race(subject, cell, plans, HEADLINE_SECONDS if headline else WAY_SECONDS)
+    for way in raced if timing.ON_GPU else ():
+        if way.captured and way.cache == "dual" and (steps := captured_steps(subject.of(way))):
+            rows[way.name]["ms_step_gpu"] = ms_on_gpu(steps[-1])
     for way in plans.keys() - raced.keys():
         rows[way.name]["absent"] = "out of memory"
     for way, by_plan in raced.items():

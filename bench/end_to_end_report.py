@@ -191,6 +191,11 @@ def verdicts(cells):
     if same:
         shared = f"{min(same):.1%} to {max(same):.1%}"
         lines.append(f"- Tokens of the checked blocks that plain decodes too, its rounding being another: {shared}.")
+    for row in (row for rows in cells for row in rows):
+        if row["way"] == "dual captured" and row.get("ms_step_gpu"):
+            gpu, step, label = row["ms_step_gpu"], row["ms_step"], f"{row['model']}, canvas {row['canvas']}, B {row['rows']}"
+            alone = f"a captured step takes {gpu:.3g} ms on the GPU alone, {step:.3g} in a request"
+            lines.append(f"- {label}: {alone}: the host adds {step / gpu - 1:.1%}.")
     return lines + targets(cells)
 
 
@@ -204,7 +209,9 @@ def targets(cells):
     """The headline's seconds and the memory over weights and cache against what was to be reached."""
     lines = []
     for rows in cells:
-        row = next(row for row in rows if row["way"] == "dual captured")
+        row = next((row for row in rows if row["way"] == "dual captured"), None)
+        if row is None:
+            continue
         if row["headline"] and at_paper_rate(row) and row["model"] in TARGETS:
             found, reach = at_paper_rate(row)[0], TARGETS[row["model"]]
             lines.append(f"- Headline: {found:.2f} s, to be reached {reach:g} s: {'met' if found <= reach else 'missed'}.")

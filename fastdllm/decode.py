@@ -276,7 +276,10 @@ class Decoder:
         )
         key = None if patience is None else (self.key, shape, len(entries))
         compute = functools.partial(self._compute, shape)
-        return self.space.run(key, compute, torch.tensor(entries).T.contiguous(), patience or 0)
+        report, selection = self.space.run(key, compute, torch.tensor(entries).T.contiguous(), patience or 0)
+        if self.on_step is not None:  # another captured forward of the same turn may use the same memory
+            selection = Selection(*(value.clone() for value in selection))
+        return report, selection
 
     def _entry(self, row, refresh, alone):
         """The row's column of a plan: plain numbers, the rule's parameter as bits."""
