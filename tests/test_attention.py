@@ -113,7 +113,9 @@ def oracle(x, scale=None):
         keys, values = torch.cat([cached[0], rounded[1][0]]), torch.cat([cached[1], v[0]])
         heads_first = [y.transpose(-3, -2)[None] if y.ndim == 3 else y.transpose(1, 2) for y in (rounded[0], keys, values)]
         heads_first[1:] = [y.repeat_interleave(H // HK, dim=1) for y in heads_first[1:]]
-        result = torch.nn.functional.scaled_dot_product_attention(*heads_first, scale=scale)
+        if scale <= 0:  # the library's kernels take neither
+            heads_first[0] = -heads_first[0]
+        result = torch.nn.functional.scaled_dot_product_attention(*heads_first, scale=max(abs(scale), 1e-6))
         library[b, :length] = result.transpose(1, 2)[0].cpu()
     return out, lse, library
 
@@ -133,8 +135,8 @@ def assert_close(x, out, lse, scale=None):
     assert not out.cpu()[empty].any()
 
 
-def run(x, chosen=None, scale=None):
-    """The op on x with poisoned outputs, through the public call or, with a Config, through the launcher."""
+def run(x, chosen=None, scale=None, kernel=attention_triton):
+    """The op on x with poisoned outputs, through the public call or, with a Config, through the kernel's launcher."""
     out = torch.full(x["q"].shape, math.nan, dtype=x["q"].dtype, device=x["q"].device)
     if chosen is None:
         result, lse = block_attention(**x, scale=scale, return_lse=True, out=out)
@@ -142,7 +144,7 @@ def run(x, chosen=None, scale=None):
         return out, lse
     lse = torch.full(out.shape[:3], math.nan, dtype=torch.float32, device=out.device)
     scale = out.shape[-1] ** -0.5 if scale is None else scale
-    attention_triton.launch(**x, scale=scale, out=out, lse=lse, chosen=chosen)
+    kernel.launch(**x, scale=scale, out=out, lse=lse, chosen=chosen)
     return out, lse
 
 

@@ -47,6 +47,28 @@ def launches(arch):
         launch_case(chip, *case)
 
 
+# The same, for the Hopper kernel: (B, T, H, HK, D, slots, dtype, rotation, 1 for a table of one column).
+ON_HOPPER = [
+    (1, 32, 32, 32, 128, 2048, torch.bfloat16, "fp32", 0),
+    (1, 32, 28, 4, 128, 1024, torch.bfloat16, "own", 1),
+    (8, 32, 28, 4, 128, 2048, torch.bfloat16, "own", 0),
+    (32, 32, 28, 4, 128, 2048, torch.bfloat16, "own", 1),
+    (1, 2048, 32, 32, 128, 2048, torch.bfloat16, None, 0),
+    (4, 64, 8, 8, 64, 2048, torch.float16, "fp32", 0),
+    (1, 512, 8, 1, 64, 2048, torch.float16, None, 0),
+]
+
+
+def launches_on_hopper(arch):
+    """Launch every case with each configuration that the Hopper kernel's function can return."""
+    from fastdllm_kernels import attention_hopper
+    from fastdllm_kernels.backend import Chip
+
+    chip = Chip(compile_check.MULTIPROCESSORS[arch], compile_check.SHARED_LIMIT[arch], overlap=True, hopper=True)
+    for case in ON_HOPPER:
+        launch_case(chip, *case, kernel=attention_hopper)
+
+
 def launches_on_less_shared_memory(arch):
     """The same chip with the shared memory of sm_86 and sm_89: the tiles shrink."""
     from fastdllm_kernels.backend import Chip
@@ -55,20 +77,22 @@ def launches_on_less_shared_memory(arch):
         launch_case(Chip(82, compile_check.SHARED_LIMIT[86]), *case)
 
 
-def launch_case(chip, B, T, H, HK, D, slots, dtype, rotation, page):
-    from fastdllm_kernels.attention_triton import config, launch
+def launch_case(chip, B, T, H, HK, D, slots, dtype, rotation, page, kernel=None):
+    from fastdllm_kernels import attention_triton
+
+    kernel = kernel or attention_triton
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     spans = [empty(B, dtype=torch.int32) for _ in range(4)]
-    cache = (B, slots, HK, D) if not page else (64, page, HK, D)
-    table = empty(B, -(-slots // page), dtype=torch.int32) if page else None
-    chosen = config(B, T, H, HK, D, slots, dtype.itemsize, chip)
+    cache = (64, page, HK, D) if page and kernel is attention_triton else (B, slots, HK, D)
+    table = empty(B, -(-slots // cache[1]), dtype=torch.int32) if page else None
+    chosen = kernel.config(B, T, H, HK, D, slots, dtype.itemsize, chip)
     tables = (None, None)
     if rotation and not chosen.rotate_first:
         tables = (empty(slots, D // 2, dtype=dtype if rotation == "own" else torch.float32),) * 2
-    launch(
+    kernel.launch(
         empty(B, T, H, D), empty(B, T, HK, D), empty(B, T, HK, D), empty(*cache), empty(*cache), *spans[:3], table, spans[3],
         *tables, D**-0.5, empty(B, T, H, D), empty(B, T, H, dtype=torch.float32), chosen,
     )  # fmt: skip
@@ -77,6 +101,10 @@ def launch_case(chip, B, T, H, HK, D, slots, dtype, rotation, page):
 @pytest.mark.parametrize("arch", compile_check.ARCHITECTURES)
 def test_every_configuration_fits(arch):
     compile_check.assert_fits(compile_check.compile_launches(__file__, "launches", arch))
+
+
+def test_every_configuration_of_the_hopper_kernel_fits():
+    compile_check.assert_fits(compile_check.compile_launches(__file__, "launches_on_hopper", 90))
 
 
 def test_configurations_shrink_to_a_small_chip():

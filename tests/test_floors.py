@@ -33,9 +33,9 @@ FLOORS = {
 LAZY = {"transformers", "tokenizers", "huggingface_hub", "rich", "sglang", "lm_eval"}
 EVERYWHERE = {"torch", "safetensors", "fastdllm_kernels", "fastdllm"}
 FUNCTION_LINES = 60
-# "About 3,500" in the design; the products, the captured step, fp8 and the policies that came after it are what the measured
-# speed costs.
-PRODUCT_LINES = 3800
+# "About 3,500" in the design; the products, the captured step, fp8, the policies and an attention kernel of Hopper's own, which
+# came after it, are what the measured speed costs.
+PRODUCT_LINES = 4350
 
 
 def module_files():

@@ -11,6 +11,7 @@ with page_table [B, pages]. fp16, bf16, fp32; sums in fp32.
 """
 
 import math
+from functools import cache
 
 import torch
 
@@ -61,9 +62,8 @@ LIBRARY.define(
 def _run(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale, out, lse):
     arguments = (q, k, v, k_cache, v_cache, block_start, kv_len)
     if backend.use_triton("block_attention", q, _unsupported(q, k, v, k_cache, v_cache, cos, sin, page_table, out)):
-        from .attention_triton import launch
-
-        launch(*arguments, kv_start, page_table, block_len, cos, sin, scale, out, lse)
+        kernel = _kernel(q, k, v, k_cache, v_cache, page_table, cos)
+        kernel.launch(*arguments, kv_start, page_table, block_len, cos, sin, scale, out, lse)
         return
     result = block_attention_reference(
         *arguments, kv_start=kv_start, page_table=page_table, block_len=block_len, cos=cos, sin=sin, scale=scale,
@@ -71,6 +71,24 @@ def _run(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, b
     )
     if lse is not None:
         lse.copy_(result[1])
+
+
+def _kernel(q, k, v, k_cache, v_cache, page_table, cos):
+    """The module whose kernel runs: on a Hopper its own, for what that takes."""
+    from . import attention_triton
+
+    hopper = _hopper() if backend.chip_of(q.device).hopper else None
+    return hopper if hopper and hopper.supports(q, k, v, k_cache, v_cache, page_table, cos) else attention_triton
+
+
+@cache
+def _hopper():
+    """attention_hopper, or None where the installed triton has no Gluon that knows Hopper."""
+    try:
+        from . import attention_hopper
+    except (ImportError, AttributeError):
+        return None
+    return attention_hopper
 
 
 def _unsupported(q, k, v, k_cache, v_cache, cos, sin, page_table, out):

@@ -78,12 +78,13 @@ def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 @dataclass(frozen=True)
 class Chip:
-    """What a kernel's configuration needs to know of a GPU: multiprocessors, shared memory of a program in bytes, and whether
-    a kernel may be launched while the one before it still runs (`overlap`, Hopper and later)."""
+    """What a kernel's configuration needs to know of a GPU: multiprocessors, shared memory of a program in bytes, whether a
+    kernel may be launched while the one before it still runs (`overlap`, Hopper and later), and whether it is a Hopper."""
 
     multiprocessors: int
     shared: int
     overlap: bool = False
+    hopper: bool = False
 
 
 @cache
@@ -94,7 +95,7 @@ def chip_of(device: torch.device) -> Chip:
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 65536)
     overlap = torch.version.cuda is not None and properties.major >= 9 and shared >= 232448
-    return Chip(properties.multi_processor_count, shared, overlap)
+    return Chip(properties.multi_processor_count, shared, overlap, overlap and properties.major == 9)
 
 
 def pdl(overlap: bool) -> dict:

@@ -1,0 +1,614 @@
+"""block_attention on Hopper, in Triton's Gluon: a producer warp streams keys and values, one or two consumers of 64 query rows
+each fold them.
+
+A program owns 64 or 128 of the T * G query rows of one key head and one share of the row's visible keys, numbered as in
+attention_triton.py. The producer copies tiles of keys and values into a ring in shared memory (TMA) from the moment it knows
+the spans; meanwhile the consumers load and rotate their queries, and together the block's own keys, which are the ring's first
+tiles. A consumer issues the products of a tile's scores before those of the last tile's values, so that its exponentials run
+beside them: the ring's step i holds the keys of tile i and the values of tile i - 1, which are wanted and free again at the
+same time. Two consumers are two partitions, so that one may multiply while the other is at its exponentials.
+
+A tile may run past what its row sees, into slots that hold anything: tiles that are not full come first, their scores are
+masked, and their values past the end are overwritten by zeros in shared memory. The parts of several splits are added up by
+attention_triton's `_merge`: equal inputs give equal bits, launch after launch.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import attention_triton
+from .attention_triton import LOG2E, _launch_merge
+from .backend import ceil_div, chip_of, dense, on_device, pdl
+from .pointwise import rope_to_cache
+
+# Names that changed between Triton 3.6 and 3.9.
+_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+# One meaning for both kernels: the same source, compiled as Gluon.
+_product = gluon.jit(attention_triton._product.fn)
+_spans = gluon.jit(attention_triton._spans.fn)
+_place = gluon.jit(attention_triton._place.fn)
+_gdc_wait, _gdc_launch_dependents = tl.extra.cuda.gdc_wait, tl.extra.cuda.gdc_launch_dependents
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one call runs: `CONSUMERS` times 64 query rows and a ring of `num_stages` tiles of TILE_KEYS keys a program.
+
+    splits, rotate_first, overlap: as in attention_triton.Config.
+    """
+
+    CONSUMERS: int
+    TILE_KEYS: int
+    num_stages: int
+    splits: int = 1
+    rotate_first: bool = False
+    overlap: bool = True
+
+
+@lru_cache(maxsize=4096)
+def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
+    """The configuration for q [B, T, H, D], k [B, T, HK, D] and `capacity` cached slots a row, `itemsize` bytes an element.
+
+    Pure, as attention_triton.config is. Times below: H100, microseconds.
+    """
+    rows, keys, places = T * (H // HK), max(capacity, T), chip.multiprocessors
+    if rows >= 512 and ceil_div(rows, 128) * B * HK >= places:
+        # Keys are read once for 128 queries (2,048 queries and keys: 112, one consumer 126). With a block of 32 they gain
+        # nothing: a program starts and ends alone on its multiprocessor (28 over 4 heads, batch 32, 1,024 keys: 53.9 for 44.3).
+        return Config(2, 128, 3, 1, ceil_div(T, 128) > 3, chip.overlap)
+    programs, splits = ceil_div(rows, 64) * B * HK, 1
+    if keys > 256 and T <= 192:  # of fewer keys a few tiles more take less time than a second launch; longer blocks have one
+        # One program on a multiprocessor, and no more than six parts: more take longer to merge than they save (28 over 4
+        # heads, 2,048 keys: 10.4 with 6, 11.5 with 8; 32 heads: 17.9 with 4, 19.6 with 6 and half the ring).
+        splits = max(1, min(places // programs, keys // 80, 6))
+    # Alone on its multiprocessor nothing else covers the latency of a program's loads, and the ring may be twice as long (28
+    # over 4 heads, batch 8, 1,024 keys: 16.7 for 17.7). Two of them take turns: one starts and ends while the other multiplies.
+    return Config(1, 64, 6 if programs * splits <= places else 3, splits, T > 192, chip.overlap)
+
+
+@gluon.jit
+def _share(
+    b, tile, T, spans, G: gl.constexpr, ROWS: gl.constexpr, TILE_KEYS: gl.constexpr, ROTATE: gl.constexpr, ALONE: gl.constexpr,
+):  # fmt: skip
+    """What this program folds: (block's start, its own positions, (own key, own keys that the consumers write), parts).
+
+    parts: keys that are streamed, of the prefix, of the suffix and of the block: (first slot, how many) of each, and between
+    which slots the row sees all: a tile that is not full begins early rather than run past the end of those.
+    """
+    start, length, own, first, prefix, cached = _spans(b, T, spans[0], spans[1], spans[2], spans[3])
+    # A tile past the row's block has nothing to compute; its zeros are written all the same.
+    keys = gl.where(tile * ROWS < own * G, cached + own, 0)
+    begin, end = 0, keys
+    if not ALONE:
+        share = (keys + 16 * gl.num_programs(1) - 1) // (16 * gl.num_programs(1)) * 16
+        begin = gl.minimum(gl.program_id(1) * share, keys)
+        end = gl.minimum(begin + share, keys)
+    in_prefix, in_suffix, in_own = gl.minimum(begin, prefix), gl.maximum(begin, prefix), gl.maximum(begin, cached)
+    jump, own_keys = start + length - prefix, gl.maximum(end - in_own, 0)
+    written = own_keys if ROTATE else 0
+    # Past position T there is nothing to read: the copy itself fills in zeros.
+    parts = (first + in_prefix, gl.minimum(end, prefix) - in_prefix, first, first + prefix,
+             jump + in_suffix, gl.maximum(gl.minimum(end, cached) - in_suffix, 0), jump + prefix, jump + cached,
+             in_own - cached, own_keys - written, gl.where(own == T, T + TILE_KEYS, own))  # fmt: skip
+    return start, own, (in_own - cached, written), parts
+
+
+@gluon.jit
+def _counts(parts, TILE_KEYS: gl.constexpr):
+    """(streamed tiles that are not full, all streamed tiles)."""
+    full = parts[1] // TILE_KEYS + parts[5] // TILE_KEYS + parts[9] // TILE_KEYS
+    short = (parts[1] % TILE_KEYS > 0).to(gl.int32) + (parts[5] % TILE_KEYS > 0).to(gl.int32)
+    short += (parts[9] % TILE_KEYS > 0).to(gl.int32)
+    return short, short + full
+
+
+@gluon.jit
+def _pick(where, prefix, suffix, own):
+    return gl.where(where == 0, prefix, gl.where(where == 1, suffix, own))
+
+
+@gluon.jit
+def _tile(i, parts, TILE_KEYS: gl.constexpr):
+    """Streamed tile i: (0 prefix, 1 suffix, 2 own keys; first slot; rows that count: from, to; rows that the row sees).
+
+    Tiles that are not full come first: only they are masked.
+    """
+    first_prefix, prefix, low_prefix, high_prefix = parts[0], parts[1], parts[2], parts[3]
+    first_suffix, suffix, low_suffix, high_suffix = parts[4], parts[5], parts[6], parts[7]
+    first_own, own, high_own = parts[8], parts[9], parts[10]
+    short, _ = _counts(parts, TILE_KEYS)
+    full, until_suffix, until_own = i - short, prefix // TILE_KEYS, prefix // TILE_KEYS + suffix // TILE_KEYS
+    short_prefix = (prefix % TILE_KEYS > 0).to(gl.int32)
+    short_suffix = short_prefix + (suffix % TILE_KEYS > 0).to(gl.int32)
+    where = gl.where(i < short, (i >= short_prefix).to(gl.int32) + (i >= short_suffix).to(gl.int32),
+                     (full >= until_suffix).to(gl.int32) + (full >= until_own).to(gl.int32))  # fmt: skip
+    first, keys = _pick(where, first_prefix, first_suffix, first_own), _pick(where, prefix, suffix, own)
+    index = gl.where(i < short, keys // TILE_KEYS, full - _pick(where, 0, until_suffix, until_own))
+    end, first = first + keys, first + index * TILE_KEYS
+    high = _pick(where, high_prefix, high_suffix, high_own)
+    slot = gl.maximum(gl.minimum(first, high - TILE_KEYS), _pick(where, low_prefix, low_suffix, 0))
+    return where, slot, first - slot, gl.minimum(end, first + TILE_KEYS) - slot, high - slot
+
+
+@gluon.jit
+def _next(stage, phase, STAGES: gl.constexpr):
+    """The ring's slot after `stage`, and the parity of its round."""
+    stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+    return stage, gl.where(stage == 0, phase ^ 1, phase)
+
+
+@gluon.jit
+def _produce(
+    k_cache, v_cache, k, v, ring, page_table_ptr, page_row, tiles, T, spans,
+    HK: gl.constexpr, G: gl.constexpr, ROTATE: gl.constexpr, CONSUMERS: gl.constexpr, OVERLAP: gl.constexpr,
+    ALONE: gl.constexpr,
+):  # fmt: skip
+    """Stream the share's cached keys and values (and its own, if nothing rotates them) into the ring, step after step."""
+    k_ring, v_ring, ready, empty, _ = ring
+    STAGES: gl.constexpr = k_ring.shape[0]
+    TILE_KEYS: gl.constexpr = k_ring.shape[1]
+    tile, kv_head, b = _place(gl.program_id(0), tiles, HK)
+    b, head = b.to(gl.int32), kv_head.to(gl.int32)
+    if OVERLAP:
+        _gdc_wait()
+    row = b
+    if page_table_ptr is not None:  # one page a row: where it lies is asked once
+        row = gl.load(page_table_ptr + b.to(gl.int64) * page_row)
+    _, _, written, parts = _share(b, tile, T, spans, G, 64 * CONSUMERS, TILE_KEYS, ROTATE, ALONE)
+    _, count = _counts(parts, TILE_KEYS)
+    done = (written[1] + TILE_KEYS - 1) // TILE_KEYS  # tiles that the consumers write
+    for i in range(done):
+        mbarrier.arrive(ready.index(i), count=2)
+    stage, phase, last_where, last_slot = gl.where(done == STAGES, 0, done), gl.where(done == STAGES, 0, 1), 0, 0
+    for i in range(0, gl.where(done + count > 0, count + 1, 0)):
+        full, k_to, v_to = ready.index(stage), k_ring.index(stage), v_ring.index(stage)
+        where, slot, _, _, _ = _tile(i, parts, TILE_KEYS)
+        mbarrier.wait(empty.index(stage), phase)
+        _fetch(i < count, k_cache, k, row, b, where, slot, head, full, k_to, ROTATE)
+        _fetch(i > 0, v_cache, v, row, b, last_where, last_slot, head, full, v_to, ROTATE)
+        stage, phase = _next(stage, phase, STAGES)
+        last_where, last_slot = where, slot
+    if OVERLAP:
+        _gdc_launch_dependents()
+
+
+@gluon.jit
+def _fetch(real, cache, fresh, row, b, where, slot, head, full, to, ROTATE: gl.constexpr):
+    """Begin to copy a `real` tile that starts at `slot` of a row of the cache or, where nothing rotates, of the own keys."""
+    TILE_KEYS: gl.constexpr = to.shape[0]
+    D: gl.constexpr = to.shape[1]
+    if real:
+        mbarrier.expect(full, 2 * TILE_KEYS * D)
+        if ROTATE:
+            _copy(cache, [row, slot, head, 0], full, to.reshape([1, TILE_KEYS, 1, D]))
+        else:
+            if where < 2:
+                _copy(cache, [row, slot, head, 0], full, to.reshape([1, TILE_KEYS, 1, D]))
+            else:
+                _copy(fresh, [b, slot, head, 0], full, to.reshape([1, TILE_KEYS, 1, D]))
+    else:
+        mbarrier.arrive(full, count=1)
+
+
+@gluon.jit
+def _halves(x_ptr, offset, seen, HALF: gl.constexpr, LAYOUT: gl.constexpr):
+    """Both halves of the rows at `offset`."""
+    column = gl.arange(0, HALF, gl.SliceLayout(0, LAYOUT))[None, :]
+    x, mask = x_ptr + offset[:, None] + column, seen[:, None] & (column < HALF)
+    return gl.load(x, mask=mask, other=0.0), gl.load(x + HALF, mask=mask, other=0.0)
+
+
+@gluon.jit
+def _angles(tables, position, seen, HALF: gl.constexpr, LAYOUT: gl.constexpr):
+    """The cosines and sines of rows at `position`."""
+    cos_ptr, sin_ptr, cos_at, sin_at = tables
+    column = gl.arange(0, HALF, gl.SliceLayout(0, LAYOUT))[None, :]
+    at, mask = position.to(gl.int64)[:, None], seen[:, None] & (column < HALF)
+    return (gl.load(cos_ptr + at * cos_at + column, mask=mask, other=0.0),
+            gl.load(sin_ptr + at * sin_at + column, mask=mask, other=0.0))  # fmt: skip
+
+
+@gluon.jit
+def _rotated(halves, angles):
+    """The rotated rows, with every operation rounded to the tables' dtype, as PyTorch does it."""
+    first, second = halves
+    cos, sin = angles
+    left = _product(first, cos) - _product(second, sin)
+    right = _product(second, cos) + _product(first, sin)
+    pair = gl.join(left.to(cos.dtype).to(first.dtype), right.to(cos.dtype).to(first.dtype))
+    return gl.reshape(gl.permute(pair, (0, 2, 1)), (first.shape[0], 2 * first.shape[1]))
+
+
+@gluon.jit
+def _clear(v, rows):
+    """Zeros in the rows of v from `rows` on: what lies there may be NaN. The other consumer may write the same."""
+    ALL: gl.constexpr = v.shape[0]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // v.shape[1], v.shape[1] // 8], [4, 1], [1, 0])
+    row = gl.arange(0, ALL, gl.SliceLayout(1, LAYOUT))[:, None]
+    v.store(gl.where(row < rows, v.load(LAYOUT), 0.0))
+    fence_async_shared()
+    _barrier()
+
+
+@gluon.jit
+def _weights(s, top, total, scale, low, high, MASKED: gl.constexpr):
+    """Fold scores into the running maximum and sums, in powers of two: (weights, new maximum, sums, what sums shrink by).
+
+    The four lanes of a row each keep a sum of their own; weights [row, 8 columns, lane, neighbour] are for `_packed`.
+    """
+    COLUMNS: gl.constexpr = s.shape[1]
+    LANES: gl.constexpr = total.type.layout
+    if MASKED:
+        column = gl.arange(0, COLUMNS, gl.SliceLayout(0, s.type.layout))
+        s = gl.where(((column >= low) & (column < high))[None, :], s, float("-inf"))
+    # Neighbours first, then a lane's others, then lanes: no chain of dependent steps is longer than it must be.
+    highest = gl.max(gl.max(gl.max(gl.reshape(s, [64, COLUMNS // 8, 4, 2]), 3), 1), 1)
+    new_top = gl.maximum(top, gl.convert_layout(highest, top.type.layout) * scale)
+    weights = gl.reshape(gl.exp2(s * scale - new_top[:, None]), [64, COLUMNS // 8, 4, 2])
+    shrink = gl.exp2(top - new_top)
+    total = total * gl.convert_layout(shrink, gl.SliceLayout(1, LANES))[:, None]
+    total += gl.convert_layout(gl.sum(gl.sum(weights, 3), 1), LANES)
+    return weights, new_top, total, shrink
+
+
+@gluon.jit
+def _packed(weights, DTYPE: gl.constexpr):
+    """Weights of neighbours in pairs, as products read them; carried one by one, a loop takes them apart and packs again."""
+    left, right = gl.split(weights)
+    if DTYPE == gl.bfloat16:
+        return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [left, right], gl.int32, True, 1)
+    else:
+        return gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [left, right], gl.int32, True, 1)
+
+
+@gluon.jit
+def _unpacked(pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
+    left, right = gl.inline_asm_elementwise("mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], (gl.int16, gl.int16), True, 1)
+    left, right = left.to(DTYPE, bitcast=True), right.to(DTYPE, bitcast=True)
+    return gl.convert_layout(gl.reshape(gl.join(left, right), [64, 8 * pairs.shape[1]]), LAYOUT)
+
+
+@gluon.jit
+def _rows_of(i, own_tiles, own_keys, parts, TILE_KEYS: gl.constexpr):
+    """Of tile i, the first `own_tiles` written by the consumers: rows that count, from and to; rows not NaN."""
+    _, _, low, high, seen = _tile(i - own_tiles, parts, TILE_KEYS)
+    own = i < own_tiles
+    return gl.where(own, 0, low), gl.where(own, gl.minimum(own_keys - i * TILE_KEYS, TILE_KEYS), high), gl.where(
+        own, TILE_KEYS, seen)  # fmt: skip
+
+
+@gluon.jit
+def _fold(
+    i, stage, phase, bounds, q, ring, pairs, acc, top, total, scale, SCORES: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Step i, which is there: scores and weights of tile i beside the product of the weights and values of tile i - 1."""
+    k_ring, v_ring, ready, empty, _ = ring
+    STAGES: gl.constexpr = k_ring.shape[0]
+    TILE_KEYS: gl.constexpr = k_ring.shape[1]
+    DTYPE: gl.constexpr = k_ring.dtype
+    p = _unpacked(pairs, DTYPE, gl.DotOperandLayout(0, acc.type.layout, 2))
+    zeros = gl.zeros([64, TILE_KEYS], gl.float32, SCORES)
+    s = warpgroup_mma(q, k_ring.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    acc = warpgroup_mma(p, v_ring.index(stage), acc, is_async=True)
+    low, high, seen = 0, TILE_KEYS, TILE_KEYS
+    if MASKED:
+        low, high, seen = _rows_of(i, bounds[0], bounds[1], bounds[2], TILE_KEYS)
+    s = warpgroup_mma_wait(1, deps=[s])
+    weights, top, total, shrink = _weights(s, top, total, scale, low, high, MASKED)
+    if TILE_KEYS > 64:  # no registers are left to hold the weights of so many keys for long
+        pairs = _packed(weights, DTYPE)
+    next_stage, phase = _next(stage, phase, STAGES)
+    # Not before: the assembler moves exponentials past a wait for products, but not past this loop.
+    mbarrier.wait(ready.index(next_stage), phase)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index(stage), count=1)
+    if MASKED:
+        if seen < TILE_KEYS:
+            _clear(v_ring.index(next_stage), seen)
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
+    if TILE_KEYS <= 64:
+        pairs = _packed(weights, DTYPE)
+    return next_stage, phase, pairs, acc, top, total
+
+
+@gluon.jit
+def _own_rows(key, own_at, own_keys, k_ptr, v_ptr, k_at, v_at, CHUNK: gl.constexpr, D: gl.constexpr,
+              HALVES: gl.constexpr, WHOLE: gl.constexpr):  # fmt: skip
+    """CHUNK of the block's own keys, in halves, and their values, from `key` on; zeros from own_keys on."""
+    row = key + gl.arange(0, CHUNK, gl.SliceLayout(1, HALVES))
+    first, second = _halves(k_ptr, (own_at + row).to(gl.int64) * k_at, row < own_keys, D // 2, HALVES)
+    row = key + gl.arange(0, CHUNK, gl.SliceLayout(1, WHOLE))
+    column = gl.arange(0, D, gl.SliceLayout(0, WHOLE))[None, :]
+    return first, second, gl.load(v_ptr + ((own_at + row).to(gl.int64) * v_at)[:, None] + column,
+                                  mask=(row < own_keys)[:, None] & (column < D), other=0.0)  # fmt: skip
+
+
+@gluon.jit
+def _write_own(
+    WHO: gl.constexpr, k_ptr, v_ptr, ring, written, loaded, start, k_at, v_at, tables, positions, CONSUMERS: gl.constexpr,
+    HALVES: gl.constexpr, WHOLE: gl.constexpr,
+):  # fmt: skip
+    """This consumer's part of the block's own keys, rotated, and of their values, into the ring. loaded: its first rows."""
+    k_ring, v_ring, _, _, own_written = ring
+    own_at, own_keys = written
+    STAGES: gl.constexpr = k_ring.shape[0]
+    TILE_KEYS: gl.constexpr = k_ring.shape[1]
+    D: gl.constexpr = k_ring.shape[2]
+    CHUNK: gl.constexpr = loaded[2].shape[0]
+    first, second, values = loaded
+    for j in range((own_keys + TILE_KEYS - 1) // TILE_KEYS):
+        for at in gl.static_range(WHO * CHUNK, TILE_KEYS, CONSUMERS * CHUNK):
+            k_to, v_to = k_ring.index(j).slice(at, CHUNK, 0), v_ring.index((j + 1) % STAGES).slice(at, CHUNK, 0)
+            key = j * TILE_KEYS + at
+            if key < own_keys:
+                row = key + gl.arange(0, CHUNK, gl.SliceLayout(1, HALVES))
+                position = gl.minimum(start + own_at + row, positions - 1)
+                angles = _angles(tables, position, row < own_keys, D // 2, HALVES)
+                row = key + gl.arange(0, CHUNK, gl.SliceLayout(1, WHOLE))
+                v_to.store(gl.where((row < own_keys)[:, None], values, 0.0))
+                k_to.store(_rotated((first, second), angles))
+                first, second, values = _own_rows(key + CONSUMERS * CHUNK, own_at, own_keys, k_ptr, v_ptr, k_at, v_at,
+                                                  CHUNK, D, HALVES, WHOLE)  # fmt: skip
+            else:  # nothing counts what the keys are, but no value may be NaN
+                v_to.store(gl.zeros([CHUNK, D], v_ring.dtype, WHOLE))
+    fence_async_shared()
+    if CONSUMERS == 2:
+        _barrier()
+        mbarrier.arrive(own_written, count=1)
+
+
+@gluon.jit
+def _prepare(
+    WHO: gl.constexpr, q_ptr, k, v, q, ring, spans, tables, strides, tiles, T, positions, HK: gl.constexpr, G: gl.constexpr,
+    NEGATIVE: gl.constexpr, CONSUMERS: gl.constexpr, OVERLAP: gl.constexpr, ALONE: gl.constexpr,
+):  # fmt: skip
+    """The consumer's queries into q, and its part of the own keys into the ring; what `_share` says of the program."""
+    q_row, q_at, q_head, k_row, k_at, k_head, v_row, v_at, v_head, _, _, _, _ = strides
+    TILE_KEYS: gl.constexpr = ring[0].shape[1]
+    D: gl.constexpr = ring[0].shape[2]
+    HALF: gl.constexpr = D // 2
+    ROTATE: gl.constexpr = tables[0] is not None
+    HALVES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HALF, HALF // 8], [4, 1], [1, 0])
+    WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    CHUNK: gl.constexpr = 32 // CONSUMERS
+    tile, kv_head, b = _place(gl.program_id(0), tiles, HK)
+    row = (tile * CONSUMERS + WHO) * 64 + gl.arange(0, 64, gl.SliceLayout(1, HALVES if ROTATE else WHOLE))
+    t = row // G
+    offset = b * q_row + t.to(gl.int64) * q_at + (kv_head * G + row % G) * q_head
+    if OVERLAP:
+        _gdc_wait()
+    # What needs no spans is on its way before they are here; rows that turn out not to be asked for are not written either.
+    if ROTATE:
+        k_ptr, v_ptr = k + b * k_row + kv_head * k_head, v + b * v_row + kv_head * v_head
+        halves = _halves(q_ptr, offset, t < T, HALF, HALVES)
+        if ALONE:
+            loaded = _own_rows(WHO * CHUNK, 0, T, k_ptr, v_ptr, k_at, v_at, CHUNK, D, HALVES, WHOLE)
+        start, own, written, parts = _share(b, tile, T, spans, G, 64 * CONSUMERS, TILE_KEYS, ROTATE, ALONE)
+        if not ALONE:
+            loaded = _own_rows(WHO * CHUNK, written[0], written[1], k_ptr, v_ptr, k_at, v_at, CHUNK, D, HALVES, WHOLE)
+        _write_own(WHO, k_ptr, v_ptr, ring, written, loaded, start, k_at, v_at, tables, positions, CONSUMERS, HALVES, WHOLE)
+        # The own keys' cosines and sines are the same: they are near by now, and hold no registers meanwhile.
+        queries = _rotated(halves, _angles(tables, gl.minimum(start + t, positions - 1), t < T, HALF, HALVES))
+    else:
+        column = gl.arange(0, D, gl.SliceLayout(0, WHOLE))[None, :]
+        queries = gl.load(q_ptr + offset[:, None] + column, mask=(t < T)[:, None] & (column < D), other=0.0)
+        start, own, written, parts = _share(b, tile, T, spans, G, 64 * CONSUMERS, TILE_KEYS, ROTATE, ALONE)
+    if NEGATIVE:
+        queries = -queries
+    q.store(queries)
+    fence_async_shared()
+    _barrier()
+    return own, written, parts
+
+
+@gluon.jit
+def _fold_all(q, ring, written, parts, scale, SUMS: gl.constexpr, JOINT: gl.constexpr):
+    """The queries over all of the ring's steps: running maximum, sum and weighted values. JOINT: two write the own keys."""
+    k_ring, v_ring, ready, empty, own_written = ring
+    STAGES: gl.constexpr = k_ring.shape[0]
+    TILE_KEYS: gl.constexpr = k_ring.shape[1]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KEYS, 16])
+    # How a row's columns lie on four lanes in scores and sums.
+    LANES: gl.constexpr = gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4])
+    own_tiles = (written[1] + TILE_KEYS - 1) // TILE_KEYS
+    short, count = _counts(parts, TILE_KEYS)
+    short += own_tiles
+    count += own_tiles
+    top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+    total = gl.zeros([64, 4], gl.float32, LANES)
+    acc = gl.zeros([64, k_ring.shape[2]], gl.float32, SUMS)
+    if count > 0:
+        if JOINT:
+            mbarrier.wait(own_written, 0)
+        mbarrier.wait(ready.index(0), 0)
+        bounds = (own_tiles, written[1], parts)
+        low, high, seen = _rows_of(0, own_tiles, written[1], parts, TILE_KEYS)
+        zeros = gl.zeros([64, TILE_KEYS], gl.float32, SCORES)
+        s = warpgroup_mma(q, k_ring.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(empty.index(0), count=1)
+        weights, top, total, shrink = _weights(s, top, total, scale, low, high, True)
+        pairs = _packed(weights, k_ring.dtype)
+        stage, phase = _next(0, 0, STAGES)
+        mbarrier.wait(ready.index(stage), phase)
+        if seen < TILE_KEYS:
+            _clear(v_ring.index(stage), seen)
+        for i in range(1, short):
+            stage, phase, pairs, acc, top, total = _fold(
+                i, stage, phase, bounds, q, ring, pairs, acc, top, total, scale, SCORES, True)  # fmt: skip
+        for i in range(gl.maximum(short, 1), count):
+            stage, phase, pairs, acc, top, total = _fold(
+                i, stage, phase, bounds, q, ring, pairs, acc, top, total, scale, SCORES, False)  # fmt: skip
+        p = _unpacked(pairs, k_ring.dtype, gl.DotOperandLayout(0, SUMS, 2))
+        acc = warpgroup_mma(p, v_ring.index(stage), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    return gl.convert_layout(top, gl.SliceLayout(1, SUMS)), gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SUMS)), acc
+
+
+@gluon.jit
+def _consume(
+    WHO: gl.constexpr, q_ptr, k, v, q_all, ring, out_ptr, lse_ptr, spans, tables, strides, lse_split, scale, tiles, T,
+    positions, HK: gl.constexpr, G: gl.constexpr, NEGATIVE: gl.constexpr, CONSUMERS: gl.constexpr, OVERLAP: gl.constexpr,
+    ALONE: gl.constexpr,
+):  # fmt: skip
+    """Consumer WHO: 64 query rows over the steps of the ring, whose first tiles it helps to write."""
+    LN2: gl.constexpr = 0.6931471805599453  # here, not outside: a launch compares every global that a kernel reads
+    D: gl.constexpr = ring[0].shape[2]
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    q = q_all.index(WHO)
+    own, written, parts = _prepare(WHO, q_ptr, k, v, q, ring, spans, tables, strides, tiles, T, positions, HK, G, NEGATIVE,
+                                   CONSUMERS, OVERLAP, ALONE)  # fmt: skip
+    top, total, acc = _fold_all(q, ring, written, parts, scale, SUMS, tables[0] is not None and CONSUMERS == 2)
+    # Axis 2 has one program: its 0 makes these new values, where the same from above would hold registers in the loops.
+    tile, kv_head, b = _place(gl.program_id(0) + gl.program_id(2), tiles, HK)
+    first_row, split = (tile * CONSUMERS + WHO) * 64, gl.program_id(1).to(gl.int64)
+    total = gl.where(total == 0, 1.0, total)
+    result = acc * (1.0 / total)[:, None]
+    if lse_ptr is not None:
+        row = first_row + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
+        lse = gl.where(row < own * G, (top + gl.log2(total)) * LN2, float("-inf"))
+        gl.store(lse_ptr + split * lse_split + (b * T + row // G) * (HK * G) + kv_head * G + row % G, lse, mask=row // G < T)
+    offset = split * strides[12] + b * strides[9] + kv_head * G * strides[11]
+    if ALONE:  # through shared memory, so that a thread writes 16 bytes
+        q.store(result.to(q.dtype))
+        _barrier()
+        _write(q.load(WHOLE), out_ptr, first_row, own, T, offset, strides[10], strides[11], G, WHOLE)
+    else:
+        _write(result, out_ptr, first_row, own, T, offset, strides[10], strides[11], G, SUMS)
+
+
+@gluon.jit
+def _write(result, out_ptr, first_row, own, T, offset, out_at, out_head, G: gl.constexpr, LAYOUT: gl.constexpr):
+    """Rows of the result, 0 where they lie past the row's block."""
+    D: gl.constexpr = result.shape[1]
+    row = first_row + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
+    offset += (row // G).to(gl.int64) * out_at + (row % G) * out_head
+    result = gl.where((row < own * G)[:, None], result, 0.0)
+    inside = (row // G < T)[:, None] & (column < D)
+    gl.store(out_ptr + offset[:, None] + column, result.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit(do_not_specialize=["tiles", "T", "positions", "lse_split"])
+def _attend(
+    q, k, v, k_cache, v_cache, out, lse, spans, page_table, tables, scale, tiles, T, positions, page_row, lse_split, strides,
+    HK: gl.constexpr, G: gl.constexpr, D: gl.constexpr, TILE_KEYS: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, NEGATIVE: gl.constexpr, OVERLAP: gl.constexpr, ALONE: gl.constexpr,
+):  # fmt: skip
+    """One row tile of one key head (program axis 0, tiles fastest so that they share keys in L2) and one split (axis 1).
+
+    spans: block_start, kv_len, kv_start, block_len. tables: cos, sin and their strides. k, v: pointers where there are tables,
+    otherwise descriptors. strides: of q, k, v and out, three each, and of a split of out.
+    """
+    RING: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    k_ring = gl.allocate_shared_memory(q.dtype.element_ty, [STAGES, TILE_KEYS, D], RING)
+    v_ring = gl.allocate_shared_memory(q.dtype.element_ty, [STAGES, TILE_KEYS, D], RING)
+    q_all = gl.allocate_shared_memory(q.dtype.element_ty, [CONSUMERS, 64, D], RING)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    own_written = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=2)  # keys and values
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    mbarrier.init(own_written, count=CONSUMERS)
+    fence_async_shared()
+    ring = (k_ring, v_ring, ready, empty, own_written)
+    ROTATE: gl.constexpr = tables[0] is not None
+    if CONSUMERS == 1:
+        gl.warp_specialize([
+            (_consume, (0, q, k, v, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, T, positions,
+                        HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE)),
+            (_produce, (k_cache, v_cache, k, v, ring, page_table, page_row, tiles, T, spans,
+                        HK, G, ROTATE, CONSUMERS, OVERLAP, ALONE)),
+        ], [1], [24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consume, (0, q, k, v, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, T, positions,
+                        HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE)),
+            (_consume, (1, q, k, v, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, T, positions,
+                        HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE)),
+            (_produce, (k_cache, v_cache, k, v, ring, page_table, page_row, tiles, T, spans,
+                        HK, G, ROTATE, CONSUMERS, OVERLAP, ALONE)),
+        ], [4, 1], [240, 24])  # fmt: skip
+
+
+def supports(q, k, v, k_cache, v_cache, page_table, cos) -> bool:
+    """Whether this kernel takes these inputs: 16-bit, D of 64 or 128, whole cache rows, and what TMA reads in 16-byte steps."""
+    return (
+        q.element_size() == 2 and q.shape[-1] in (64, 128)
+        and (page_table is None or page_table.shape[1] == 1)
+        and all(_aligned(x) for x in ((k_cache, v_cache, k, v) if cos is None else (k_cache, v_cache)))
+    )  # fmt: skip
+
+
+def _aligned(x):
+    strides = zip(x.stride()[:3], x.shape, strict=False)
+    return x.data_ptr() % 16 == 0 and all((s > 0 and s % 8 == 0) or n == 1 for s, n in strides)
+
+
+def launch(
+    q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale, out, lse, chosen=None,
+):
+    """Run the kernel into `out` and `lse` (or None); `chosen`, a Config, replaces the one that `config` picks."""
+    B, T, H, D = q.shape
+    chosen = chosen or config(B, T, H, k.shape[2], D, k_cache.shape[1], q.element_size(), chip_of(q.device))
+    block_start, kv_len, kv_start, block_len = map(dense, (block_start, kv_len, kv_start, block_len))
+    with on_device(q):
+        # The ring must hold all own keys at once.
+        if cos is not None and (chosen.rotate_first or ceil_div(T, chosen.TILE_KEYS) > chosen.num_stages):
+            q, k = rope_to_cache(q, k, v, cos, sin, block_start)
+            cos = sin = None
+        arguments = (q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale)
+        if chosen.splits == 1:
+            _launch_attend(*arguments, out, out.stride(), 0, lse, chosen)
+            return
+        # From PyTorch's allocator, which keeps what a stream or a captured graph still uses apart: reuse is safe.
+        part = torch.empty((chosen.splits, B, T, H, D), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((chosen.splits, B, T, H), dtype=torch.float32, device=q.device)
+        _launch_attend(*arguments, part, part.stride()[1:], part.stride(0), part_lse, chosen)
+        _launch_merge(part, part_lse, out, lse, chosen)
+
+
+def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale,
+                   out, out_stride, out_split, lse, chosen):  # fmt: skip
+    B, T, H, D = q.shape
+    HK = k.shape[2]
+    tiles = ceil_div(T * (H // HK), 64 * chosen.CONSUMERS)
+    # The sign of the scale goes into q, so that the largest product is the largest score; 0 becomes too small to matter.
+    power = max(abs(scale) * LOG2E, 1e-37)
+    fresh = (k, v) if cos is not None else (_descriptor(k, chosen), _descriptor(v, chosen))
+    # No slot of an empty cache is read, but a descriptor must name some memory.
+    cached = (k_cache, v_cache) if k_cache.numel() else (k, v)
+    tables = (None,) * 4 if cos is None else (cos, sin, cos.stride(0), sin.stride(0))
+    _attend[tiles * B * HK, chosen.splits](
+        q, *fresh, _descriptor(cached[0], chosen), _descriptor(cached[1], chosen), out, lse,
+        (block_start, kv_len, kv_start, block_len), page_table, tables, power, tiles, T, 0 if cos is None else cos.shape[0],
+        0 if page_table is None else page_table.stride(0), B * T * H,
+        (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out_stride[:3], out_split),
+        HK=HK, G=H // HK, D=D, TILE_KEYS=chosen.TILE_KEYS, STAGES=chosen.num_stages, CONSUMERS=chosen.CONSUMERS,
+        NEGATIVE=scale < 0, OVERLAP=chosen.overlap, ALONE=chosen.splits == 1, num_warps=4, enable_fp_fusion=True,
+        **pdl(chosen.overlap), **({"maxnreg": 128} if chosen.CONSUMERS == 1 else {}),
+    )  # fmt: skip
+
+
+def _descriptor(x, chosen):
+    """A box of TILE_KEYS rows of one head of x [B, S, HK, D]."""
+    strides = [s if n > 1 else x.shape[-1] for s, n in zip(x.stride(), x.shape, strict=True)]
+    layout = gl.NVMMASharedLayout(128, 16, 4)
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, chosen.TILE_KEYS, 1, x.shape[-1]], layout)
