@@ -421,6 +421,7 @@ def _fold_all(q, ring, written, parts, scale, SUMS: gl.constexpr, JOINT: gl.cons
     k_ring, v_ring, ready, empty, own_written = ring
     STAGES: gl.constexpr = k_ring.shape[0]
     TILE_KEYS: gl.constexpr = k_ring.shape[1]
+    D: gl.constexpr = k_ring.shape[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KEYS, 16])
     # How a row's columns lie on four lanes in scores and sums.
     LANES: gl.constexpr = gl.DistributedLinearLayout(
@@ -431,7 +432,7 @@ def _fold_all(q, ring, written, parts, scale, SUMS: gl.constexpr, JOINT: gl.cons
     count += own_tiles
     top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     total = gl.zeros([64, 4], gl.float32, LANES)
-    acc = gl.zeros([64, k_ring.shape[2]], gl.float32, SUMS)
+    acc = gl.zeros([64, D], gl.float32, SUMS)
     if count > 0:
         if JOINT:
             mbarrier.wait(own_written, 0)
