@@ -507,7 +507,7 @@ def _write(result, out_ptr, first_row, own, T, offset, out_at, out_head, G: gl.c
 
 
 @gluon.jit(do_not_specialize=["tiles", "T", "positions", "lse_split"])
-def _attend(
+def _attend_hopper(
     q, k, v, k_cache, v_cache, out, lse, spans, page_table, tables, scale, tiles, T, positions, page_row, lse_split, strides,
     HK: gl.constexpr, G: gl.constexpr, D: gl.constexpr, TILE_KEYS: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr, NEGATIVE: gl.constexpr, OVERLAP: gl.constexpr, ALONE: gl.constexpr,
@@ -597,7 +597,7 @@ def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, pag
     # No slot of an empty cache is read, but a descriptor must name some memory.
     cached = (k_cache, v_cache) if k_cache.numel() else (k, v)
     tables = (None,) * 4 if cos is None else (cos, sin, cos.stride(0), sin.stride(0))
-    _attend[tiles * B * HK, chosen.splits](
+    _attend_hopper[tiles * B * HK, chosen.splits](
         q, *fresh, _descriptor(cached[0], chosen), _descriptor(cached[1], chosen), out, lse,
         (block_start, kv_len, kv_start, block_len), page_table, tables, power, tiles, T, 0 if cos is None else cos.shape[0],
         0 if page_table is None else page_table.stride(0), B * T * H,
