@@ -58,7 +58,7 @@ class Workspace:
         plan: int64, on the host. With a key (None: none) the function is captured where this Workspace captures, and later
         plans of that key replay it: it must depend on nothing else, do nothing for a plan of zeros and read nothing back to
         the host. `more` then holds until the next replay. patience: so many runs of the key come first as they are, for what
-        may not come often enough to repay a capture, which takes as long as three of them.
+        may not come often enough to repay a capture.
         """
         if key is not None and key not in self.steps and self.captures:
             self.uses[key] += 1

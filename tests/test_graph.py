@@ -452,6 +452,7 @@ def test_a_short_refresh_is_captured_once_its_padded_length_has_come_often(famil
     if cache == "none" and kept:
         pytest.skip("nothing keeps the prompt")
     monkeypatch.setattr(decode, "LENGTHS", 8)
+    monkeypatch.setattr(decode, "PATIENCE", 4)
     monkeypatch.setitem(decode.LAUNCH_BOUND, "cpu", 64)
     model, config = model_of(family), tiny.FAMILIES[family]
     policy = fastdllm.CachePolicy(prompt_refreshes=0, suffix_blocks=1) if kept else fastdllm.CachePolicy()
