@@ -193,9 +193,9 @@ def verdicts(cells, gpu):
         lines.append(f"- Tokens of the checked blocks that plain decodes too, its rounding being another: {shared}.")
     for row in (row for rows in cells for row in rows):
         if row["way"] == "dual captured" and row.get("ms_step_gpu"):
-            gpu, step, label = row["ms_step_gpu"], row["ms_step"], f"{row['model']}, canvas {row['canvas']}, B {row['rows']}"
-            alone = f"a captured step takes {gpu:.3g} ms on the GPU alone, {step:.3g} in a request"
-            lines.append(f"- {label}: {alone}: the host adds {step / gpu - 1:.1%}.")
+            alone, step, label = row["ms_step_gpu"], row["ms_step"], f"{row['model']}, canvas {row['canvas']}, B {row['rows']}"
+            times = f"a captured step takes {alone:.3g} ms on the GPU alone, {step:.3g} in a request"
+            lines.append(f"- {label}: {times}: the host adds {step / alone - 1:.1%}.")
     return lines + targets(cells, gpu)
 
 
