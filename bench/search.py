@@ -19,6 +19,7 @@ import test_select_speed as select
 import timing
 
 from fastdllm_kernels import attention_triton, select_triton
+from fastdllm_kernels.backend import chip_of
 
 ENOUGH = 0.98  # a challenger must be 2% faster: less is noise
 ATTENTION = [
@@ -51,7 +52,8 @@ class Kernel:
 def attention_variants(config, case):
     """Values to try for each field; shares of the keys around today's number."""
     tried = {"splits": sorted({1, config.splits // 2, config.splits * 3 // 4, config.splits * 3 // 2, config.splits * 2} - {0})}
-    tried |= {"TILE_KEYS": (32, 64, 128), "num_stages": (2, 3, 4), "num_warps": (4, 8), "TILE_ROWS": (16, 32, 64, 128)}
+    tried |= {"TILE_KEYS": (32, 64, 128), "num_stages": (2, 3, 4, 6), "num_warps": (4, 8), "TILE_ROWS": (16, 32, 64, 128)}
+    tried["CONSUMERS"] = (1, 2)
     tried |= {name: (False, True) for name in ("rotate_first", "overlap")}
     return {name: [replace(config, **{name: value}) for value in values] for name, values in known(config, tried).items()}
 
@@ -74,8 +76,17 @@ def known(config, tried):
     return {name: values for name, values in tried.items() if name in names}
 
 
+def attention_module():
+    """Where the configuration of the kernel comes from that block_attention runs here: Hopper has its own."""
+    if not (timing.ON_GPU and chip_of(timing.DEVICE).hopper):
+        return attention_triton
+    from fastdllm_kernels import attention_hopper
+
+    return attention_hopper
+
+
 KERNELS = {
-    "block_attention": Kernel(attention_triton, "config", attention.build, attention_variants),
+    "block_attention": Kernel(attention_module(), "config", attention.build, attention_variants),
     "confidence_select": Kernel(select_triton, "select_config", select.build, select_variants),
 }
 
