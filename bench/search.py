@@ -52,8 +52,8 @@ class Kernel:
 def attention_variants(config, case):
     """Values to try for each field; shares of the keys around today's number."""
     tried = {"splits": sorted({1, config.splits // 2, config.splits * 3 // 4, config.splits * 3 // 2, config.splits * 2} - {0})}
-    tried |= {"TILE_KEYS": (32, 64, 128), "num_stages": (2, 3, 4, 6), "num_warps": (4, 8), "TILE_ROWS": (16, 32, 64, 128)}
-    tried["CONSUMERS"] = (1, 2)
+    tried |= {"TILE_KEYS": (32, 64, 128), "num_warps": (4, 8), "TILE_ROWS": (16, 32, 64, 128), "CONSUMERS": (1, 2)}
+    tried["num_stages"] = (3, 4, 6) if config.__class__ is not attention_triton.Config else (2, 3, 4)
     tried |= {name: (False, True) for name in ("rotate_first", "overlap")}
     return {name: [replace(config, **{name: value}) for value in values] for name, values in known(config, tried).items()}
 
