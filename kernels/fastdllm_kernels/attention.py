@@ -83,7 +83,9 @@ def _kernel(q, k, v, k_cache, v_cache, page_table, cos):
 
 @cache
 def _hopper():
-    """attention_hopper, or None where the installed triton has no Gluon that knows Hopper."""
+    """attention_hopper, or None where the installed triton's Gluon is not one that it was written for (3.6 and later)."""
+    if tuple(map(int, backend.triton.__version__.split(".")[:2])) < (3, 6):
+        return None
     try:
         from . import attention_hopper
     except (ImportError, AttributeError):

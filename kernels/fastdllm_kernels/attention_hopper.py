@@ -46,7 +46,8 @@ _gdc_wait, _gdc_launch_dependents = tl.extra.cuda.gdc_wait, tl.extra.cuda.gdc_la
 
 @dataclass(frozen=True)
 class Config:
-    """How one call runs: `CONSUMERS` times 64 query rows and a ring of `num_stages` tiles, 3 or more, of TILE_KEYS keys a program.
+    """How one call runs: `CONSUMERS` times 64 query rows and a ring of `num_stages` (3 or more) tiles of TILE_KEYS keys a
+    program.
 
     splits, rotate_first, overlap: as in attention_triton.Config.
     """
