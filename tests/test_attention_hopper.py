@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_attention import CASES, assert_close, inputs, real, run
 
-from fastdllm_kernels import backend
+from fastdllm_kernels import attention, attention_triton, backend
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 from fastdllm_kernels import attention_hopper  # noqa: E402
@@ -66,6 +66,26 @@ def test_the_ring_fits_and_holds_what_is_rotated_in_it(T, keys):
         assert (rows + slots) * 128 * 2 + 1024 <= H200.shared
         assert chosen.rotate_first or T <= chosen.num_stages * chosen.TILE_KEYS
         assert not (chosen.rotate_first and chosen.splits > 1), "two launches at most"
+
+
+@pytest.mark.parametrize("dtype, D, pages, misplaced, expected", [
+    (torch.bfloat16, 128, 0, 0, attention_hopper),
+    (torch.float16, 64, 1, 0, attention_hopper),
+    (torch.float32, 128, 0, 0, attention_triton),
+    (torch.bfloat16, 96, 0, 0, attention_triton),
+    (torch.bfloat16, 128, 2, 0, attention_triton),
+    (torch.bfloat16, 128, 0, 1, attention_triton),
+])  # fmt: skip
+def test_the_kernel_that_runs_on_a_hopper(dtype, D, pages, misplaced, expected, monkeypatch):
+    fresh = torch.empty(2, 8, 4, D, dtype=dtype)
+    cache = torch.empty(2 * 32 * 4 * D + misplaced, dtype=dtype)[misplaced:].view(2, 32, 4, D)  # one element off 16 bytes
+    table = torch.zeros(2, pages, dtype=torch.int32) if pages else None
+    arguments = (fresh, fresh, fresh, cache, cache, table, fresh)
+    assert attention._kernel(*arguments) is attention_triton, "here"
+    monkeypatch.setattr(backend, "chip_of", lambda device: H200)
+    assert attention._kernel(*arguments) is expected
+    monkeypatch.setattr(attention, "_hopper", lambda: None)
+    assert attention._kernel(*arguments) is attention_triton, "with a triton that has no Gluon"
 
 
 def taken(x):
