@@ -19,8 +19,6 @@ BLOCK = 32
 ASSETS = Path(__file__).parents[1] / "fastdllm" / "assets"
 MODELS = ("tiny-llada", "tiny-dream")
 SETTINGS = (("dual", "threshold 0.9"), ("dual", "2 a step"), ("prefix", "threshold 0.9"))  # cache, rule of evaluate.py
-
-
 RUNS = {"fp32 eager": (torch.float32, False), "fp32 captured": (torch.float32, True),
         "bf16 eager": (torch.bfloat16, False), "bf16 captured": (torch.bfloat16, True)}  # fmt: skip
 

@@ -27,7 +27,7 @@ GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # spreads consecutive seeds over the 64-bit
 # then padded to a multiple of LENGTHS, so that few graphs serve all lengths, and captured when it has come PATIENCE times.
 LAUNCH_BOUND = {"cuda": 2048}
 LENGTHS, PATIENCE = 64, 24  # a capture takes as long as some twenty such forwards
-WORTH_PACKING = 0.9  # of the padded tokens at most: laying rows together and apart again moves as much as three norms do
+WORTH_PACKING = 0.9  # of the padded tokens at most: laying rows together and apart again moves as much as two norms do
 CAPACITY = 256  # the canvas's length goes up in these steps, so that one captured step serves many requests
 
 

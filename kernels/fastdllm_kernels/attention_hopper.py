@@ -13,10 +13,9 @@ masked, and their values past the end are overwritten by zeros in shared memory.
 attention_triton's `_merge`: equal inputs give equal bits, launch after launch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import torch
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -30,9 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import attention_triton
-from .attention_triton import LOG2E, _launch_merge
-from .backend import ceil_div, chip_of, dense, on_device, pdl
-from .pointwise import rope_to_cache
+from .attention_triton import launch_passes, scale_of
+from .backend import ceil_div, chip_of, pdl
 
 # Names that changed between Triton 3.6 and 3.9.
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -570,21 +568,11 @@ def launch(
     """Run the kernel into `out` and `lse` (or None); `chosen`, a Config, replaces the one that `config` picks."""
     B, T, H, D = q.shape
     chosen = chosen or config(B, T, H, k.shape[2], D, k_cache.shape[1], q.element_size(), chip_of(q.device))
-    block_start, kv_len, kv_start, block_len = map(dense, (block_start, kv_len, kv_start, block_len))
-    with on_device(q):
-        # The ring must hold all own keys at once.
-        if cos is not None and (chosen.rotate_first or ceil_div(T, chosen.TILE_KEYS) > chosen.num_stages):
-            q, k = rope_to_cache(q, k, v, cos, sin, block_start)
-            cos = sin = None
-        arguments = (q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale)
-        if chosen.splits == 1:
-            _launch_attend(*arguments, out, out.stride(), 0, lse, chosen)
-            return
-        # From PyTorch's allocator, which keeps what a stream or a captured graph still uses apart: reuse is safe.
-        part = torch.empty((chosen.splits, B, T, H, D), dtype=torch.float32, device=q.device)
-        part_lse = torch.empty((chosen.splits, B, T, H), dtype=torch.float32, device=q.device)
-        _launch_attend(*arguments, part, part.stride()[1:], part.stride(0), part_lse, chosen)
-        _launch_merge(part, part_lse, out, lse, chosen)
+    # The ring must hold all own keys that are rotated in it.
+    if not chosen.rotate_first and ceil_div(T, chosen.TILE_KEYS) > chosen.num_stages:
+        chosen = replace(chosen, rotate_first=True)
+    launch_passes(_launch_attend, chosen, q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len,
+                  cos, sin, scale, out, lse)  # fmt: skip
 
 
 def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale,
@@ -592,16 +580,14 @@ def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, pag
     B, T, H, D = q.shape
     HK = k.shape[2]
     tiles = ceil_div(T * (H // HK), 64 * chosen.CONSUMERS)
-    # The sign of the scale goes into q, so that the largest product is the largest score; 0 becomes too small to matter.
-    power = max(abs(scale) * LOG2E, 1e-37)
     fresh = (k, v) if cos is not None else (_descriptor(k, chosen), _descriptor(v, chosen))
     # No slot of an empty cache is read, but a descriptor must name some memory.
     cached = (k_cache, v_cache) if k_cache.numel() else (k, v)
     tables = (None,) * 4 if cos is None else (cos, sin, cos.stride(0), sin.stride(0))
     _attend_hopper[tiles * B * HK, chosen.splits](
         q, *fresh, _descriptor(cached[0], chosen), _descriptor(cached[1], chosen), out, lse,
-        (block_start, kv_len, kv_start, block_len), page_table, tables, power, tiles, T, 0 if cos is None else cos.shape[0],
-        0 if page_table is None else page_table.stride(0), B * T * H,
+        (block_start, kv_len, kv_start, block_len), page_table, tables, scale_of(scale), tiles, T,
+        0 if cos is None else cos.shape[0], 0 if page_table is None else page_table.stride(0), B * T * H,
         (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out_stride[:3], out_split),
         HK=HK, G=H // HK, D=D, TILE_KEYS=chosen.TILE_KEYS, STAGES=chosen.num_stages, CONSUMERS=chosen.CONSUMERS,
         NEGATIVE=scale < 0, OVERLAP=chosen.overlap, ALONE=chosen.splits == 1, num_warps=4, enable_fp_fusion=True,

@@ -381,24 +381,37 @@ def launch(
 ):
     """Run the kernel into `out` and `lse` (or None); `chosen`, a Config, replaces the one that `config` picks."""
     B, T, H, D = q.shape
-    HK, slots = k.shape[2], k_cache.shape[1]
-    capacity = slots if page_table is None else slots * page_table.shape[1]
-    chosen = chosen or config(B, T, H, HK, D, capacity, q.element_size(), chip_of(q.device))
+    capacity = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+    chosen = chosen or config(B, T, H, k.shape[2], D, capacity, q.element_size(), chip_of(q.device))
+    launch_passes(_launch_attend, chosen, q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len,
+                  cos, sin, scale, out, lse)  # fmt: skip
+
+
+def launch_passes(
+    attend, chosen, q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale, out, lse
+):
+    """What `chosen` says around one launch, `attend`: the rotation before it, and the merge of its parts after it."""
+    B, T, H, D = q.shape
     block_start, kv_len, kv_start, block_len = map(dense, (block_start, kv_len, kv_start, block_len))
     with on_device(q):
         if chosen.rotate_first and cos is not None:
             q, k = rope_to_cache(q, k, v, cos, sin, block_start)
             cos = sin = None
+        arguments = (q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale)
         if chosen.splits == 1:
-            _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale,
-                           out, out.stride(), 0, lse, chosen)  # fmt: skip
+            attend(*arguments, out, out.stride(), 0, lse, chosen)
             return
         # From PyTorch's allocator, which keeps what a stream or a captured graph still uses apart: reuse is safe.
         part = torch.empty((chosen.splits, B, T, H, D), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((chosen.splits, B, T, H), dtype=torch.float32, device=q.device)
-        _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale,
-                       part, part.stride()[1:], part.stride(0), part_lse, chosen)  # fmt: skip
+        attend(*arguments, part, part.stride()[1:], part.stride(0), part_lse, chosen)
         _launch_merge(part, part_lse, out, lse, chosen)
+
+
+def scale_of(scale):
+    """A scale in powers of two, without its sign: that goes into q, so that the largest product is the largest score; 0 becomes
+    too small to matter."""
+    return max(abs(scale) * LOG2E, 1e-37)
 
 
 def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale,
@@ -408,11 +421,9 @@ def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, pag
     tiles = ceil_div(T * (H // HK), chosen.TILE_ROWS)
     # A table of one column names whole rows: no slot needs to be looked up.
     page = 0 if page_table is None or page_table.shape[1] == 1 else k_cache.shape[1]
-    # The sign of the scale goes into q, so that the largest product is the largest score; 0 becomes too small to matter.
-    power = max(abs(scale) * LOG2E, 1e-37)
     _attend[tiles * B * HK, chosen.splits](
         q, k, v, k_cache, v_cache, out, lse, block_start, kv_len, kv_start, page_table, block_len, cos, sin,
-        power, tiles, T, 0 if cos is None else cos.shape[0],
+        scale_of(scale), tiles, T, 0 if cos is None else cos.shape[0],
         *q.stride()[:3], *_two_strides(k, v), *_two_strides(k_cache, v_cache), *out_stride[:3],
         out_split, B * T * H, 0 if page_table is None else page_table.stride(0),
         0 if cos is None else cos.stride(0), 0 if sin is None else sin.stride(0),
