@@ -15,7 +15,7 @@ import torch
 
 from fastdllm import CachePolicy, Quota, generate, graph
 from fastdllm.config import ModelConfig
-from fastdllm.decode import LAUNCH_BOUND, PATIENCE, Decoder
+from fastdllm.decode import Decoder
 from fastdllm.model import DiffusionTransformer, initialize
 from fastdllm.quantize import quantize
 
@@ -306,12 +306,24 @@ def plan(subject, way, cell):
     block = subject.timed(way, cell, FIT_STEPS[0], 1).seconds
     chosen = HEAVY_STEPS if block > HEAVY_SECONDS else FIT_STEPS
     blocks = max(1, min(cell.blocks, int(subject.sample / block)))
-    # A short refresh is captured once its length has come often: here before the clock starts.
-    short = way.captured and cell.rows * cell.canvas <= LAUNCH_BOUND.get(timing.DEVICE.type, 0)
-    for steps in chosen:  # whatever is made once for a rule is made here
-        for _ in range(-(-(PATIENCE + 1) // blocks) if short else 1):
-            subject.timed(way, cell, steps, blocks if short else 1)
+    for steps in chosen:  # whatever is made once, for a rule or a length, is made before the clock starts
+        warm_up(subject, way, cell, steps, blocks)
     return [(steps, blocks) for steps in chosen]
+
+
+def warm_up(subject, way, cell, steps, blocks=None):
+    """Run until what is captured once it has come often has been."""
+    model, changes = subject.of(way), True
+    while changes:
+        before = waiting_to_be_captured(model)
+        subject.timed(way, cell, steps, blocks)
+        changes = waiting_to_be_captured(model) != before
+
+
+def waiting_to_be_captured(model):
+    """{what has come, but not often enough to be captured: how many times}."""
+    space = graph._workspaces.get(model)
+    return {key: uses for key, uses in space.uses.items() if key not in space.steps} if space else {}
 
 
 def race(subject, cell, plans, limit):
@@ -363,8 +375,8 @@ def measure_cell(subject, cell, limits, headline, wanted=("",)):
     if headline:
         for way in plans:
             if way.cache == "dual":
-                subject.timed(way, cell, WHOLE_STEPS[1], 1)
                 # What a policy saves differs from block to block: only whole requests tell.
+                warm_up(subject, way, cell, WHOLE_STEPS[1], 1 if way.policy == CachePolicy() else None)
                 plans[way] = plans[way] * (way.policy == CachePolicy()) + [(steps, None) for steps in WHOLE_STEPS]
     tidy()
     raced = race(subject, cell, plans, HEADLINE_SECONDS if headline else WAY_SECONDS)

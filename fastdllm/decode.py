@@ -23,10 +23,11 @@ from .families import FAMILIES
 from .graph import workspace
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # spreads consecutive seeds over the 64-bit keys; as a signed number
-# Tokens of a refresh, by kind of device, up to which it may wait for its launches: 20 to 37 ms of them for an 8B model. It is
-# then padded to a multiple of LENGTHS, so that few graphs serve all lengths, and captured when it has come PATIENCE times.
+# Tokens of a refresh or of a prefix cache's step, by kind of device, up to which it may wait for its launches: 20 to 37 ms of
+# them for an 8B model. It is then padded to a multiple of LENGTHS, so that few graphs serve all lengths, and captured when it
+# has come PATIENCE times: a capture takes as long as three such forwards, and saves a part of each that follows.
 LAUNCH_BOUND = {"cuda": 2048}
-LENGTHS, PATIENCE = 64, 24  # a capture takes as long as some twenty such forwards
+LENGTHS, PATIENCE = 64, 4
 WORTH_PACKING = 0.9  # of the padded tokens at most: laying rows together and apart again moves as much as two norms do
 CAPACITY = 256  # the canvas's length goes up in these steps, so that one captured step serves many requests
 
@@ -89,8 +90,8 @@ def generate(
     with the rows of one forward. score: "confidence", "margin", "entropy" or "random". temperature 0 is greedy; top_p in
     (0, 1] and top_k >= 1 filter the proposals. seed: row b draws as a single row with seed + b would; None takes one from
     torch's global generator. stop_ids: None for the model's end-of-text ids, () to never stop. on_step(StepEvent) is called
-    after every forward. graph: on a GPU, capture a cached step in a CUDA graph when it is first needed (a short refresh once
-    its length has come often) and replay it after; the model then keeps its cache allocated between calls
+    after every forward. graph: on a GPU, capture a cached step in a CUDA graph when it is first needed (a short refresh
+    and a step over more than the block once the length has come a few times) and replay it after; the model then keeps its cache allocated between calls
     (`fastdllm.graph.clear(model)` frees it). A rule that is a function, top_p and top_k run uncaptured, and so does a model
     that cannot be captured: logged.
 
@@ -266,7 +267,7 @@ class Decoder:
         if not refresh and width <= self.block_length:  # the block's own positions: one shape for all such steps
             width, ragged, patience = self.block_length, True, 0
             entries += self._padding(rows)
-        elif refresh and len(rows) * width <= LAUNCH_BOUND.get(self.model.device.type, 0):
+        elif len(rows) * width <= LAUNCH_BOUND.get(self.model.device.type, 0):
             width, patience = -(-width // LENGTHS) * LENGTHS, PATIENCE
             ragged = min(lengths) < width
         same = refresh and not ragged and len({entry[1:4] for entry in entries}) == 1 and len(rows) == len(self.rows)

@@ -20,7 +20,9 @@ from typing import NamedTuple
 import torch
 
 log = logging.getLogger(__name__)
-MOST = 8  # captured forwards that a model keeps; the least recently used goes
+# Captured forwards that a model keeps; the least recently used goes. They share their memory, and lengths up to
+# decode.LAUNCH_BOUND are as many.
+MOST = 48
 PLAIN = (bool, int, float, str)
 
 

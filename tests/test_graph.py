@@ -54,7 +54,7 @@ def compute(function, plan):
 
 @pytest.fixture
 def records(monkeypatch):
-    """Captures on a CPU are acted. A list of how many rows every recorded cached step has; old Workspaces are gone."""
+    """Captures on a CPU are acted. A list of how many rows every recorded step over the block has; old Workspaces are gone."""
     recorded, real = [], graph.record
     obstacle = decode._obstacle
 
@@ -67,7 +67,8 @@ def records(monkeypatch):
         return graph.Step(idle, ActedGraph(function, idle, result), result)
 
     def record(function, plan, device, pool):
-        if not function.args[0].refresh:
+        shape = function.args[0]
+        if not shape.refresh and shape.width == function.func.__self__.block_length:
             recorded.append(plan.shape[1])
         return (real if device.type == "cuda" else act)(function, plan, device, pool)
 
@@ -448,7 +449,7 @@ def test_a_replaced_model_is_captured_on_a_gpu(records):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("kept", [False, True], ids=["all", "kept"])
-def test_a_short_refresh_is_captured_once_its_padded_length_has_come_often(family, cache, kept, records, monkeypatch):
+def test_what_is_not_much_is_captured_once_its_padded_length_has_come_often(family, cache, kept, records, monkeypatch):
     if cache == "none" and kept:
         pytest.skip("nothing keeps the prompt")
     monkeypatch.setattr(decode, "LENGTHS", 8)
@@ -461,9 +462,12 @@ def test_a_short_refresh_is_captured_once_its_padded_length_has_come_often(famil
         plain = fastdllm.generate(model_of(family), random_prompts(config, lengths, 0), **options, graph=False)
         result = check_equal(model, random_prompts(config, lengths, 0), **options)
         assert all(map(torch.equal, result.tokens, plain.tokens))
-    shapes = [shape for _, shape, _ in graph._workspaces[model].steps if shape.refresh]
-    assert {shape.width for shape in shapes} == {16 if kept else 24}
-    assert {shape.whole for shape in shapes} == ({True, False} if kept else {True})
+    shapes = [shape for _, shape, _ in graph._workspaces[model].steps]
+    refreshes, steps = ([shape for shape in shapes if shape.refresh == wanted] for wanted in (True, False))
+    assert {shape.width for shape in refreshes} == {16 if kept else 24}
+    assert {shape.whole for shape in refreshes} == ({True, False} if kept else {True})
+    widths = {"none": set(), "dual": {4}, "prefix": {4, 8} if kept else {4, 8, 16}}
+    assert {shape.width for shape in steps} == widths[cache]
 
 
 def test_what_was_dropped_must_come_often_again(monkeypatch):
