@@ -28,6 +28,9 @@ FORMS = {
     "rotated first": Config(2, 128, 3, rotate_first=True),
     "waits for nothing": Config(1, 64, 3, overlap=False),
     "more splits than keys": Config(1, 32, 6, splits=9),
+    "1 consumer, several tiles": Config(1, 64, 3, programs=2),
+    "2 consumers, several tiles": Config(2, 64, 5, programs=1),
+    "2 consumers, several long tiles": Config(2, 128, 3, programs=3),
 }
 SPANS = {
     "prefix, block and suffix": dict(S=300, block_start=(100, 128), kv_len=(300, 257)),
@@ -95,7 +98,7 @@ def taken(x):
 @on_hopper
 @HALVES
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("form", ["1 consumer", "2 consumers, 2 splits", "2 consumers, long tiles"])
+@pytest.mark.parametrize("form", ["1 consumer", "2 consumers, 2 splits", "2 consumers, long tiles", "2 consumers, several tiles"])
 def test_the_portable_kernels_cases(form, case, dtype):
     x = inputs(dtype, "cuda", **case)
     if not taken(x):
@@ -116,7 +119,7 @@ def test_forms_and_spans(form, span, heads, rotation):
 @on_hopper
 @pytest.mark.parametrize("T", [1, 4, 31, 33, 64, 100, 300])
 @pytest.mark.parametrize("D", [64, 128])
-@pytest.mark.parametrize("form", ["1 consumer", "2 consumers", "2 consumers, long tiles"])
+@pytest.mark.parametrize("form", ["1 consumer, several tiles", "2 consumers", "2 consumers, several long tiles"])
 def test_block_lengths(form, D, T):
     x = inputs(torch.bfloat16, "cuda", T=T, H=4, HK=2, D=D, S=T + 200, block_start=(60, 0), rotation="fp32")
     assert_close(x, *run(x, FORMS[form], kernel=attention_hopper))
@@ -144,7 +147,7 @@ def test_rows_of_a_table_and_a_strided_result():
 
 @on_hopper
 @pytest.mark.parametrize("heads", [(32, 32), (28, 4)])
-@pytest.mark.parametrize("form", ["1 consumer, 3 splits", "2 consumers", "2 consumers, long tiles"])
+@pytest.mark.parametrize("form", ["1 consumer, 3 splits", "1 consumer, several tiles", "2 consumers, several long tiles"])
 def test_a_thousand_launches_give_the_same_bits(form, heads):
     x = real("cuda", 2, *heads, 1024)
     expected, expected_lse = run(x, FORMS[form], kernel=attention_hopper)

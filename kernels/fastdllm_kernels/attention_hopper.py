@@ -13,7 +13,7 @@ masked, and their values past the end are overwritten by zeros in shared memory.
 attention_triton's `_merge`: equal inputs give equal bits, launch after launch.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import triton.language as tl
@@ -47,7 +47,8 @@ class Config:
     """How one call runs: `CONSUMERS` times 64 query rows and a ring of `num_stages` (3 or more) tiles of TILE_KEYS keys a
     program.
 
-    splits, rotate_first, overlap: as in attention_triton.Config.
+    splits, rotate_first, overlap: as in attention_triton.Config. programs: how many there are at most; where there are more
+    tiles each takes several, and asks for the next one's keys while it ends one.
     """
 
     CONSUMERS: int
@@ -56,6 +57,7 @@ class Config:
     splits: int = 1
     rotate_first: bool = False
     overlap: bool = True
+    programs: int = 2**31 - 1
 
 
 @lru_cache(maxsize=4096)
@@ -152,35 +154,38 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    k_cache, v_cache, k, v, ring, page_table_ptr, page_row, tiles, T, spans,
+    k_cache, v_cache, k, v, ring, page_table_ptr, page_row, tiles, items, T, spans,
     HK: gl.constexpr, G: gl.constexpr, ROTATE: gl.constexpr, CONSUMERS: gl.constexpr, OVERLAP: gl.constexpr,
     ALONE: gl.constexpr,
 ):  # fmt: skip
     """Stream the share's cached keys and values (and its own, if nothing rotates them) into the ring, step after step."""
-    k_ring, v_ring, ready, empty, _ = ring
+    k_ring, v_ring, ready, empty = ring[0], ring[1], ring[2], ring[3]
     STAGES: gl.constexpr = k_ring.shape[0]
     TILE_KEYS: gl.constexpr = k_ring.shape[1]
-    tile, kv_head, b = _place(gl.program_id(0), tiles, HK)
-    b, head = b.to(gl.int32), kv_head.to(gl.int32)
     if OVERLAP:
         _gdc_wait()
-    row = b
-    if page_table_ptr is not None:  # one page a row: where it lies is asked once
-        row = gl.load(page_table_ptr + b.to(gl.int64) * page_row)
-    _, _, written, parts = _share(b, tile, T, spans, G, 64 * CONSUMERS, TILE_KEYS, ROTATE, ALONE)
-    _, count = _counts(parts, TILE_KEYS)
-    done = (written[1] + TILE_KEYS - 1) // TILE_KEYS  # tiles that the consumers write
-    for i in range(done):
-        mbarrier.arrive(ready.index(i), count=2)
-    stage, phase, last_where, last_slot = gl.where(done == STAGES, 0, done), gl.where(done == STAGES, 0, 1), 0, 0
-    for i in range(0, gl.where(done + count > 0, count + 1, 0)):
-        full, k_to, v_to = ready.index(stage), k_ring.index(stage), v_ring.index(stage)
-        where, slot, _, _, _ = _tile(i, parts, TILE_KEYS)
-        mbarrier.wait(empty.index(stage), phase)
-        _fetch(i < count, k_cache, k, row, b, where, slot, head, full, k_to, ROTATE)
-        _fetch(i > 0, v_cache, v, row, b, last_where, last_slot, head, full, v_to, ROTATE)
-        stage, phase = _next(stage, phase, STAGES)
-        last_where, last_slot = where, slot
+    stage, phase = 0, 1
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        tile, kv_head, b = _place(item, tiles, HK)
+        b, head = b.to(gl.int32), kv_head.to(gl.int32)
+        row = b
+        if page_table_ptr is not None:  # one page a row: where it lies is asked once
+            row = gl.load(page_table_ptr + b.to(gl.int64) * page_row)
+        _, _, written, parts = _share(b, tile, T, spans, G, 64 * CONSUMERS, TILE_KEYS, ROTATE, ALONE)
+        _, count = _counts(parts, TILE_KEYS)
+        if written[1] > 0:  # a step that the consumers fill
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.arrive(ready.index(stage), count=2)
+            stage, phase = _next(stage, phase, STAGES)
+        last_where, last_slot = 0, 0
+        for i in range(0, gl.where(count > 0, count + 1, 0)):
+            full, k_to, v_to = ready.index(stage), k_ring.index(stage), v_ring.index(stage)
+            where, slot, _, _, _ = _tile(i, parts, TILE_KEYS)
+            mbarrier.wait(empty.index(stage), phase)
+            _fetch(i < count, k_cache, k, row, b, where, slot, head, full, k_to, ROTATE)
+            _fetch(i > 0, v_cache, v, row, b, last_where, last_slot, head, full, v_to, ROTATE)
+            stage, phase = _next(stage, phase, STAGES)
+            last_where, last_slot = where, slot
     if OVERLAP:
         _gdc_launch_dependents()
 
@@ -204,21 +209,18 @@ def _fetch(real, cache, fresh, row, b, where, slot, head, full, to, ROTATE: gl.c
 
 
 @gluon.jit
-def _halves(x_ptr, offset, seen, HALF: gl.constexpr, LAYOUT: gl.constexpr):
+def _halves(x_ptr, offset, HALF: gl.constexpr, LAYOUT: gl.constexpr):
     """Both halves of the rows at `offset`."""
-    column = gl.arange(0, HALF, gl.SliceLayout(0, LAYOUT))[None, :]
-    x, mask = x_ptr + offset[:, None] + column, seen[:, None] & (column < HALF)
-    return gl.load(x, mask=mask, other=0.0), gl.load(x + HALF, mask=mask, other=0.0)
+    x = x_ptr + offset[:, None] + gl.arange(0, HALF, gl.SliceLayout(0, LAYOUT))[None, :]
+    return gl.load(x), gl.load(x + HALF)
 
 
 @gluon.jit
-def _angles(tables, position, seen, HALF: gl.constexpr, LAYOUT: gl.constexpr):
+def _angles(tables, position, HALF: gl.constexpr, LAYOUT: gl.constexpr):
     """The cosines and sines of rows at `position`."""
     cos_ptr, sin_ptr, cos_at, sin_at = tables
-    column = gl.arange(0, HALF, gl.SliceLayout(0, LAYOUT))[None, :]
-    at, mask = position.to(gl.int64)[:, None], seen[:, None] & (column < HALF)
-    return (gl.load(cos_ptr + at * cos_at + column, mask=mask, other=0.0),
-            gl.load(sin_ptr + at * sin_at + column, mask=mask, other=0.0))  # fmt: skip
+    at, column = position.to(gl.int64)[:, None], gl.arange(0, HALF, gl.SliceLayout(0, LAYOUT))[None, :]
+    return gl.load(cos_ptr + at * cos_at + column), gl.load(sin_ptr + at * sin_at + column)
 
 
 @gluon.jit
@@ -282,20 +284,11 @@ def _unpacked(pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _rows_of(i, own_tiles, own_keys, parts, TILE_KEYS: gl.constexpr):
-    """Of tile i, the first `own_tiles` written by the consumers: rows that count, from and to; rows not NaN."""
-    _, _, low, high, seen = _tile(i - own_tiles, parts, TILE_KEYS)
-    own = i < own_tiles
-    return gl.where(own, 0, low), gl.where(own, gl.minimum(own_keys - i * TILE_KEYS, TILE_KEYS), high), gl.where(
-        own, TILE_KEYS, seen)  # fmt: skip
-
-
-@gluon.jit
 def _fold(
-    i, stage, phase, bounds, q, ring, pairs, acc, top, total, scale, SCORES: gl.constexpr, MASKED: gl.constexpr,
+    i, stage, phase, parts, q, ring, pairs, acc, top, total, scale, SCORES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Step i, which is there: scores and weights of tile i beside the product of the weights and values of tile i - 1."""
-    k_ring, v_ring, ready, empty, _ = ring
+    k_ring, v_ring, ready, empty = ring
     STAGES: gl.constexpr = k_ring.shape[0]
     TILE_KEYS: gl.constexpr = k_ring.shape[1]
     DTYPE: gl.constexpr = k_ring.dtype
@@ -305,7 +298,7 @@ def _fold(
     acc = warpgroup_mma(p, v_ring.index(stage), acc, is_async=True)
     low, high, seen = 0, TILE_KEYS, TILE_KEYS
     if MASKED:
-        low, high, seen = _rows_of(i, bounds[0], bounds[1], bounds[2], TILE_KEYS)
+        _, _, low, high, seen = _tile(i, parts, TILE_KEYS)
     s = warpgroup_mma_wait(1, deps=[s])
     weights, top, total, shrink = _weights(s, top, total, scale, low, high, MASKED)
     if TILE_KEYS > 64:  # no registers are left to hold the weights of so many keys for long
@@ -325,193 +318,192 @@ def _fold(
 
 
 @gluon.jit
-def _own_rows(key, own_at, own_keys, k_ptr, v_ptr, k_at, v_at, CHUNK: gl.constexpr, D: gl.constexpr,
-              HALVES: gl.constexpr, WHOLE: gl.constexpr):  # fmt: skip
-    """CHUNK of the block's own keys, in halves, and their values, from `key` on; zeros from own_keys on."""
-    row = key + gl.arange(0, CHUNK, gl.SliceLayout(1, HALVES))
-    first, second = _halves(k_ptr, (own_at + row).to(gl.int64) * k_at, row < own_keys, D // 2, HALVES)
-    row = key + gl.arange(0, CHUNK, gl.SliceLayout(1, WHOLE))
-    column = gl.arange(0, D, gl.SliceLayout(0, WHOLE))[None, :]
-    return first, second, gl.load(v_ptr + ((own_at + row).to(gl.int64) * v_at)[:, None] + column,
-                                  mask=(row < own_keys)[:, None] & (column < D), other=0.0)  # fmt: skip
-
-
-@gluon.jit
-def _write_own(
-    WHO: gl.constexpr, k_ptr, v_ptr, ring, written, loaded, start, k_at, v_at, tables, positions, CONSUMERS: gl.constexpr,
-    HALVES: gl.constexpr, WHOLE: gl.constexpr,
-):  # fmt: skip
-    """This consumer's part of the block's own keys, rotated, and of their values, into the ring. loaded: its first rows."""
-    k_ring, v_ring, _, _, own_written = ring
+def _write_own(at, written, start, positions, k_ptr, v_ptr, k_at, v_at, tables, k_to, v_to, LAYOUT: gl.constexpr):
+    """Own keys from `at` on, rotated, and their values into shared memory; past the last of them the last again."""
     own_at, own_keys = written
-    STAGES: gl.constexpr = k_ring.shape[0]
-    TILE_KEYS: gl.constexpr = k_ring.shape[1]
-    D: gl.constexpr = k_ring.shape[2]
-    CHUNK: gl.constexpr = loaded[2].shape[0]
-    first, second, values = loaded
-    for j in range((own_keys + TILE_KEYS - 1) // TILE_KEYS):
-        for at in gl.static_range(WHO * CHUNK, TILE_KEYS, CONSUMERS * CHUNK):
-            k_to, v_to = k_ring.index(j).slice(at, CHUNK, 0), v_ring.index((j + 1) % STAGES).slice(at, CHUNK, 0)
-            key = j * TILE_KEYS + at
-            if key < own_keys:
-                row = key + gl.arange(0, CHUNK, gl.SliceLayout(1, HALVES))
-                position = gl.minimum(start + own_at + row, positions - 1)
-                angles = _angles(tables, position, row < own_keys, D // 2, HALVES)
-                row = key + gl.arange(0, CHUNK, gl.SliceLayout(1, WHOLE))
-                v_to.store(gl.where((row < own_keys)[:, None], values, 0.0))
-                k_to.store(_rotated((first, second), angles))
-                first, second, values = _own_rows(key + CONSUMERS * CHUNK, own_at, own_keys, k_ptr, v_ptr, k_at, v_at,
-                                                  CHUNK, D, HALVES, WHOLE)  # fmt: skip
-            else:  # nothing counts what the keys are, but no value may be NaN
-                v_to.store(gl.zeros([CHUNK, D], v_ring.dtype, WHOLE))
-    fence_async_shared()
-    if CONSUMERS == 2:
-        _barrier()
-        mbarrier.arrive(own_written, count=1)
-
-
-@gluon.jit
-def _prepare(
-    WHO: gl.constexpr, q_ptr, k, v, q, ring, spans, tables, strides, tiles, T, positions, HK: gl.constexpr, G: gl.constexpr,
-    NEGATIVE: gl.constexpr, CONSUMERS: gl.constexpr, OVERLAP: gl.constexpr, ALONE: gl.constexpr,
-):  # fmt: skip
-    """The consumer's queries into q, and its part of the own keys into the ring; what `_share` says of the program."""
-    q_row, q_at, q_head, k_row, k_at, k_head, v_row, v_at, v_head, _, _, _, _ = strides
-    TILE_KEYS: gl.constexpr = ring[0].shape[1]
-    D: gl.constexpr = ring[0].shape[2]
-    HALF: gl.constexpr = D // 2
-    ROTATE: gl.constexpr = tables[0] is not None
-    HALVES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HALF, HALF // 8], [4, 1], [1, 0])
+    D: gl.constexpr = k_to.shape[1]
     WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    CHUNK: gl.constexpr = 32 // CONSUMERS
-    tile, kv_head, b = _place(gl.program_id(0), tiles, HK)
-    row = (tile * CONSUMERS + WHO) * 64 + gl.arange(0, 64, gl.SliceLayout(1, HALVES if ROTATE else WHOLE))
-    t = row // G
-    offset = b * q_row + t.to(gl.int64) * q_at + (kv_head * G + row % G) * q_head
-    if OVERLAP:
-        _gdc_wait()
-    # What needs no spans is on its way before they are here; rows that turn out not to be asked for are not written either.
-    if ROTATE:
-        k_ptr, v_ptr = k + b * k_row + kv_head * k_head, v + b * v_row + kv_head * v_head
-        halves = _halves(q_ptr, offset, t < T, HALF, HALVES)
-        if ALONE:
-            loaded = _own_rows(WHO * CHUNK, 0, T, k_ptr, v_ptr, k_at, v_at, CHUNK, D, HALVES, WHOLE)
-        start, own, written, parts = _share(b, tile, T, spans, G, 64 * CONSUMERS, TILE_KEYS, ROTATE, ALONE)
-        if not ALONE:
-            loaded = _own_rows(WHO * CHUNK, written[0], written[1], k_ptr, v_ptr, k_at, v_at, CHUNK, D, HALVES, WHOLE)
-        _write_own(WHO, k_ptr, v_ptr, ring, written, loaded, start, k_at, v_at, tables, positions, CONSUMERS, HALVES, WHOLE)
-        # The own keys' cosines and sines are the same: they are near by now, and hold no registers meanwhile.
-        queries = _rotated(halves, _angles(tables, gl.minimum(start + t, positions - 1), t < T, HALF, HALVES))
-    else:
-        column = gl.arange(0, D, gl.SliceLayout(0, WHOLE))[None, :]
-        queries = gl.load(q_ptr + offset[:, None] + column, mask=(t < T)[:, None] & (column < D), other=0.0)
-        start, own, written, parts = _share(b, tile, T, spans, G, 64 * CONSUMERS, TILE_KEYS, ROTATE, ALONE)
-    if NEGATIVE:
-        queries = -queries
-    q.store(queries)
-    fence_async_shared()
-    _barrier()
-    return own, written, parts
+    row = own_at + gl.minimum(at + gl.arange(0, k_to.shape[0], gl.SliceLayout(1, WHOLE)), own_keys - 1)
+    values = gl.load(v_ptr + (row.to(gl.int64) * v_at)[:, None] + gl.arange(0, D, gl.SliceLayout(0, WHOLE))[None, :])
+    row = own_at + gl.minimum(at + gl.arange(0, k_to.shape[0], gl.SliceLayout(1, LAYOUT)), own_keys - 1)
+    halves = _halves(k_ptr, row.to(gl.int64) * k_at, D // 2, LAYOUT)
+    k_to.store(_rotated(halves, _angles(tables, gl.minimum(start + row, positions - 1), D // 2, LAYOUT)))
+    v_to.store(values)
 
 
 @gluon.jit
-def _fold_all(q, ring, written, parts, scale, SUMS: gl.constexpr, JOINT: gl.constexpr):
-    """The queries over all of the ring's steps: running maximum, sum and weighted values. JOINT: two write the own keys."""
-    k_ring, v_ring, ready, empty, own_written = ring
+def _fold_own(q, k, v, keys, top, total, acc, scale):
+    """Own keys, of which `keys` count, into the running maximum, sums and weighted values; whoever reads k and v is done."""
+    SUMS: gl.constexpr = acc.type.layout
+    KEYS: gl.constexpr = k.shape[0]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    zeros = gl.zeros([64, KEYS], gl.float32, SCORES)
+    s = warpgroup_mma_wait(0, deps=[warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)])
+    top = gl.convert_layout(top, gl.SliceLayout(1, SCORES))
+    weights, top, total, shrink = _weights(s, top, total, scale, 0, keys, True)
+    p = _unpacked(_packed(weights, k.dtype), k.dtype, gl.DotOperandLayout(0, SUMS, 2))
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
+    acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v, acc, is_async=True)])
+    return gl.convert_layout(top, gl.SliceLayout(1, SUMS)), total, acc
+
+
+@gluon.jit
+def _fold_all(q, ring, stage, phase, parts, top, total, acc, scale, ROTATE: gl.constexpr):
+    """The queries over an item's steps of the ring: the step after them and its parity; running maximum, sum and weighted
+    values. ROTATE: own keys may have come before."""
+    k_ring, v_ring, ready, empty = ring
     STAGES: gl.constexpr = k_ring.shape[0]
     TILE_KEYS: gl.constexpr = k_ring.shape[1]
-    D: gl.constexpr = k_ring.shape[2]
+    SUMS: gl.constexpr = acc.type.layout
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KEYS, 16])
-    # How a row's columns lie on four lanes in scores and sums.
-    LANES: gl.constexpr = gl.DistributedLinearLayout(
-        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4])
-    own_tiles = (written[1] + TILE_KEYS - 1) // TILE_KEYS
     short, count = _counts(parts, TILE_KEYS)
-    short += own_tiles
-    count += own_tiles
-    top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    total = gl.zeros([64, 4], gl.float32, LANES)
-    acc = gl.zeros([64, D], gl.float32, SUMS)
+    top = gl.convert_layout(top, gl.SliceLayout(1, SCORES))
     if count > 0:
-        if JOINT:
-            mbarrier.wait(own_written, 0)
-        mbarrier.wait(ready.index(0), 0)
-        bounds = (own_tiles, written[1], parts)
-        low, high, seen = _rows_of(0, own_tiles, written[1], parts, TILE_KEYS)
+        mbarrier.wait(ready.index(stage), phase)
+        _, _, low, high, seen = _tile(0, parts, TILE_KEYS)
         zeros = gl.zeros([64, TILE_KEYS], gl.float32, SCORES)
-        s = warpgroup_mma(q, k_ring.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma(q, k_ring.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.arrive(empty.index(0), count=1)
+        mbarrier.arrive(empty.index(stage), count=1)
         weights, top, total, shrink = _weights(s, top, total, scale, low, high, True)
+        if ROTATE:
+            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
         pairs = _packed(weights, k_ring.dtype)
-        stage, phase = _next(0, 0, STAGES)
+        stage, phase = _next(stage, phase, STAGES)
         mbarrier.wait(ready.index(stage), phase)
         if seen < TILE_KEYS:
             _clear(v_ring.index(stage), seen)
         for i in range(1, short):
             stage, phase, pairs, acc, top, total = _fold(
-                i, stage, phase, bounds, q, ring, pairs, acc, top, total, scale, SCORES, True)  # fmt: skip
+                i, stage, phase, parts, q, ring, pairs, acc, top, total, scale, SCORES, True)  # fmt: skip
         for i in range(gl.maximum(short, 1), count):
             stage, phase, pairs, acc, top, total = _fold(
-                i, stage, phase, bounds, q, ring, pairs, acc, top, total, scale, SCORES, False)  # fmt: skip
+                i, stage, phase, parts, q, ring, pairs, acc, top, total, scale, SCORES, False)  # fmt: skip
         p = _unpacked(pairs, k_ring.dtype, gl.DotOperandLayout(0, SUMS, 2))
-        acc = warpgroup_mma(p, v_ring.index(stage), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-    return gl.convert_layout(top, gl.SliceLayout(1, SUMS)), gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SUMS)), acc
+        acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v_ring.index(stage), acc, is_async=True)])
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = _next(stage, phase, STAGES)
+    return stage, phase, gl.convert_layout(top, gl.SliceLayout(1, SUMS)), total, acc
 
 
 @gluon.jit
 def _consume(
-    WHO: gl.constexpr, q_ptr, k, v, q_all, ring, out_ptr, lse_ptr, spans, tables, strides, lse_split, scale, tiles, T,
+    WHO: gl.constexpr, q_ptr, k, v, q_all, ring, out_ptr, lse_ptr, spans, tables, strides, lse_split, scale, tiles, items, T,
     positions, HK: gl.constexpr, G: gl.constexpr, NEGATIVE: gl.constexpr, CONSUMERS: gl.constexpr, OVERLAP: gl.constexpr,
-    ALONE: gl.constexpr,
+    ALONE: gl.constexpr, SEVERAL: gl.constexpr, LONG: gl.constexpr,
 ):  # fmt: skip
-    """Consumer WHO: 64 query rows over the steps of the ring, whose first tiles it helps to write."""
-    LN2: gl.constexpr = 0.6931471805599453  # here, not outside: a launch compares every global that a kernel reads
-    D: gl.constexpr = ring[0].shape[2]
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    q = q_all.index(WHO)
-    own, written, parts = _prepare(WHO, q_ptr, k, v, q, ring, spans, tables, strides, tiles, T, positions, HK, G, NEGATIVE,
-                                   CONSUMERS, OVERLAP, ALONE)  # fmt: skip
-    top, total, acc = _fold_all(q, ring, written, parts, scale, SUMS, tables[0] is not None and CONSUMERS == 2)
-    # Axis 2 has one program: its 0 makes these new values, where the same from above would hold registers in the loops.
-    tile, kv_head, b = _place(gl.program_id(0) + gl.program_id(2), tiles, HK)
-    first_row, split = (tile * CONSUMERS + WHO) * 64, gl.program_id(1).to(gl.int64)
-    total = gl.where(total == 0, 1.0, total)
-    result = acc * (1.0 / total)[:, None]
-    if lse_ptr is not None:
-        row = first_row + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
-        lse = gl.where(row < own * G, (top + gl.log2(total)) * LN2, float("-inf"))
-        gl.store(lse_ptr + split * lse_split + (b * T + row // G) * (HK * G) + kv_head * G + row % G, lse, mask=row // G < T)
-    offset = split * strides[12] + b * strides[9] + kv_head * G * strides[11]
-    if ALONE:  # through shared memory, so that a thread writes 16 bytes
-        q.store(result.to(q.dtype))
-        _barrier()
-        _write(q.load(WHOLE), out_ptr, first_row, own, T, offset, strides[10], strides[11], G, WHOLE)
-    else:
-        _write(result, out_ptr, first_row, own, T, offset, strides[10], strides[11], G, SUMS)
+    """Consumer WHO: 64 query rows of each of the program's items, over its own keys and over the steps of the ring."""
+    if OVERLAP:
+        _gdc_wait()
+    stage, phase = 0, 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        stage, phase = _consume_item(
+            WHO, item, stage, phase, q_ptr, k, v, q_all.index(WHO), ring, out_ptr, lse_ptr, spans, tables, strides, lse_split,
+            scale, tiles, T, positions, HK, G, NEGATIVE, CONSUMERS, ALONE, SEVERAL, LONG)  # fmt: skip
 
 
 @gluon.jit
-def _write(result, out_ptr, first_row, own, T, offset, out_at, out_head, G: gl.constexpr, LAYOUT: gl.constexpr):
-    """Rows of the result, 0 where they lie past the row's block."""
+def _consume_item(
+    WHO: gl.constexpr, item, stage, phase, q_ptr, k, v, q, ring, out_ptr, lse_ptr, spans, tables, strides, lse_split,
+    scale, tiles, T, positions, HK: gl.constexpr, G: gl.constexpr, NEGATIVE: gl.constexpr, CONSUMERS: gl.constexpr,
+    ALONE: gl.constexpr, SEVERAL: gl.constexpr, LONG: gl.constexpr,
+):  # fmt: skip
+    """One item, whose first step of the ring is `stage`: its result. Returns the step after its last."""
+    LN2: gl.constexpr = 0.6931471805599453  # here, not outside: a launch compares every global that a kernel reads
+    k_ring, v_ring, _, empty = ring
+    STAGES: gl.constexpr = k_ring.shape[0]
+    TILE_KEYS: gl.constexpr = k_ring.shape[1]
+    D: gl.constexpr = k_ring.shape[2]
+    ROTATE: gl.constexpr = tables[0] is not None
+    HALVES: gl.constexpr = gl.BlockedLayout([1, 8], [512 // D, D // 16], [4, 1], [1, 0])
+    WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    # How a row's columns lie on four lanes in scores and sums.
+    LANES: gl.constexpr = gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4])
+    q_row, q_at, q_head, k_row, k_at, k_head, v_row, v_at, v_head, out_row, out_at, out_head, out_split = strides
+    tile, kv_head, b = _place(item, tiles, HK)
+    row = (tile * CONSUMERS + WHO) * 64 + gl.arange(0, 64, gl.SliceLayout(1, HALVES if ROTATE else WHOLE))
+    t = gl.minimum(row // G, T - 1)  # rows past the last read the last again, and are not written
+    offset = b * q_row + t.to(gl.int64) * q_at + (kv_head * G + row % G) * q_head
+    # What needs no spans is on its way before they are here.
+    if ROTATE:
+        halves = _halves(q_ptr, offset, D // 2, HALVES)
+    else:
+        queries = gl.load(q_ptr + offset[:, None] + gl.arange(0, D, gl.SliceLayout(0, WHOLE))[None, :])
+    start, own, written, parts = _share(b, tile, T, spans, G, 64 * CONSUMERS, TILE_KEYS, ROTATE, ALONE)
+    # Each consumer keeps own keys, 32 at a time, in rows of its own of one step of the ring.
+    k_own, v_own = k_ring.index(stage).slice(WHO * 32, 32, 0), v_ring.index(stage).slice(WHO * 32, 32, 0)
+    if ROTATE:
+        k_ptr, v_ptr = k + b * k_row + kv_head * k_head, v + b * v_row + kv_head * v_head
+        if written[1] > 0:
+            if SEVERAL:
+                mbarrier.wait(empty.index(stage), phase ^ 1)
+            _write_own(0, written, start, positions, k_ptr, v_ptr, k_at, v_at, tables, k_own, v_own, HALVES)
+        # The own keys' cosines and sines are the same: they are near by now.
+        queries = _rotated(halves, _angles(tables, gl.minimum(start + t, positions - 1), D // 2, HALVES))
+    if NEGATIVE:
+        queries = -queries
+    if SEVERAL:  # the last item's result was read from there
+        _barrier()
+    q.store(queries)
+    fence_async_shared()
+    _barrier()
+    top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SUMS))
+    total, acc = gl.zeros([64, 4], gl.float32, LANES), gl.zeros([64, D], gl.float32, SUMS)
+    if ROTATE:
+        if written[1] > 0:
+            top, total, acc = _fold_own(q, k_own, v_own, written[1], top, total, acc, scale)
+            if LONG:
+                for at in range(32, written[1], 32):
+                    _barrier()
+                    _write_own(at, written, start, positions, k_ptr, v_ptr, k_at, v_at, tables, k_own, v_own, HALVES)
+                    fence_async_shared()
+                    _barrier()
+                    top, total, acc = _fold_own(q, k_own, v_own, written[1] - at, top, total, acc, scale)
+            mbarrier.arrive(empty.index(stage), count=1)
+            stage, phase = _next(stage, phase, STAGES)
+    stage, phase, top, lanes, acc = _fold_all(q, ring, stage, phase, parts, top, total, acc, scale, ROTATE)
+    total = gl.convert_layout(gl.sum(lanes, 1), gl.SliceLayout(1, SUMS))
+    # Axis 2 has one program: its 0 makes these new values, where the same from above would hold registers in the loops.
+    tile, kv_head, b = _place(item + gl.program_id(2), tiles, HK)
+    first_row, split = (tile * CONSUMERS + WHO) * 64, gl.program_id(1).to(gl.int64)
+    total = gl.where(total == 0, 1.0, total)
+    row = first_row + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
+    asked = row < own * G
+    result = gl.where(asked[:, None], acc * (1.0 / total)[:, None], 0.0)
+    if lse_ptr is not None:
+        lse = gl.where(asked, (top + gl.log2(total)) * LN2, float("-inf"))
+        gl.store(lse_ptr + split * lse_split + (b * T + row // G) * (HK * G) + kv_head * G + row % G, lse, mask=row // G < T)
+    out_ptr += split * out_split + b * out_row + kv_head * G * out_head
+    if ALONE:  # through shared memory, so that a thread writes 16 bytes
+        q.store(result.to(q.dtype))
+        _barrier()
+        _write(q.load(WHOLE), out_ptr, first_row, T, out_at, out_head, G, WHOLE)
+    else:
+        _write(result, out_ptr, first_row, T, out_at, out_head, G, SUMS)
+    return stage, phase
+
+
+@gluon.jit
+def _write(result, out_ptr, first_row, T, out_at, out_head, G: gl.constexpr, LAYOUT: gl.constexpr):
+    """64 rows of the result."""
     D: gl.constexpr = result.shape[1]
     row = first_row + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     column = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
-    offset += (row // G).to(gl.int64) * out_at + (row % G) * out_head
-    result = gl.where((row < own * G)[:, None], result, 0.0)
+    offset = (row // G).to(gl.int64) * out_at + (row % G) * out_head
     inside = (row // G < T)[:, None] & (column < D)
     gl.store(out_ptr + offset[:, None] + column, result.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@gluon.jit(do_not_specialize=["tiles", "T", "positions", "lse_split"])
+@gluon.jit(do_not_specialize=["tiles", "items", "T", "positions", "lse_split"])
 def _attend_hopper(
-    q, k, v, k_cache, v_cache, out, lse, spans, page_table, tables, scale, tiles, T, positions, page_row, lse_split, strides,
-    HK: gl.constexpr, G: gl.constexpr, D: gl.constexpr, TILE_KEYS: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr, NEGATIVE: gl.constexpr, OVERLAP: gl.constexpr, ALONE: gl.constexpr,
+    q, k, v, k_cache, v_cache, out, lse, spans, page_table, tables, scale, tiles, items, T, positions, page_row, lse_split,
+    strides, HK: gl.constexpr, G: gl.constexpr, D: gl.constexpr, TILE_KEYS: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, NEGATIVE: gl.constexpr, OVERLAP: gl.constexpr, ALONE: gl.constexpr, SEVERAL: gl.constexpr,
+    LONG: gl.constexpr,
 ):  # fmt: skip
-    """One row tile of one key head (program axis 0, tiles fastest so that they share keys in L2) and one split (axis 1).
+    """Row tiles of key heads (program axis 0, tiles fastest so that they share keys in L2; `items` in all) and one split (axis 1).
 
     spans: block_start, kv_len, kv_start, block_len. tables: cos, sin and their strides. k, v: pointers where there are tables,
     otherwise descriptors. strides: of q, k, v and out, three each, and of a split of out.
@@ -522,28 +514,26 @@ def _attend_hopper(
     q_all = gl.allocate_shared_memory(q.dtype.element_ty, [CONSUMERS, 64, D], RING)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    own_written = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=2)  # keys and values
         mbarrier.init(empty.index(stage), count=CONSUMERS)
-    mbarrier.init(own_written, count=CONSUMERS)
     fence_async_shared()
-    ring = (k_ring, v_ring, ready, empty, own_written)
+    ring = (k_ring, v_ring, ready, empty)
     ROTATE: gl.constexpr = tables[0] is not None
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (_consume, (0, q, k, v, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, T, positions,
-                        HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE)),
-            (_produce, (k_cache, v_cache, k, v, ring, page_table, page_row, tiles, T, spans,
+            (_consume, (0, q, k, v, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, items, T,
+                        positions, HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE, SEVERAL, LONG)),
+            (_produce, (k_cache, v_cache, k, v, ring, page_table, page_row, tiles, items, T, spans,
                         HK, G, ROTATE, CONSUMERS, OVERLAP, ALONE)),
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (0, q, k, v, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, T, positions,
-                        HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE)),
-            (_consume, (1, q, k, v, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, T, positions,
-                        HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE)),
-            (_produce, (k_cache, v_cache, k, v, ring, page_table, page_row, tiles, T, spans,
+            (_consume, (0, q, k, v, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, items, T,
+                        positions, HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE, SEVERAL, LONG)),
+            (_consume, (1, q, k, v, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, items, T,
+                        positions, HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE, SEVERAL, LONG)),
+            (_produce, (k_cache, v_cache, k, v, ring, page_table, page_row, tiles, items, T, spans,
                         HK, G, ROTATE, CONSUMERS, OVERLAP, ALONE)),
         ], [4, 1], [240, 24])  # fmt: skip
 
@@ -568,9 +558,6 @@ def launch(
     """Run the kernel into `out` and `lse` (or None); `chosen`, a Config, replaces the one that `config` picks."""
     B, T, H, D = q.shape
     chosen = chosen or config(B, T, H, k.shape[2], D, k_cache.shape[1], q.element_size(), chip_of(q.device))
-    # The ring must hold all own keys that are rotated in it.
-    if not chosen.rotate_first and ceil_div(T, chosen.TILE_KEYS) > chosen.num_stages:
-        chosen = replace(chosen, rotate_first=True)
     launch_passes(_launch_attend, chosen, q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len,
                   cos, sin, scale, out, lse)  # fmt: skip
 
@@ -584,13 +571,15 @@ def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, pag
     # No slot of an empty cache is read, but a descriptor must name some memory.
     cached = (k_cache, v_cache) if k_cache.numel() else (k, v)
     tables = (None,) * 4 if cos is None else (cos, sin, cos.stride(0), sin.stride(0))
-    _attend_hopper[tiles * B * HK, chosen.splits](
+    items = tiles * B * HK
+    _attend_hopper[min(items, chosen.programs), chosen.splits](
         q, *fresh, _descriptor(cached[0], chosen), _descriptor(cached[1], chosen), out, lse,
-        (block_start, kv_len, kv_start, block_len), page_table, tables, scale_of(scale), tiles, T,
+        (block_start, kv_len, kv_start, block_len), page_table, tables, scale_of(scale), tiles, items, T,
         0 if cos is None else cos.shape[0], 0 if page_table is None else page_table.stride(0), B * T * H,
         (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out_stride[:3], out_split),
         HK=HK, G=H // HK, D=D, TILE_KEYS=chosen.TILE_KEYS, STAGES=chosen.num_stages, CONSUMERS=chosen.CONSUMERS,
-        NEGATIVE=scale < 0, OVERLAP=chosen.overlap, ALONE=chosen.splits == 1, num_warps=4, enable_fp_fusion=True,
+        NEGATIVE=scale < 0, OVERLAP=chosen.overlap, ALONE=chosen.splits == 1, SEVERAL=items > chosen.programs, LONG=T > 32,
+        num_warps=4, enable_fp_fusion=True,
         **pdl(chosen.overlap), **({"maxnreg": 128} if chosen.CONSUMERS == 1 else {}),
     )  # fmt: skip
 
