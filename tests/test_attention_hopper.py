@@ -83,7 +83,7 @@ def test_the_kernel_that_runs_on_a_hopper(dtype, D, pages, misplaced, expected, 
     fresh = torch.empty(2, 8, 4, D, dtype=dtype)
     cache = torch.empty(2 * 32 * 4 * D + misplaced, dtype=dtype)[misplaced:].view(2, 32, 4, D)  # one element off 16 bytes
     table = torch.zeros(2, pages, dtype=torch.int32) if pages else None
-    arguments = (fresh, fresh, fresh, cache, cache, table, fresh)
+    arguments = (fresh, fresh, fresh, cache, cache, table, fresh, fresh)
     assert attention._kernel(*arguments) is attention_triton, "here"
     monkeypatch.setattr(backend, "chip_of", lambda device: H200)
     assert attention._kernel(*arguments) is expected
@@ -92,7 +92,8 @@ def test_the_kernel_that_runs_on_a_hopper(dtype, D, pages, misplaced, expected, 
 
 
 def taken(x):
-    return attention_hopper.supports(*(x[name] for name in ("q", "k", "v", "k_cache", "v_cache", "page_table", "cos")))
+    names = ("q", "k", "v", "k_cache", "v_cache", "page_table", "cos", "q")
+    return attention_hopper.supports(*(x[name] for name in names))
 
 
 @on_hopper

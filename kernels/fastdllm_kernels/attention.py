@@ -62,7 +62,7 @@ LIBRARY.define(
 def _run(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale, out, lse):
     arguments = (q, k, v, k_cache, v_cache, block_start, kv_len)
     if backend.use_triton("block_attention", q, _unsupported(q, k, v, k_cache, v_cache, cos, sin, page_table, out)):
-        kernel = _kernel(q, k, v, k_cache, v_cache, page_table, cos)
+        kernel = _kernel(q, k, v, k_cache, v_cache, page_table, cos, out)
         kernel.launch(*arguments, kv_start, page_table, block_len, cos, sin, scale, out, lse)
         return
     result = block_attention_reference(
@@ -73,12 +73,12 @@ def _run(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, b
         lse.copy_(result[1])
 
 
-def _kernel(q, k, v, k_cache, v_cache, page_table, cos):
+def _kernel(q, k, v, k_cache, v_cache, page_table, cos, out):
     """The module whose kernel runs: on a Hopper its own, for what that takes."""
     from . import attention_triton
 
     hopper = _hopper() if backend.chip_of(q.device).hopper else None
-    return hopper if hopper and hopper.supports(q, k, v, k_cache, v_cache, page_table, cos) else attention_triton
+    return hopper if hopper and hopper.supports(q, k, v, k_cache, v_cache, page_table, cos, out) else attention_triton
 
 
 @cache

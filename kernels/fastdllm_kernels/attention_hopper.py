@@ -219,7 +219,7 @@ def _halves(x_ptr, offset, HALF: gl.constexpr, LAYOUT: gl.constexpr):
 def _angles(tables, position, HALF: gl.constexpr, LAYOUT: gl.constexpr):
     """The cosines and sines of rows at `position`."""
     cos_ptr, sin_ptr, cos_at, sin_at = tables
-    at, column = position.to(gl.int64)[:, None], gl.arange(0, HALF, gl.SliceLayout(0, LAYOUT))[None, :]
+    at, column = position[:, None], gl.arange(0, HALF, gl.SliceLayout(0, LAYOUT))[None, :]
     return gl.load(cos_ptr + at * cos_at + column), gl.load(sin_ptr + at * sin_at + column)
 
 
@@ -324,9 +324,9 @@ def _write_own(at, written, start, positions, k_ptr, v_ptr, k_at, v_at, tables, 
     D: gl.constexpr = k_to.shape[1]
     WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     row = own_at + gl.minimum(at + gl.arange(0, k_to.shape[0], gl.SliceLayout(1, WHOLE)), own_keys - 1)
-    values = gl.load(v_ptr + (row.to(gl.int64) * v_at)[:, None] + gl.arange(0, D, gl.SliceLayout(0, WHOLE))[None, :])
+    values = gl.load(v_ptr + (row * v_at)[:, None] + gl.arange(0, D, gl.SliceLayout(0, WHOLE))[None, :])
     row = own_at + gl.minimum(at + gl.arange(0, k_to.shape[0], gl.SliceLayout(1, LAYOUT)), own_keys - 1)
-    halves = _halves(k_ptr, row.to(gl.int64) * k_at, D // 2, LAYOUT)
+    halves = _halves(k_ptr, row * k_at, D // 2, LAYOUT)
     k_to.store(_rotated(halves, _angles(tables, gl.minimum(start + row, positions - 1), D // 2, LAYOUT)))
     v_to.store(values)
 
@@ -425,7 +425,8 @@ def _consume_item(
     tile, kv_head, b = _place(item, tiles, HK)
     row = (tile * CONSUMERS + WHO) * 64 + gl.arange(0, 64, gl.SliceLayout(1, HALVES if ROTATE else WHOLE))
     t = gl.minimum(row // G, T - 1)  # rows past the last read the last again, and are not written
-    offset = b * q_row + t.to(gl.int64) * q_at + (kv_head * G + row % G) * q_head
+    q_ptr += b * q_row + kv_head * G * q_head
+    offset = t * q_at + row % G * q_head
     # What needs no spans is on its way before they are here.
     if ROTATE:
         halves = _halves(q_ptr, offset, D // 2, HALVES)
@@ -470,30 +471,31 @@ def _consume_item(
     first_row, split = (tile * CONSUMERS + WHO) * 64, gl.program_id(1).to(gl.int64)
     total = gl.where(total == 0, 1.0, total)
     row = first_row + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
-    asked = row < own * G
-    result = gl.where(asked[:, None], acc * (1.0 / total)[:, None], 0.0)
+    result = acc * (1.0 / total)[:, None]
     if lse_ptr is not None:
-        lse = gl.where(asked, (top + gl.log2(total)) * LN2, float("-inf"))
+        lse = gl.where(row < own * G, (top + gl.log2(total)) * LN2, float("-inf"))
         gl.store(lse_ptr + split * lse_split + (b * T + row // G) * (HK * G) + kv_head * G + row % G, lse, mask=row // G < T)
     out_ptr += split * out_split + b * out_row + kv_head * G * out_head
     if ALONE:  # through shared memory, so that a thread writes 16 bytes
         q.store(result.to(q.dtype))
         _barrier()
-        _write(q.load(WHOLE), out_ptr, first_row, T, out_at, out_head, G, WHOLE)
+        _write(q.load(WHOLE), out_ptr, first_row, own, T, out_at, out_head, G, WHOLE)
     else:
-        _write(result, out_ptr, first_row, T, out_at, out_head, G, SUMS)
+        _write(result, out_ptr, first_row, own, T, out_at, out_head, G, SUMS)
     return stage, phase
 
 
 @gluon.jit
-def _write(result, out_ptr, first_row, T, out_at, out_head, G: gl.constexpr, LAYOUT: gl.constexpr):
-    """64 rows of the result."""
+def _write(result, out_ptr, first_row, own, T, out_at, out_head, G: gl.constexpr, LAYOUT: gl.constexpr):
+    """64 rows of the result, zeros where they lie past the row's block."""
     D: gl.constexpr = result.shape[1]
     row = first_row + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     column = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
-    offset = (row // G).to(gl.int64) * out_at + (row % G) * out_head
-    inside = (row // G < T)[:, None] & (column < D)
-    gl.store(out_ptr + offset[:, None] + column, result.to(out_ptr.dtype.element_ty), mask=inside)
+    to = out_ptr + (row // G * out_at + row % G * out_head)[:, None] + column
+    gl.store(to, result.to(out_ptr.dtype.element_ty), mask=(row < own * G)[:, None] & (column < D))
+    if own < gl.minimum(T, (first_row + 63) // G + 1):
+        past = ((row >= own * G) & (row < T * G))[:, None] & (column < D)
+        gl.store(to, gl.zeros_like(result).to(out_ptr.dtype.element_ty), mask=past)
 
 
 @gluon.jit(do_not_specialize=["tiles", "items", "T", "positions", "lse_split"])
@@ -538,18 +540,15 @@ def _attend_hopper(
         ], [4, 1], [240, 24])  # fmt: skip
 
 
-def supports(q, k, v, k_cache, v_cache, page_table, cos) -> bool:
-    """Whether this kernel takes these inputs: 16-bit, D of 64 or 128, whole cache rows, and what TMA reads in 16-byte steps."""
+def supports(q, k, v, k_cache, v_cache, page_table, cos, out) -> bool:
+    """Whether this kernel takes these inputs: 16-bit, D of 64 or 128, whole cache rows, what TMA reads in 16-byte steps, and
+    rows in which 32 bits count the elements."""
     return (
         q.element_size() == 2 and q.shape[-1] in (64, 128)
         and (page_table is None or page_table.shape[1] == 1)
         and all(_aligned(x) for x in ((k_cache, v_cache, k, v) if cos is None else (k_cache, v_cache)))
+        and all(sum(n * s for n, s in zip(x.shape[1:3], x.stride()[1:3], strict=True)) < 2**31 for x in (q, k, v, out))
     )  # fmt: skip
-
-
-def _aligned(x):
-    strides = zip(x.stride()[:3], x.shape, strict=False)
-    return x.data_ptr() % 16 == 0 and all((s > 0 and s % 8 == 0) or n == 1 for s, n in strides)
 
 
 def launch(
