@@ -153,10 +153,19 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _pass_by(stage, phase, empty, steps, STAGES: gl.constexpr):
+    """Leave out steps that another partition fills; waited for all the same, since a barrier tells only even rounds from odd."""
+    for left in range(steps):
+        mbarrier.wait(empty.index(stage), phase)
+        stage, phase = _next(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
 def _produce(
     k_cache, v_cache, k, v, ring, page_table_ptr, page_row, tiles, items, T, spans,
     HK: gl.constexpr, G: gl.constexpr, ROTATE: gl.constexpr, CONSUMERS: gl.constexpr, OVERLAP: gl.constexpr,
-    ALONE: gl.constexpr,
+    ALONE: gl.constexpr, SEVERAL: gl.constexpr,
 ):  # fmt: skip
     """Stream the share's cached keys and values (and its own, if nothing rotates them) into the ring, step after step."""
     k_ring, v_ring, ready, empty = ring[0], ring[1], ring[2], ring[3]
@@ -173,10 +182,6 @@ def _produce(
             row = gl.load(page_table_ptr + b.to(gl.int64) * page_row)
         _, _, written, parts = _share(b, tile, T, spans, G, 64 * CONSUMERS, TILE_KEYS, ROTATE, ALONE)
         _, count = _counts(parts, TILE_KEYS)
-        if written[1] > 0:  # a step that the consumers fill
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.arrive(ready.index(stage), count=2)
-            stage, phase = _next(stage, phase, STAGES)
         last_where, last_slot = 0, 0
         for i in range(0, gl.where(count > 0, count + 1, 0)):
             full, k_to, v_to = ready.index(stage), k_ring.index(stage), v_ring.index(stage)
@@ -186,6 +191,8 @@ def _produce(
             _fetch(i > 0, v_cache, v, row, b, last_where, last_slot, head, full, v_to, ROTATE)
             stage, phase = _next(stage, phase, STAGES)
             last_where, last_slot = where, slot
+        if SEVERAL:
+            stage, phase = _pass_by(stage, phase, empty, (written[1] + 31) // 32, STAGES)
     if OVERLAP:
         _gdc_launch_dependents()
 
@@ -318,17 +325,44 @@ def _fold(
 
 
 @gluon.jit
-def _write_own(at, written, start, positions, k_ptr, v_ptr, k_at, v_at, tables, k_to, v_to, LAYOUT: gl.constexpr):
-    """Own keys from `at` on, rotated, and their values into shared memory; past the last of them the last again."""
-    own_at, own_keys = written
-    D: gl.constexpr = k_to.shape[1]
-    WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    row = own_at + gl.minimum(at + gl.arange(0, k_to.shape[0], gl.SliceLayout(1, WHOLE)), own_keys - 1)
-    values = gl.load(v_ptr + (row * v_at)[:, None] + gl.arange(0, D, gl.SliceLayout(0, WHOLE))[None, :])
-    row = own_at + gl.minimum(at + gl.arange(0, k_to.shape[0], gl.SliceLayout(1, LAYOUT)), own_keys - 1)
-    halves = _halves(k_ptr, row * k_at, D // 2, LAYOUT)
-    k_to.store(_rotated(halves, _angles(tables, gl.minimum(start + row, positions - 1), D // 2, LAYOUT)))
-    v_to.store(values)
+def _rotate_own(
+    k, v, ring, tables, strides, tiles, items, T, positions, spans, HK: gl.constexpr, G: gl.constexpr,
+    CONSUMERS: gl.constexpr, OVERLAP: gl.constexpr, ALONE: gl.constexpr, SEVERAL: gl.constexpr,
+):  # fmt: skip
+    """Where there are tables: fill an item's last steps with own keys, rotated, and their values, 32 a step."""
+    k_ring, v_ring, ready, empty = ring
+    STAGES: gl.constexpr = k_ring.shape[0]
+    TILE_KEYS: gl.constexpr = k_ring.shape[1]
+    D: gl.constexpr = k_ring.shape[2]
+    HALVES: gl.constexpr = gl.BlockedLayout([1, 8], [512 // D, D // 16], [2, 1], [1, 0])
+    WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [2, 1], [1, 0])
+    if tables[0] is not None:
+        if OVERLAP:
+            _gdc_wait()
+        stage, phase = 0, 1
+        for item in range(gl.program_id(0), items, gl.num_programs(0)):
+            tile, kv_head, b = _place(item, tiles, HK)
+            start, own, written, parts = _share(b, tile, T, spans, G, 64 * CONSUMERS, TILE_KEYS, True, ALONE)
+            own_at, own_keys = written
+            steps = _counts(parts, TILE_KEYS)[1]
+            stage, phase = _pass_by(stage, phase, empty, gl.where(steps > 0, steps + 1, 0), STAGES)
+            k_from, v_from = k + b * strides[3] + kv_head * strides[5], v + b * strides[6] + kv_head * strides[8]
+            for at in range(0, own_keys, 32):
+                mbarrier.wait(empty.index(stage), phase)
+                for half in gl.static_range(0, 32, 16):  # more at once would not fit this partition's registers
+                    # Past the last key the last again: no value may be NaN.
+                    row = own_at + gl.minimum(at + half + gl.arange(0, 16, gl.SliceLayout(1, WHOLE)), own_keys - 1)
+                    column = gl.arange(0, D, gl.SliceLayout(0, WHOLE))[None, :]
+                    values = gl.load(v_from + (row * strides[7])[:, None] + column)
+                    row = own_at + gl.minimum(at + half + gl.arange(0, 16, gl.SliceLayout(1, HALVES)), own_keys - 1)
+                    halves = _halves(k_from, row * strides[4], D // 2, HALVES)
+                    angles = _angles(tables, gl.minimum(start + row, positions - 1), D // 2, HALVES)
+                    v_ring.index(stage).slice(half, 16, 0).store(values)
+                    k_ring.index(stage).slice(half, 16, 0).store(_rotated(halves, angles))
+                fence_async_shared()
+                _barrier()
+                mbarrier.arrive(ready.index(stage), count=2)
+                stage, phase = _next(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -348,9 +382,8 @@ def _fold_own(q, k, v, keys, top, total, acc, scale):
 
 
 @gluon.jit
-def _fold_all(q, ring, stage, phase, parts, top, total, acc, scale, ROTATE: gl.constexpr):
-    """The queries over an item's steps of the ring: the step after them and its parity; running maximum, sum and weighted
-    values. ROTATE: own keys may have come before."""
+def _fold_all(q, ring, stage, phase, parts, top, total, acc, scale):
+    """The queries over an item's streamed steps: the step after them and its parity; running maximum, sums, weighted values."""
     k_ring, v_ring, ready, empty = ring
     STAGES: gl.constexpr = k_ring.shape[0]
     TILE_KEYS: gl.constexpr = k_ring.shape[1]
@@ -366,8 +399,6 @@ def _fold_all(q, ring, stage, phase, parts, top, total, acc, scale, ROTATE: gl.c
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(empty.index(stage), count=1)
         weights, top, total, shrink = _weights(s, top, total, scale, low, high, True)
-        if ROTATE:
-            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
         pairs = _packed(weights, k_ring.dtype)
         stage, phase = _next(stage, phase, STAGES)
         mbarrier.wait(ready.index(stage), phase)
@@ -388,9 +419,9 @@ def _fold_all(q, ring, stage, phase, parts, top, total, acc, scale, ROTATE: gl.c
 
 @gluon.jit
 def _consume(
-    WHO: gl.constexpr, q_ptr, k, v, q_all, ring, out_ptr, lse_ptr, spans, tables, strides, lse_split, scale, tiles, items, T,
+    WHO: gl.constexpr, q_ptr, q_all, ring, out_ptr, lse_ptr, spans, tables, strides, lse_split, scale, tiles, items, T,
     positions, HK: gl.constexpr, G: gl.constexpr, NEGATIVE: gl.constexpr, CONSUMERS: gl.constexpr, OVERLAP: gl.constexpr,
-    ALONE: gl.constexpr, SEVERAL: gl.constexpr, LONG: gl.constexpr,
+    ALONE: gl.constexpr, SEVERAL: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Consumer WHO: 64 query rows of each of the program's items, over its own keys and over the steps of the ring."""
     if OVERLAP:
@@ -398,19 +429,19 @@ def _consume(
     stage, phase = 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         stage, phase = _consume_item(
-            WHO, item, stage, phase, q_ptr, k, v, q_all.index(WHO), ring, out_ptr, lse_ptr, spans, tables, strides, lse_split,
-            scale, tiles, T, positions, HK, G, NEGATIVE, CONSUMERS, ALONE, SEVERAL, LONG)  # fmt: skip
+            WHO, item, stage, phase, q_ptr, q_all.index(WHO), ring, out_ptr, lse_ptr, spans, tables, strides, lse_split,
+            scale, tiles, T, positions, HK, G, NEGATIVE, CONSUMERS, ALONE, SEVERAL, ROWS)  # fmt: skip
 
 
 @gluon.jit
 def _consume_item(
-    WHO: gl.constexpr, item, stage, phase, q_ptr, k, v, q, ring, out_ptr, lse_ptr, spans, tables, strides, lse_split,
+    WHO: gl.constexpr, item, stage, phase, q_ptr, q, ring, out_ptr, lse_ptr, spans, tables, strides, lse_split,
     scale, tiles, T, positions, HK: gl.constexpr, G: gl.constexpr, NEGATIVE: gl.constexpr, CONSUMERS: gl.constexpr,
-    ALONE: gl.constexpr, SEVERAL: gl.constexpr, LONG: gl.constexpr,
+    ALONE: gl.constexpr, SEVERAL: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """One item, whose first step of the ring is `stage`: its result. Returns the step after its last."""
     LN2: gl.constexpr = 0.6931471805599453  # here, not outside: a launch compares every global that a kernel reads
-    k_ring, v_ring, _, empty = ring
+    k_ring, v_ring, ready, empty = ring
     STAGES: gl.constexpr = k_ring.shape[0]
     TILE_KEYS: gl.constexpr = k_ring.shape[1]
     D: gl.constexpr = k_ring.shape[2]
@@ -421,9 +452,9 @@ def _consume_item(
     # How a row's columns lie on four lanes in scores and sums.
     LANES: gl.constexpr = gl.DistributedLinearLayout(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4])
-    q_row, q_at, q_head, k_row, k_at, k_head, v_row, v_at, v_head, out_row, out_at, out_head, out_split = strides
+    q_row, q_at, q_head, _, _, _, _, _, _, out_row, out_at, out_head, out_split = strides
     tile, kv_head, b = _place(item, tiles, HK)
-    row = (tile * CONSUMERS + WHO) * 64 + gl.arange(0, 64, gl.SliceLayout(1, HALVES if ROTATE else WHOLE))
+    row = (tile * CONSUMERS + WHO) * 64 + gl.arange(0, ROWS, gl.SliceLayout(1, HALVES if ROTATE else WHOLE))
     t = gl.minimum(row // G, T - 1)  # rows past the last read the last again, and are not written
     q_ptr += b * q_row + kv_head * G * q_head
     offset = t * q_at + row % G * q_head
@@ -433,38 +464,25 @@ def _consume_item(
     else:
         queries = gl.load(q_ptr + offset[:, None] + gl.arange(0, D, gl.SliceLayout(0, WHOLE))[None, :])
     start, own, written, parts = _share(b, tile, T, spans, G, 64 * CONSUMERS, TILE_KEYS, ROTATE, ALONE)
-    # Each consumer keeps own keys, 32 at a time, in rows of its own of one step of the ring.
-    k_own, v_own = k_ring.index(stage).slice(WHO * 32, 32, 0), v_ring.index(stage).slice(WHO * 32, 32, 0)
     if ROTATE:
-        k_ptr, v_ptr = k + b * k_row + kv_head * k_head, v + b * v_row + kv_head * v_head
-        if written[1] > 0:
-            if SEVERAL:
-                mbarrier.wait(empty.index(stage), phase ^ 1)
-            _write_own(0, written, start, positions, k_ptr, v_ptr, k_at, v_at, tables, k_own, v_own, HALVES)
-        # The own keys' cosines and sines are the same: they are near by now.
         queries = _rotated(halves, _angles(tables, gl.minimum(start + t, positions - 1), D // 2, HALVES))
     if NEGATIVE:
         queries = -queries
     if SEVERAL:  # the last item's result was read from there
         _barrier()
-    q.store(queries)
+    q.slice(0, ROWS, 0).store(queries)
     fence_async_shared()
     _barrier()
     top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SUMS))
-    total, acc = gl.zeros([64, 4], gl.float32, LANES), gl.zeros([64, D], gl.float32, SUMS)
+    lanes, acc = gl.zeros([64, 4], gl.float32, LANES), gl.zeros([64, D], gl.float32, SUMS)
+    stage, phase, top, lanes, acc = _fold_all(q, ring, stage, phase, parts, top, lanes, acc, scale)
     if ROTATE:
-        if written[1] > 0:
-            top, total, acc = _fold_own(q, k_own, v_own, written[1], top, total, acc, scale)
-            if LONG:
-                for at in range(32, written[1], 32):
-                    _barrier()
-                    _write_own(at, written, start, positions, k_ptr, v_ptr, k_at, v_at, tables, k_own, v_own, HALVES)
-                    fence_async_shared()
-                    _barrier()
-                    top, total, acc = _fold_own(q, k_own, v_own, written[1] - at, top, total, acc, scale)
+        for at in range(0, written[1], 32):
+            mbarrier.wait(ready.index(stage), phase)
+            k_own, v_own = k_ring.index(stage).slice(0, 32, 0), v_ring.index(stage).slice(0, 32, 0)
+            top, lanes, acc = _fold_own(q, k_own, v_own, written[1] - at, top, lanes, acc, scale)
             mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = _next(stage, phase, STAGES)
-    stage, phase, top, lanes, acc = _fold_all(q, ring, stage, phase, parts, top, total, acc, scale, ROTATE)
     total = gl.convert_layout(gl.sum(lanes, 1), gl.SliceLayout(1, SUMS))
     # Axis 2 has one program: its 0 makes these new values, where the same from above would hold registers in the loops.
     tile, kv_head, b = _place(item + gl.program_id(2), tiles, HK)
@@ -503,7 +521,7 @@ def _attend_hopper(
     q, k, v, k_cache, v_cache, out, lse, spans, page_table, tables, scale, tiles, items, T, positions, page_row, lse_split,
     strides, HK: gl.constexpr, G: gl.constexpr, D: gl.constexpr, TILE_KEYS: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr, NEGATIVE: gl.constexpr, OVERLAP: gl.constexpr, ALONE: gl.constexpr, SEVERAL: gl.constexpr,
-    LONG: gl.constexpr,
+    ROWS: gl.constexpr,
 ):  # fmt: skip
     """Row tiles of key heads (program axis 0, tiles fastest so that they share keys in L2; `items` in all) and one split (axis 1).
 
@@ -522,22 +540,27 @@ def _attend_hopper(
     fence_async_shared()
     ring = (k_ring, v_ring, ready, empty)
     ROTATE: gl.constexpr = tables[0] is not None
+    FOR_ROTATION: gl.constexpr = 88 if ROTATE else 24  # registers
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (_consume, (0, q, k, v, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, items, T,
-                        positions, HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE, SEVERAL, LONG)),
+            (_consume, (0, q, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, items, T, positions,
+                        HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE, SEVERAL, ROWS)),
             (_produce, (k_cache, v_cache, k, v, ring, page_table, page_row, tiles, items, T, spans,
-                        HK, G, ROTATE, CONSUMERS, OVERLAP, ALONE)),
-        ], [1], [24])  # fmt: skip
+                        HK, G, ROTATE, CONSUMERS, OVERLAP, ALONE, SEVERAL)),
+            (_rotate_own, (k, v, ring, tables, strides, tiles, items, T, positions, spans,
+                           HK, G, CONSUMERS, OVERLAP, ALONE, SEVERAL)),
+        ], [1, 2], [24, FOR_ROTATION])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (0, q, k, v, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, items, T,
-                        positions, HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE, SEVERAL, LONG)),
-            (_consume, (1, q, k, v, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, items, T,
-                        positions, HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE, SEVERAL, LONG)),
+            (_consume, (0, q, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, items, T, positions,
+                        HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE, SEVERAL, ROWS)),
+            (_consume, (1, q, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, items, T, positions,
+                        HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE, SEVERAL, ROWS)),
             (_produce, (k_cache, v_cache, k, v, ring, page_table, page_row, tiles, items, T, spans,
-                        HK, G, ROTATE, CONSUMERS, OVERLAP, ALONE)),
-        ], [4, 1], [240, 24])  # fmt: skip
+                        HK, G, ROTATE, CONSUMERS, OVERLAP, ALONE, SEVERAL)),
+            (_rotate_own, (k, v, ring, tables, strides, tiles, items, T, positions, spans,
+                           HK, G, CONSUMERS, OVERLAP, ALONE, SEVERAL)),
+        ], [4, 1, 2], [208 if ROTATE else 240, 24, FOR_ROTATION])  # fmt: skip
 
 
 def supports(q, k, v, k_cache, v_cache, page_table, cos, out) -> bool:
@@ -549,6 +572,11 @@ def supports(q, k, v, k_cache, v_cache, page_table, cos, out) -> bool:
         and all(_aligned(x) for x in ((k_cache, v_cache, k, v) if cos is None else (k_cache, v_cache)))
         and all(sum(n * s for n, s in zip(x.shape[1:3], x.stride()[1:3], strict=True)) < 2**31 for x in (q, k, v, out))
     )  # fmt: skip
+
+
+def _aligned(x):
+    strides = zip(x.stride()[:3], x.shape, strict=False)
+    return x.data_ptr() % 16 == 0 and all((s > 0 and s % 8 == 0) or n == 1 for s, n in strides)
 
 
 def launch(
@@ -577,7 +605,7 @@ def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, pag
         0 if cos is None else cos.shape[0], 0 if page_table is None else page_table.stride(0), B * T * H,
         (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out_stride[:3], out_split),
         HK=HK, G=H // HK, D=D, TILE_KEYS=chosen.TILE_KEYS, STAGES=chosen.num_stages, CONSUMERS=chosen.CONSUMERS,
-        NEGATIVE=scale < 0, OVERLAP=chosen.overlap, ALONE=chosen.splits == 1, SEVERAL=items > chosen.programs, LONG=T > 32,
+        NEGATIVE=scale < 0, OVERLAP=chosen.overlap, ALONE=chosen.splits == 1, SEVERAL=items > chosen.programs, ROWS=32 if T * (H // HK) <= 32 else 64,
         num_warps=4, enable_fp_fusion=True,
         **pdl(chosen.overlap), **({"maxnreg": 128} if chosen.CONSUMERS == 1 else {}),
     )  # fmt: skip
