@@ -54,6 +54,7 @@ ON_HOPPER = [
     (8, 32, 28, 4, 128, 2048, torch.bfloat16, "own", 0),
     (32, 32, 28, 4, 128, 2048, torch.bfloat16, "own", 1),
     (1, 2048, 32, 32, 128, 2048, torch.bfloat16, None, 0),
+    (1, 2048, 32, 32, 128, 0, torch.bfloat16, None, 0),
     (4, 64, 8, 8, 64, 2048, torch.float16, "fp32", 0),
     (1, 512, 8, 1, 64, 2048, torch.float16, None, 0),
 ]
@@ -85,7 +86,7 @@ def launch_case(chip, B, T, H, HK, D, slots, dtype, rotation, page, kernel=None)
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    spans = [empty(B, dtype=torch.int32) for _ in range(4)]
+    spans = [empty(B, dtype=torch.int32) for _ in range(3)] + [empty(B, dtype=torch.int32) if slots else None]
     cache = (64, page, HK, D) if page and kernel is attention_triton else (B, slots, HK, D)
     table = empty(B, -(-slots // cache[1]), dtype=torch.int32) if page else None
     chosen = kernel.config(B, T, H, HK, D, slots, dtype.itemsize, chip)

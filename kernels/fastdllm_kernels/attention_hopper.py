@@ -38,8 +38,10 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 # One meaning for both kernels: the same source, compiled as Gluon.
 _product = gluon.jit(attention_triton._product.fn)
 _spans = gluon.jit(attention_triton._spans.fn)
-_place = gluon.jit(attention_triton._place.fn)
 _gdc_wait, _gdc_launch_dependents = tl.extra.cuda.gdc_wait, tl.extra.cuda.gdc_launch_dependents
+
+
+MANY = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Config:
     splits: int = 1
     rotate_first: bool = False
     overlap: bool = True
-    programs: int = 2**31 - 1
+    programs: int = MANY
 
 
 @lru_cache(maxsize=4096)
@@ -68,17 +70,28 @@ def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
     """
     rows, keys, places = T * (H // HK), max(capacity, T), chip.multiprocessors
     if rows >= 512 and ceil_div(rows, 128) * B * HK >= places:
-        # Keys are read once for 128 queries (2,048 queries and keys: 112, one consumer 126). With a block of 32 they gain
-        # nothing: a program starts and ends alone on its multiprocessor (28 over 4 heads, batch 32, 1,024 keys: 53.9 for 44.3).
-        return Config(2, 128, 3, 1, ceil_div(T, 128) > 3, chip.overlap)
+        # Keys are read once for 128 queries (2,048 queries and keys: 107, one consumer 126). With a block of 32 they gain
+        # nothing: a program starts and ends alone on its multiprocessor (28 over 4 heads, batch 32, 1,024 keys: 46.5 for 41.9).
+        return Config(2, 128, 3, 1, True, chip.overlap, places)
     programs, splits = ceil_div(rows, 64) * B * HK, 1
-    if keys > 256 and T <= 192:  # of fewer keys a few tiles more take less time than a second launch; longer blocks have one
+    if keys > 256 and T <= 128:  # of fewer keys a few tiles more take less time than a second launch; longer blocks have one
         # One program on a multiprocessor, and no more than six parts: more take longer to merge than they save (28 over 4
         # heads, 2,048 keys: 10.4 with 6, 11.5 with 8; 32 heads: 17.9 with 4, 19.6 with 6 and half the ring).
         splits = max(1, min(places // programs, keys // 80, 6))
-    # Alone on its multiprocessor nothing else covers the latency of a program's loads, and the ring may be twice as long (28
-    # over 4 heads, batch 8, 1,024 keys: 16.7 for 17.7). Two of them take turns: one starts and ends while the other multiplies.
-    return Config(1, 64, 6 if programs * splits <= places else 3, splits, T > 192, chip.overlap)
+    if programs * splits <= places:
+        # Alone on its multiprocessor nothing else covers the latency of a program's loads, and the ring may be twice as long
+        # (28 over 4 heads, batch 8, 1,024 keys: 14.5 for 15.4).
+        return Config(1, 64, 6, splits, T > 128, chip.overlap)
+    # Two take turns: one starts and ends while the other multiplies. Where tiles are full they stay for the next ones (28 over
+    # 4 heads, batch 32, 1,024 keys: 39.9 for 41.5); what waits for memory gains nothing (32 heads: 194.7 for 192.8).
+    return Config(1, 64, 3, 1, T > 128, chip.overlap, 2 * places if rows >= 64 else MANY)
+
+
+@gluon.jit
+def _place(item, tiles, HK: gl.constexpr):
+    """(row tile, key head, row of the batch) of an item. In 32 bits, as all that follows from it: see `supports`."""
+    group = item // tiles
+    return item % tiles, group % HK, group // HK
 
 
 @gluon.jit
@@ -174,12 +187,12 @@ def _produce(
     if OVERLAP:
         _gdc_wait()
     stage, phase = 0, 1
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        tile, kv_head, b = _place(item, tiles, HK)
-        b, head = b.to(gl.int32), kv_head.to(gl.int32)
+    first = gl.program_id(0)
+    for item in range(first, items if SEVERAL else first + 1, gl.num_programs(0) if SEVERAL else 1):
+        tile, head, b = _place(item, tiles, HK)
         row = b
         if page_table_ptr is not None:  # one page a row: where it lies is asked once
-            row = gl.load(page_table_ptr + b.to(gl.int64) * page_row)
+            row = gl.load(page_table_ptr + b * page_row)
         _, _, written, parts = _share(b, tile, T, spans, G, 64 * CONSUMERS, TILE_KEYS, ROTATE, ALONE)
         _, count = _counts(parts, TILE_KEYS)
         last_where, last_slot = 0, 0
@@ -237,17 +250,26 @@ def _rotated(halves, angles):
     cos, sin = angles
     left = _product(first, cos) - _product(second, sin)
     right = _product(second, cos) + _product(first, sin)
-    pair = gl.join(left.to(cos.dtype).to(first.dtype), right.to(cos.dtype).to(first.dtype))
-    return gl.reshape(gl.permute(pair, (0, 2, 1)), (first.shape[0], 2 * first.shape[1]))
+    return _whole(left.to(cos.dtype).to(first.dtype), right.to(cos.dtype).to(first.dtype))
+
+
+@gluon.jit
+def _whole(left, right):
+    """Rows of which the halves are given."""
+    return gl.reshape(gl.permute(gl.join(left, right), (0, 2, 1)), (left.shape[0], 2 * left.shape[1]))
 
 
 @gluon.jit
 def _clear(v, rows):
     """Zeros in the rows of v from `rows` on: what lies there may be NaN. The other consumer may write the same."""
     ALL: gl.constexpr = v.shape[0]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // v.shape[1], v.shape[1] // 8], [4, 1], [1, 0])
-    row = gl.arange(0, ALL, gl.SliceLayout(1, LAYOUT))[:, None]
-    v.store(gl.where(row < rows, v.load(LAYOUT), 0.0))
+    D: gl.constexpr = v.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    row = gl.arange(0, 16, gl.SliceLayout(1, LAYOUT))[:, None]
+    for at in gl.static_range(0, ALL, 16):  # in parts, which need fewer registers
+        if rows < at + 16:
+            part = v.slice(at, 16, 0)
+            part.store(gl.where(row < rows - at, part.load(LAYOUT), 0.0))
     fence_async_shared()
     _barrier()
 
@@ -292,7 +314,8 @@ def _unpacked(pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _fold(
-    i, stage, phase, parts, q, ring, pairs, acc, top, total, scale, SCORES: gl.constexpr, MASKED: gl.constexpr,
+    i, stage, phase, parts, q, ring, pairs, acc, top, total, scale, SCORES: gl.constexpr, ZEROS: gl.constexpr,
+    MASKED: gl.constexpr,
 ):  # fmt: skip
     """Step i, which is there: scores and weights of tile i beside the product of the weights and values of tile i - 1."""
     k_ring, v_ring, ready, empty = ring
@@ -315,7 +338,7 @@ def _fold(
     mbarrier.wait(ready.index(next_stage), phase)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(empty.index(stage), count=1)
-    if MASKED:
+    if MASKED and ZEROS:
         if seen < TILE_KEYS:
             _clear(v_ring.index(next_stage), seen)
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
@@ -335,12 +358,12 @@ def _rotate_own(
     TILE_KEYS: gl.constexpr = k_ring.shape[1]
     D: gl.constexpr = k_ring.shape[2]
     HALVES: gl.constexpr = gl.BlockedLayout([1, 8], [512 // D, D // 16], [2, 1], [1, 0])
-    WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [2, 1], [1, 0])
     if tables[0] is not None:
         if OVERLAP:
             _gdc_wait()
         stage, phase = 0, 1
-        for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        first = gl.program_id(0)
+        for item in range(first, items if SEVERAL else first + 1, gl.num_programs(0) if SEVERAL else 1):
             tile, kv_head, b = _place(item, tiles, HK)
             start, own, written, parts = _share(b, tile, T, spans, G, 64 * CONSUMERS, TILE_KEYS, True, ALONE)
             own_at, own_keys = written
@@ -351,13 +374,11 @@ def _rotate_own(
                 mbarrier.wait(empty.index(stage), phase)
                 for half in gl.static_range(0, 32, 16):  # more at once would not fit this partition's registers
                     # Past the last key the last again: no value may be NaN.
-                    row = own_at + gl.minimum(at + half + gl.arange(0, 16, gl.SliceLayout(1, WHOLE)), own_keys - 1)
-                    column = gl.arange(0, D, gl.SliceLayout(0, WHOLE))[None, :]
-                    values = gl.load(v_from + (row * strides[7])[:, None] + column)
                     row = own_at + gl.minimum(at + half + gl.arange(0, 16, gl.SliceLayout(1, HALVES)), own_keys - 1)
+                    values = _halves(v_from, row * strides[7], D // 2, HALVES)
+                    v_ring.index(stage).slice(half, 16, 0).store(_whole(values[0], values[1]))
                     halves = _halves(k_from, row * strides[4], D // 2, HALVES)
                     angles = _angles(tables, gl.minimum(start + row, positions - 1), D // 2, HALVES)
-                    v_ring.index(stage).slice(half, 16, 0).store(values)
                     k_ring.index(stage).slice(half, 16, 0).store(_rotated(halves, angles))
                 fence_async_shared()
                 _barrier()
@@ -382,7 +403,7 @@ def _fold_own(q, k, v, keys, top, total, acc, scale):
 
 
 @gluon.jit
-def _fold_all(q, ring, stage, phase, parts, top, total, acc, scale):
+def _fold_all(q, ring, stage, phase, parts, top, total, acc, scale, ZEROS: gl.constexpr):
     """The queries over an item's streamed steps: the step after them and its parity; running maximum, sums, weighted values."""
     k_ring, v_ring, ready, empty = ring
     STAGES: gl.constexpr = k_ring.shape[0]
@@ -402,14 +423,15 @@ def _fold_all(q, ring, stage, phase, parts, top, total, acc, scale):
         pairs = _packed(weights, k_ring.dtype)
         stage, phase = _next(stage, phase, STAGES)
         mbarrier.wait(ready.index(stage), phase)
-        if seen < TILE_KEYS:
-            _clear(v_ring.index(stage), seen)
+        if ZEROS:
+            if seen < TILE_KEYS:
+                _clear(v_ring.index(stage), seen)
         for i in range(1, short):
             stage, phase, pairs, acc, top, total = _fold(
-                i, stage, phase, parts, q, ring, pairs, acc, top, total, scale, SCORES, True)  # fmt: skip
+                i, stage, phase, parts, q, ring, pairs, acc, top, total, scale, SCORES, ZEROS, True)  # fmt: skip
         for i in range(gl.maximum(short, 1), count):
             stage, phase, pairs, acc, top, total = _fold(
-                i, stage, phase, parts, q, ring, pairs, acc, top, total, scale, SCORES, False)  # fmt: skip
+                i, stage, phase, parts, q, ring, pairs, acc, top, total, scale, SCORES, ZEROS, False)  # fmt: skip
         p = _unpacked(pairs, k_ring.dtype, gl.DotOperandLayout(0, SUMS, 2))
         acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v_ring.index(stage), acc, is_async=True)])
         mbarrier.arrive(empty.index(stage), count=1)
@@ -421,23 +443,24 @@ def _fold_all(q, ring, stage, phase, parts, top, total, acc, scale):
 def _consume(
     WHO: gl.constexpr, q_ptr, q_all, ring, out_ptr, lse_ptr, spans, tables, strides, lse_split, scale, tiles, items, T,
     positions, HK: gl.constexpr, G: gl.constexpr, NEGATIVE: gl.constexpr, CONSUMERS: gl.constexpr, OVERLAP: gl.constexpr,
-    ALONE: gl.constexpr, SEVERAL: gl.constexpr, ROWS: gl.constexpr,
+    ALONE: gl.constexpr, SEVERAL: gl.constexpr, ROWS: gl.constexpr, ZEROS: gl.constexpr,
 ):  # fmt: skip
     """Consumer WHO: 64 query rows of each of the program's items, over its own keys and over the steps of the ring."""
     if OVERLAP:
         _gdc_wait()
     stage, phase = 0, 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    first = gl.program_id(0)
+    for item in range(first, items if SEVERAL else first + 1, gl.num_programs(0) if SEVERAL else 1):
         stage, phase = _consume_item(
             WHO, item, stage, phase, q_ptr, q_all.index(WHO), ring, out_ptr, lse_ptr, spans, tables, strides, lse_split,
-            scale, tiles, T, positions, HK, G, NEGATIVE, CONSUMERS, ALONE, SEVERAL, ROWS)  # fmt: skip
+            scale, tiles, T, positions, HK, G, NEGATIVE, CONSUMERS, ALONE, SEVERAL, ROWS, ZEROS)  # fmt: skip
 
 
 @gluon.jit
 def _consume_item(
     WHO: gl.constexpr, item, stage, phase, q_ptr, q, ring, out_ptr, lse_ptr, spans, tables, strides, lse_split,
     scale, tiles, T, positions, HK: gl.constexpr, G: gl.constexpr, NEGATIVE: gl.constexpr, CONSUMERS: gl.constexpr,
-    ALONE: gl.constexpr, SEVERAL: gl.constexpr, ROWS: gl.constexpr,
+    ALONE: gl.constexpr, SEVERAL: gl.constexpr, ROWS: gl.constexpr, ZEROS: gl.constexpr,
 ):  # fmt: skip
     """One item, whose first step of the ring is `stage`: its result. Returns the step after its last."""
     LN2: gl.constexpr = 0.6931471805599453  # here, not outside: a launch compares every global that a kernel reads
@@ -475,7 +498,7 @@ def _consume_item(
     _barrier()
     top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SUMS))
     lanes, acc = gl.zeros([64, 4], gl.float32, LANES), gl.zeros([64, D], gl.float32, SUMS)
-    stage, phase, top, lanes, acc = _fold_all(q, ring, stage, phase, parts, top, lanes, acc, scale)
+    stage, phase, top, lanes, acc = _fold_all(q, ring, stage, phase, parts, top, lanes, acc, scale, ZEROS)
     if ROTATE:
         for at in range(0, written[1], 32):
             mbarrier.wait(ready.index(stage), phase)
@@ -486,7 +509,7 @@ def _consume_item(
     total = gl.convert_layout(gl.sum(lanes, 1), gl.SliceLayout(1, SUMS))
     # Axis 2 has one program: its 0 makes these new values, where the same from above would hold registers in the loops.
     tile, kv_head, b = _place(item + gl.program_id(2), tiles, HK)
-    first_row, split = (tile * CONSUMERS + WHO) * 64, gl.program_id(1).to(gl.int64)
+    first_row, split = (tile * CONSUMERS + WHO) * 64, gl.program_id(1)
     total = gl.where(total == 0, 1.0, total)
     row = first_row + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
     result = acc * (1.0 / total)[:, None]
@@ -521,7 +544,7 @@ def _attend_hopper(
     q, k, v, k_cache, v_cache, out, lse, spans, page_table, tables, scale, tiles, items, T, positions, page_row, lse_split,
     strides, HK: gl.constexpr, G: gl.constexpr, D: gl.constexpr, TILE_KEYS: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr, NEGATIVE: gl.constexpr, OVERLAP: gl.constexpr, ALONE: gl.constexpr, SEVERAL: gl.constexpr,
-    ROWS: gl.constexpr,
+    ROWS: gl.constexpr, ZEROS: gl.constexpr,
 ):  # fmt: skip
     """Row tiles of key heads (program axis 0, tiles fastest so that they share keys in L2; `items` in all) and one split (axis 1).
 
@@ -544,33 +567,33 @@ def _attend_hopper(
     if CONSUMERS == 1:
         gl.warp_specialize([
             (_consume, (0, q, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, items, T, positions,
-                        HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE, SEVERAL, ROWS)),
+                        HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE, SEVERAL, ROWS, ZEROS)),
             (_produce, (k_cache, v_cache, k, v, ring, page_table, page_row, tiles, items, T, spans,
                         HK, G, ROTATE, CONSUMERS, OVERLAP, ALONE, SEVERAL)),
             (_rotate_own, (k, v, ring, tables, strides, tiles, items, T, positions, spans,
                            HK, G, CONSUMERS, OVERLAP, ALONE, SEVERAL)),
-        ], [1, 2], [24, FOR_ROTATION])  # fmt: skip
+        ], [1, 2], [FOR_ROTATION, FOR_ROTATION])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (0, q, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, items, T, positions,
-                        HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE, SEVERAL, ROWS)),
+                        HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE, SEVERAL, ROWS, ZEROS)),
             (_consume, (1, q, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, items, T, positions,
-                        HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE, SEVERAL, ROWS)),
+                        HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE, SEVERAL, ROWS, ZEROS)),
             (_produce, (k_cache, v_cache, k, v, ring, page_table, page_row, tiles, items, T, spans,
                         HK, G, ROTATE, CONSUMERS, OVERLAP, ALONE, SEVERAL)),
             (_rotate_own, (k, v, ring, tables, strides, tiles, items, T, positions, spans,
                            HK, G, CONSUMERS, OVERLAP, ALONE, SEVERAL)),
-        ], [4, 1, 2], [208 if ROTATE else 240, 24, FOR_ROTATION])  # fmt: skip
+        ], [4, 1, 2], [208 if ROTATE else 240, FOR_ROTATION, FOR_ROTATION])  # fmt: skip
 
 
 def supports(q, k, v, k_cache, v_cache, page_table, cos, out) -> bool:
     """Whether this kernel takes these inputs: 16-bit, D of 64 or 128, whole cache rows, what TMA reads in 16-byte steps, and
-    rows in which 32 bits count the elements."""
+    but for the cache what 32 bits can count."""
     return (
         q.element_size() == 2 and q.shape[-1] in (64, 128)
         and (page_table is None or page_table.shape[1] == 1)
         and all(_aligned(x) for x in ((k_cache, v_cache, k, v) if cos is None else (k_cache, v_cache)))
-        and all(sum(n * s for n, s in zip(x.shape[1:3], x.stride()[1:3], strict=True)) < 2**31 for x in (q, k, v, out))
+        and all(sum(n * s for n, s in zip(x.shape, x.stride(), strict=True)) < 2**31 for x in (q, k, v, out))
     )  # fmt: skip
 
 
@@ -598,16 +621,20 @@ def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, pag
     # No slot of an empty cache is read, but a descriptor must name some memory.
     cached = (k_cache, v_cache) if k_cache.numel() else (k, v)
     tables = (None,) * 4 if cos is None else (cos, sin, cos.stride(0), sin.stride(0))
-    items = tiles * B * HK
-    _attend_hopper[min(items, chosen.programs), chosen.splits](
+    items, programs = tiles * B * HK, chosen.programs
+    # Without cached keys, and where no row is shorter, all that a tile runs into is the end of k and v, which TMA makes zeros.
+    zeros = k_cache.shape[1] > 0 or block_len is not None
+    if zeros and chosen.CONSUMERS == 2:  # Triton 3.9 would spill registers
+        programs = items
+    _attend_hopper[min(items, programs), chosen.splits](
         q, *fresh, _descriptor(cached[0], chosen), _descriptor(cached[1], chosen), out, lse,
         (block_start, kv_len, kv_start, block_len), page_table, tables, scale_of(scale), tiles, items, T,
         0 if cos is None else cos.shape[0], 0 if page_table is None else page_table.stride(0), B * T * H,
         (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out_stride[:3], out_split),
         HK=HK, G=H // HK, D=D, TILE_KEYS=chosen.TILE_KEYS, STAGES=chosen.num_stages, CONSUMERS=chosen.CONSUMERS,
-        NEGATIVE=scale < 0, OVERLAP=chosen.overlap, ALONE=chosen.splits == 1, SEVERAL=items > chosen.programs, ROWS=32 if T * (H // HK) <= 32 else 64,
-        num_warps=4, enable_fp_fusion=True,
-        **pdl(chosen.overlap), **({"maxnreg": 128} if chosen.CONSUMERS == 1 else {}),
+        NEGATIVE=scale < 0, OVERLAP=chosen.overlap, ALONE=chosen.splits == 1, SEVERAL=items > programs,
+        ROWS=32 if T * (H // HK) <= 32 else 64, ZEROS=zeros, num_warps=4, enable_fp_fusion=True, **pdl(chosen.overlap),
+        **({"maxnreg": 128} if chosen.CONSUMERS == 1 else {}),
     )  # fmt: skip
 
 
