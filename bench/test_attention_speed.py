@@ -20,7 +20,10 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 @dataclass(frozen=True)
 class Case:
-    """rows x width queries over `keys` keys each (the block's own among them); flex: whether it is worth its compilation."""
+    """rows x width queries over `keys` keys each (the block's own among them); flex: whether it is worth its compilation.
+
+    turned: ours gets rotated queries and keys, too, as a refresh has them.
+    """
 
     heads: int
     kv_heads: int
@@ -30,9 +33,11 @@ class Case:
     width: int = 32
     dim: int = 128
     flex: bool = False
+    turned: bool = False
 
     def __str__(self):
-        return f"{self.heads}-{self.kv_heads} heads, B {self.rows}, T {self.width}, {self.keys} keys"
+        shape = f"{self.heads}-{self.kv_heads} heads, B {self.rows}, T {self.width}, {self.keys} keys"
+        return shape + ", rotated" * self.turned
 
 
 BLOCKS = [
@@ -58,7 +63,8 @@ BLOCKS = [
     Case(32, 8, 8, 2048),
 ]
 # The target there is 0.85 of cuDNN's speed.
-WHOLE = [Case(32, 32, 1, length, reach, length) for length, reach in ((1024, 39.4), (2048, 130.6), (4096, 488))]
+LENGTHS = (1024, 39.4), (2048, 130.6), (4096, 488)
+WHOLE = [Case(32, 32, 1, length, reach, length, turned=turned) for turned in (False, True) for length, reach in LENGTHS]
 SMALL = [Case(4, 4, 1, 64, width=8, dim=64), Case(7, 1, 2, 96, width=8, dim=64), Case(4, 2, 1, 32, width=32, dim=64)]
 CASES = BLOCKS + WHOLE if ON_GPU else SMALL
 
@@ -82,6 +88,10 @@ def inputs(case: Case, index: int):
     turned = rope_to_cache_reference(q, k, v, cos, sin, start)
     k_cache[:, first : first + width], v_cache[:, first : first + width] = turned[1], v
     ours = dict(q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, block_start=start, kv_len=length, cos=cos, sin=sin)
+    if width == case.keys:
+        ours |= dict(k_cache=k_cache[:, :0], v_cache=v_cache[:, :0])
+    if case.turned:
+        ours |= dict(q=turned[0], k=turned[1], cos=None, sin=None)
     return ours, turned[0], k_cache, v_cache
 
 

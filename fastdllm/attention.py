@@ -8,6 +8,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdllm_kernels import block_attention, linear, rope_to_cache
+from fastdllm_kernels.attention import takes_whole_sequences
 
 from .cache import KVCache, Span
 
@@ -38,7 +39,7 @@ class BlockAttention(nn.Module):
     """Bidirectional attention of the tokens at hand over themselves and over what a KVCache holds around them.
 
     Without a cache it is plain full attention. With one, `cache.span` says where the tokens stand: in a refresh it stores
-    rotated keys and values and attends with PyTorch's SDPA where it can; over a block it calls `block_attention`.
+    rotated keys and values and attends with what is fastest (`full_attention`); over a block it calls `block_attention`.
     """
 
     def __init__(self, hidden_size, num_heads, num_kv_heads, head_dim, *, layer, rotary: RotaryTable, qkv_bias=False):
@@ -87,7 +88,7 @@ def _attend(q, k, v, rotary, cache, layer):
         cos = sin = None
     if span.whole:
         return full_attention(q, k, v, span)
-    if span.shared:
+    if span.shared and not takes_whole_sequences(q, k, v):
         return full_attention(q, k_cache[:, : span.shared], v_cache[:, : span.shared], None)
     return block_attention(
         q, k, v, k_cache, v_cache, span.start, span.kv_len, page_table=span.page_table, cos=cos, sin=sin,
@@ -109,12 +110,16 @@ def fastest_sdpa(tensor: torch.Tensor):
 def full_attention(q, k, v, span: Span | None):
     """Every query of a row with every key of it: [R, T, H, D] and [R, L, HK, D], rows no longer than the span says.
 
-    PyTorch's SDPA; rows of different lengths on a GPU take block_attention, which needs no mask: under one, SDPA falls back
-    to its slow paths. Positions past a row's length give values that nobody reads. Returns [R, T, H, D].
+    On a Hopper block_attention: as fast as cuDNN there (2,048 positions: 107 us and 110 on an H100), which takes 50 to 110 ms
+    to prepare for every length that is new. Elsewhere PyTorch's SDPA; but rows of different lengths take block_attention on
+    every GPU, which needs no mask: under one, SDPA falls back to its slow paths. Positions past a row's length give values that
+    nobody reads. Returns [R, T, H, D].
     """
     mask, ragged = None, span is not None and span.ragged
     if ragged and q.is_cuda:
         return block_attention(q, k, v, k, v, torch.zeros_like(span.length), span.length, block_len=span.length)
+    if span is not None and takes_whole_sequences(q, k, v):
+        return block_attention(q, k, v, k[:, :0], v[:, :0], span.start, span.start)
     if ragged:
         mask = (torch.arange(k.shape[1], device=k.device) < span.length[:, None])[:, None, None]
     out = functional.scaled_dot_product_attention(

@@ -6,6 +6,8 @@ import pytest
 import torch
 from test_attention import CASES, assert_close, inputs, real, run
 
+from fastdllm.attention import full_attention
+from fastdllm.cache import Span
 from fastdllm_kernels import attention, attention_triton, backend
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
@@ -47,7 +49,9 @@ H200 = Chip(132, 232448, overlap=True, hopper=True)
 
 
 @pytest.mark.parametrize("B, T, heads, keys, consumers, stages, splits", [
-    (1, 32, (32, 32), 2048, 1, 6, 4),
+    (1, 32, (32, 32), 2048, 1, 6, 3),
+    (1, 32, (32, 32), 4096, 1, 6, 4),
+    (1, 32, (28, 4), 4096, 1, 6, 8),
     (1, 32, (28, 4), 512, 1, 6, 6),
     (8, 32, (28, 4), 1024, 1, 6, 1),
     (32, 32, (28, 4), 1024, 1, 3, 1),
@@ -62,12 +66,11 @@ def test_the_measured_configurations_are_picked(B, T, heads, keys, consumers, st
 
 @pytest.mark.parametrize("T", [1, 32, 100, 192, 193, 300, 5000])
 @pytest.mark.parametrize("keys", [1, 257, 4096])
-def test_the_ring_fits_and_holds_what_is_rotated_in_it(T, keys):
+def test_the_ring_fits(T, keys):
     for B, heads in ((1, (8, 8)), (1, (8, 1)), (64, (28, 4))):
         chosen = config(B, T, *heads, 128, keys, 2, H200)
         rows, slots = 64 * chosen.CONSUMERS, 2 * chosen.num_stages * chosen.TILE_KEYS
         assert (rows + slots) * 128 * 2 + 1024 <= H200.shared
-        assert chosen.rotate_first or T <= chosen.num_stages * chosen.TILE_KEYS
         assert not (chosen.rotate_first and chosen.splits > 1), "two launches at most"
 
 
@@ -99,7 +102,7 @@ def taken(x):
 @on_hopper
 @HALVES
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("form", ["1 consumer", "2 consumers, 2 splits", "2 consumers, long tiles", "2 consumers, several tiles"])
+@pytest.mark.parametrize("form", ["1 consumer", "1 consumer, several tiles", "2 consumers, 2 splits", "2 consumers, long tiles"])
 def test_the_portable_kernels_cases(form, case, dtype):
     x = inputs(dtype, "cuda", **case)
     if not taken(x):
@@ -124,6 +127,26 @@ def test_forms_and_spans(form, span, heads, rotation):
 def test_block_lengths(form, D, T):
     x = inputs(torch.bfloat16, "cuda", T=T, H=4, HK=2, D=D, S=T + 200, block_start=(60, 0), rotation="fp32")
     assert_close(x, *run(x, FORMS[form], kernel=attention_hopper))
+
+
+@on_hopper
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("form", [Config(2, 128, 3, programs=3), Config(1, 64, 3, programs=2), Config(2, 64, 5)], ids=str)
+def test_whole_sequences_without_a_cache(form, D):
+    x = inputs(torch.bfloat16, "cuda", T=300, H=4, HK=2, D=D, S=0, block_start=(0, 0), kv_len=(300, 300))
+    assert_close(x, *run(x, form, kernel=attention_hopper))
+
+
+@on_hopper
+def test_a_refresh_of_whole_rows_takes_this_kernel(monkeypatch):
+    q, k, v = (torch.randn(2, 200, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2))
+    start = torch.zeros(2, dtype=torch.int32, device="cuda")
+    expected = full_attention(q, k, v, None)
+    monkeypatch.delattr(torch.nn.functional, "scaled_dot_product_attention")
+    out = full_attention(q, k, v, Span(start, start + 200, start + 200, whole=True, ragged=False))
+    torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
+    with pytest.raises(AttributeError):  # and has no gradient
+        full_attention(q.requires_grad_(), k, v, Span(start, start + 200, start + 200, whole=True, ragged=False))
 
 
 @on_hopper

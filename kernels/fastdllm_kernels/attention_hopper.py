@@ -76,8 +76,11 @@ def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
     programs, splits = ceil_div(rows, 64) * B * HK, 1
     if keys > 256 and T <= 128:  # of fewer keys a few tiles more take less time than a second launch; longer blocks have one
         # One program on a multiprocessor, and no more than six parts: more take longer to merge than they save (28 over 4
-        # heads, 2,048 keys: 10.4 with 6, 11.5 with 8; 32 heads: 17.9 with 4, 19.6 with 6 and half the ring).
-        splits = max(1, min(places // programs, keys // 80, 6))
+        # heads, 2,048 keys: 10.4 with 6, 11.5 with 8), but for many keys (4,096: 12.1 with 8, 13.1 with 6). Nor are shares
+        # made shorter for the last quarter of the GPU (32 heads, 512 keys: 8.0 with 3, 8.6 with 4, 8.7 with 1).
+        splits = max(1, min(places // programs, keys // 80, 8 if keys > 2048 else 6))
+        if splits > 2 and keys <= 2048:
+            splits = min(splits, places * 3 // 4 // programs)
     if programs * splits <= places:
         # Alone on its multiprocessor nothing else covers the latency of a program's loads, and the ring may be twice as long
         # (28 over 4 heads, batch 8, 1,024 keys: 14.5 for 15.4).
@@ -167,8 +170,8 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _pass_by(stage, phase, empty, steps, STAGES: gl.constexpr):
-    """Leave out steps that another partition fills; waited for all the same, since a barrier tells only even rounds from odd."""
-    for left in range(steps):
+    """Leave out steps that another partition fills; waited for all the same: a barrier tells only even rounds from odd."""
+    for left in range(steps):  # noqa: B007
         mbarrier.wait(empty.index(stage), phase)
         stage, phase = _next(stage, phase, STAGES)
     return stage, phase
@@ -546,7 +549,7 @@ def _attend_hopper(
     CONSUMERS: gl.constexpr, NEGATIVE: gl.constexpr, OVERLAP: gl.constexpr, ALONE: gl.constexpr, SEVERAL: gl.constexpr,
     ROWS: gl.constexpr, ZEROS: gl.constexpr,
 ):  # fmt: skip
-    """Row tiles of key heads (program axis 0, tiles fastest so that they share keys in L2; `items` in all) and one split (axis 1).
+    """Row tiles of key heads (axis 0, `items` in all, tiles fastest so that they share keys in L2) and one split (axis 1).
 
     spans: block_start, kv_len, kv_start, block_len. tables: cos, sin and their strides. k, v: pointers where there are tables,
     otherwise descriptors. strides: of q, k, v and out, three each, and of a split of out.
