@@ -102,7 +102,7 @@ def taken(x):
 @on_hopper
 @HALVES
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("form", ["1 consumer", "1 consumer, several tiles", "2 consumers, 2 splits", "2 consumers, long tiles"])
+@pytest.mark.parametrize("form", ["1 consumer, several tiles", "2 consumers, 2 splits", "2 consumers, long tiles"])
 def test_the_portable_kernels_cases(form, case, dtype):
     x = inputs(dtype, "cuda", **case)
     if not taken(x):

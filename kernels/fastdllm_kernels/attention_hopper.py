@@ -406,7 +406,7 @@ def _fold_own(q, k, v, keys, top, total, acc, scale):
 
 
 @gluon.jit
-def _fold_all(q, ring, stage, phase, parts, top, total, acc, scale, ZEROS: gl.constexpr):
+def _fold_streamed(q, ring, stage, phase, parts, top, total, acc, scale, ZEROS: gl.constexpr):
     """The queries over an item's streamed steps: the step after them and its parity; running maximum, sums, weighted values."""
     k_ring, v_ring, ready, empty = ring
     STAGES: gl.constexpr = k_ring.shape[0]
@@ -443,47 +443,19 @@ def _fold_all(q, ring, stage, phase, parts, top, total, acc, scale, ZEROS: gl.co
 
 
 @gluon.jit
-def _consume(
-    WHO: gl.constexpr, q_ptr, q_all, ring, out_ptr, lse_ptr, spans, tables, strides, lse_split, scale, tiles, items, T,
-    positions, HK: gl.constexpr, G: gl.constexpr, NEGATIVE: gl.constexpr, CONSUMERS: gl.constexpr, OVERLAP: gl.constexpr,
-    ALONE: gl.constexpr, SEVERAL: gl.constexpr, ROWS: gl.constexpr, ZEROS: gl.constexpr,
+def _prepare(
+    first_row, kv_head, b, q_ptr, q, spans, tables, strides, tile, T, positions, TILE_KEYS: gl.constexpr, G: gl.constexpr,
+    NEGATIVE: gl.constexpr, CONSUMERS: gl.constexpr, ALONE: gl.constexpr, SEVERAL: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Consumer WHO: 64 query rows of each of the program's items, over its own keys and over the steps of the ring."""
-    if OVERLAP:
-        _gdc_wait()
-    stage, phase = 0, 0
-    first = gl.program_id(0)
-    for item in range(first, items if SEVERAL else first + 1, gl.num_programs(0) if SEVERAL else 1):
-        stage, phase = _consume_item(
-            WHO, item, stage, phase, q_ptr, q_all.index(WHO), ring, out_ptr, lse_ptr, spans, tables, strides, lse_split,
-            scale, tiles, T, positions, HK, G, NEGATIVE, CONSUMERS, ALONE, SEVERAL, ROWS, ZEROS)  # fmt: skip
-
-
-@gluon.jit
-def _consume_item(
-    WHO: gl.constexpr, item, stage, phase, q_ptr, q, ring, out_ptr, lse_ptr, spans, tables, strides, lse_split,
-    scale, tiles, T, positions, HK: gl.constexpr, G: gl.constexpr, NEGATIVE: gl.constexpr, CONSUMERS: gl.constexpr,
-    ALONE: gl.constexpr, SEVERAL: gl.constexpr, ROWS: gl.constexpr, ZEROS: gl.constexpr,
-):  # fmt: skip
-    """One item, whose first step of the ring is `stage`: its result. Returns the step after its last."""
-    LN2: gl.constexpr = 0.6931471805599453  # here, not outside: a launch compares every global that a kernel reads
-    k_ring, v_ring, ready, empty = ring
-    STAGES: gl.constexpr = k_ring.shape[0]
-    TILE_KEYS: gl.constexpr = k_ring.shape[1]
-    D: gl.constexpr = k_ring.shape[2]
+    """An item's queries, rotated, into q. Returns its own positions, how many own keys it folds, and its `_share` in parts."""
+    D: gl.constexpr = q.shape[1]
     ROTATE: gl.constexpr = tables[0] is not None
     HALVES: gl.constexpr = gl.BlockedLayout([1, 8], [512 // D, D // 16], [4, 1], [1, 0])
     WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    # How a row's columns lie on four lanes in scores and sums.
-    LANES: gl.constexpr = gl.DistributedLinearLayout(
-        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4])
-    q_row, q_at, q_head, _, _, _, _, _, _, out_row, out_at, out_head, out_split = strides
-    tile, kv_head, b = _place(item, tiles, HK)
-    row = (tile * CONSUMERS + WHO) * 64 + gl.arange(0, ROWS, gl.SliceLayout(1, HALVES if ROTATE else WHOLE))
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, HALVES if ROTATE else WHOLE))
     t = gl.minimum(row // G, T - 1)  # rows past the last read the last again, and are not written
-    q_ptr += b * q_row + kv_head * G * q_head
-    offset = t * q_at + row % G * q_head
+    q_ptr += b * strides[0] + kv_head * G * strides[2]
+    offset = t * strides[1] + row % G * strides[2]
     # What needs no spans is on its way before they are here.
     if ROTATE:
         halves = _halves(q_ptr, offset, D // 2, HALVES)
@@ -499,34 +471,80 @@ def _consume_item(
     q.slice(0, ROWS, 0).store(queries)
     fence_async_shared()
     _barrier()
+    return own, written[1], parts
+
+
+@gluon.jit
+def _fold_all(q, ring, stage, phase, parts, own_keys, scale, SUMS: gl.constexpr, ROTATE: gl.constexpr, ZEROS: gl.constexpr):
+    """The queries over an item's steps of the ring: the step after them and its parity; maximum, sum and weighted values."""
+    k_ring, v_ring, ready, empty = ring
+    STAGES: gl.constexpr = k_ring.shape[0]
+    D: gl.constexpr = k_ring.shape[2]
+    # How a row's columns lie on four lanes in scores and sums.
+    LANES: gl.constexpr = gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4])
     top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SUMS))
     lanes, acc = gl.zeros([64, 4], gl.float32, LANES), gl.zeros([64, D], gl.float32, SUMS)
-    stage, phase, top, lanes, acc = _fold_all(q, ring, stage, phase, parts, top, lanes, acc, scale, ZEROS)
+    stage, phase, top, lanes, acc = _fold_streamed(q, ring, stage, phase, parts, top, lanes, acc, scale, ZEROS)
     if ROTATE:
-        for at in range(0, written[1], 32):
+        for at in range(0, own_keys, 32):
             mbarrier.wait(ready.index(stage), phase)
             k_own, v_own = k_ring.index(stage).slice(0, 32, 0), v_ring.index(stage).slice(0, 32, 0)
-            top, lanes, acc = _fold_own(q, k_own, v_own, written[1] - at, top, lanes, acc, scale)
+            top, lanes, acc = _fold_own(q, k_own, v_own, own_keys - at, top, lanes, acc, scale)
             mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = _next(stage, phase, STAGES)
-    total = gl.convert_layout(gl.sum(lanes, 1), gl.SliceLayout(1, SUMS))
-    # Axis 2 has one program: its 0 makes these new values, where the same from above would hold registers in the loops.
-    tile, kv_head, b = _place(item + gl.program_id(2), tiles, HK)
-    first_row, split = (tile * CONSUMERS + WHO) * 64, gl.program_id(1)
-    total = gl.where(total == 0, 1.0, total)
-    row = first_row + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
+    return stage, phase, top, gl.convert_layout(gl.sum(lanes, 1), gl.SliceLayout(1, SUMS)), acc
+
+
+@gluon.jit
+def _consume(
+    WHO: gl.constexpr, q_ptr, q_all, ring, out_ptr, lse_ptr, spans, tables, strides, lse_split, scale, tiles, items, T,
+    positions, HK: gl.constexpr, G: gl.constexpr, NEGATIVE: gl.constexpr, CONSUMERS: gl.constexpr, OVERLAP: gl.constexpr,
+    ALONE: gl.constexpr, SEVERAL: gl.constexpr, ROWS: gl.constexpr, ZEROS: gl.constexpr,
+):  # fmt: skip
+    """Consumer WHO: 64 query rows of each of the program's items, over the steps of the ring."""
+    TILE_KEYS: gl.constexpr = ring[0].shape[1]
+    D: gl.constexpr = ring[0].shape[2]
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    ROTATE: gl.constexpr = tables[0] is not None
+    q = q_all.index(WHO)
+    if OVERLAP:
+        _gdc_wait()
+    first, stage, phase = gl.program_id(0), 0, 0
+    for item in range(first, items if SEVERAL else first + 1, gl.num_programs(0) if SEVERAL else 1):
+        tile, kv_head, b = _place(item, tiles, HK)
+        own, own_keys, parts = _prepare((tile * CONSUMERS + WHO) * 64, kv_head, b, q_ptr, q, spans, tables, strides, tile, T,
+                                        positions, TILE_KEYS, G, NEGATIVE, CONSUMERS, ALONE, SEVERAL, ROWS)  # fmt: skip
+        stage, phase, top, total, acc = _fold_all(q, ring, stage, phase, parts, own_keys, scale, SUMS, ROTATE, ZEROS)
+        # Axis 2 has one program: its 0 makes these new values, where the same from above would hold registers in the loops.
+        tile, kv_head, b = _place(item + gl.program_id(2), tiles, HK)
+        _store((tile * CONSUMERS + WHO) * 64, kv_head, b, own, top, total, acc, q, out_ptr, lse_ptr, strides, lse_split, T, HK,
+               G, ALONE)  # fmt: skip
+
+
+@gluon.jit
+def _store(
+    first_row, kv_head, b, own, top, total, acc, q, out_ptr, lse_ptr, strides, lse_split, T, HK: gl.constexpr,
+    G: gl.constexpr, ALONE: gl.constexpr,
+):  # fmt: skip
+    """An item's result and log-sum-exp; q is free by now."""
+    LN2: gl.constexpr = 0.6931471805599453  # here, not outside: a launch compares every global that a kernel reads
+    D: gl.constexpr = q.shape[1]
+    SUMS: gl.constexpr = acc.type.layout
+    WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    split, total = gl.program_id(1), gl.where(total == 0, 1.0, total)
     result = acc * (1.0 / total)[:, None]
     if lse_ptr is not None:
+        row = first_row + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
         lse = gl.where(row < own * G, (top + gl.log2(total)) * LN2, float("-inf"))
         gl.store(lse_ptr + split * lse_split + (b * T + row // G) * (HK * G) + kv_head * G + row % G, lse, mask=row // G < T)
-    out_ptr += split * out_split + b * out_row + kv_head * G * out_head
+    out_ptr += split * strides[12] + b * strides[9] + kv_head * G * strides[11]
     if ALONE:  # through shared memory, so that a thread writes 16 bytes
         q.store(result.to(q.dtype))
         _barrier()
-        _write(q.load(WHOLE), out_ptr, first_row, own, T, out_at, out_head, G, WHOLE)
+        _write(q.load(WHOLE), out_ptr, first_row, own, T, strides[10], strides[11], G, WHOLE)
     else:
-        _write(result, out_ptr, first_row, own, T, out_at, out_head, G, SUMS)
-    return stage, phase
+        _write(result, out_ptr, first_row, own, T, strides[10], strides[11], G, SUMS)
 
 
 @gluon.jit
