@@ -116,10 +116,9 @@ def full_attention(q, k, v, span: Span | None):
     nobody reads. Returns [R, T, H, D].
     """
     mask, ragged = None, span is not None and span.ragged
-    if ragged and q.is_cuda:
-        return block_attention(q, k, v, k, v, torch.zeros_like(span.length), span.length, block_len=span.length)
-    if span is not None and takes_whole_sequences(q, k, v):
-        return block_attention(q, k, v, k[:, :0], v[:, :0], span.start, span.start)
+    if span is not None and (ragged and q.is_cuda or takes_whole_sequences(q, k, v)):
+        lengths = span.length if ragged else None
+        return block_attention(q, k, v, k[:, :0], v[:, :0], span.start, span.start, block_len=lengths)
     if ragged:
         mask = (torch.arange(k.shape[1], device=k.device) < span.length[:, None])[:, None, None]
     out = functional.scaled_dot_product_attention(

@@ -95,10 +95,10 @@ def _hopper():
 
 def takes_whole_sequences(q, k, v) -> bool:
     """Whether block_attention is as fast as any library over whole sequences: where its Hopper kernel takes them."""
-    if not q.is_cuda or backend.forced() == "reference" or torch.compiler.is_compiling():
-        return False
     graded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return not graded and backend.triton is not None and _kernel(q, k, v, k, v, None, None, q) is _hopper()
+    if graded or not q.is_cuda or torch.compiler.is_compiling() or backend.forced() == "reference" or backend.triton is None:
+        return False
+    return _kernel(q, k, v, k, v, None, None, q) is _hopper()
 
 
 def _unsupported(q, k, v, k_cache, v_cache, cos, sin, page_table, out):

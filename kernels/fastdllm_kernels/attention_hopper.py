@@ -1,12 +1,16 @@
-"""block_attention on Hopper, in Triton's Gluon: a producer warp streams keys and values, one or two consumers of 64 query rows
-each fold them.
+"""block_attention on Hopper, in Triton's Gluon: one warp streams keys and values, two more rotate the block's own keys, and one
+or two consumers of 64 query rows each fold them.
 
 A program owns 64 or 128 of the T * G query rows of one key head and one share of the row's visible keys, numbered as in
-attention_triton.py. The producer copies tiles of keys and values into a ring in shared memory (TMA) from the moment it knows
-the spans; meanwhile the consumers load and rotate their queries, and together the block's own keys, which are the ring's first
-tiles. A consumer issues the products of a tile's scores before those of the last tile's values, so that its exponentials run
-beside them: the ring's step i holds the keys of tile i and the values of tile i - 1, which are wanted and free again at the
-same time. Two consumers are two partitions, so that one may multiply while the other is at its exponentials.
+attention_triton.py; where there are many such items it takes several. The producer copies tiles of keys and values into a ring
+in shared memory (TMA) from the moment it knows the spans, the next item's too; meanwhile the consumers load and rotate their
+queries. The block's own keys are the ring's last steps: nothing waits for them. A consumer issues the products of a tile's
+scores before those of the last tile's values, so that its exponentials run beside them: the ring's step i holds the keys of
+tile i and the values of tile i - 1, which are wanted and free again at the same time. Two consumers are two partitions, so that
+one may multiply while the other is at its exponentials.
+
+What comes before the first product and after the last is code that runs once, from an instruction cache that may be cold: its
+length is time (two consumers that each wrote own keys took 163 KB of code, and 9 us a program more than the loop).
 
 A tile may run past what its row sees, into slots that hold anything: tiles that are not full come first, their scores are
 masked, and their values past the end are overwritten by zeros in shared memory. The parts of several splits are added up by
@@ -83,8 +87,9 @@ def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
             splits = min(splits, places * 3 // 4 // programs)
     if programs * splits <= places:
         # Alone on its multiprocessor nothing else covers the latency of a program's loads, and the ring may be twice as long
-        # (28 over 4 heads, batch 8, 1,024 keys: 14.5 for 15.4).
-        return Config(1, 64, 6, splits, T > 128, chip.overlap)
+        # (28 over 4 heads, batch 8, 1,024 keys: 14.5 for 15.4); where half of a tile's rows are empty it waits for memory, and
+        # begins sooner with shorter tiles (32 heads, 2,048 keys: 14.0 for 15.0).
+        return Config(1, 32 if rows <= 32 and keys <= 2048 else 64, 6, splits, T > 128, chip.overlap)
     # Two take turns: one starts and ends while the other multiplies. Where tiles are full they stay for the next ones (28 over
     # 4 heads, batch 32, 1,024 keys: 39.9 for 41.5); what waits for memory gains nothing (32 heads: 194.7 for 192.8).
     return Config(1, 64, 3, 1, T > 128, chip.overlap, 2 * places if rows >= 64 else MANY)
@@ -101,7 +106,7 @@ def _place(item, tiles, HK: gl.constexpr):
 def _share(
     b, tile, T, spans, G: gl.constexpr, ROWS: gl.constexpr, TILE_KEYS: gl.constexpr, ROTATE: gl.constexpr, ALONE: gl.constexpr,
 ):  # fmt: skip
-    """What this program folds: (block's start, its own positions, (own key, own keys that the consumers write), parts).
+    """What this program folds: (block's start, its own positions, (own key, own keys for `_rotate_own`), parts).
 
     parts: keys that are streamed, of the prefix, of the suffix and of the block: (first slot, how many) of each, and between
     which slots the row sees all: a tile that is not full begins early rather than run past the end of those.
@@ -127,10 +132,9 @@ def _share(
 @gluon.jit
 def _counts(parts, TILE_KEYS: gl.constexpr):
     """(streamed tiles that are not full, all streamed tiles)."""
-    full = parts[1] // TILE_KEYS + parts[5] // TILE_KEYS + parts[9] // TILE_KEYS
-    short = (parts[1] % TILE_KEYS > 0).to(gl.int32) + (parts[5] % TILE_KEYS > 0).to(gl.int32)
-    short += (parts[9] % TILE_KEYS > 0).to(gl.int32)
-    return short, short + full
+    REST: gl.constexpr = TILE_KEYS - 1
+    count = (parts[1] + REST) // TILE_KEYS + (parts[5] + REST) // TILE_KEYS + (parts[9] + REST) // TILE_KEYS
+    return count - parts[1] // TILE_KEYS - parts[5] // TILE_KEYS - parts[9] // TILE_KEYS, count
 
 
 @gluon.jit
@@ -189,8 +193,7 @@ def _produce(
     TILE_KEYS: gl.constexpr = k_ring.shape[1]
     if OVERLAP:
         _gdc_wait()
-    stage, phase = 0, 1
-    first = gl.program_id(0)
+    first, stage, phase = gl.program_id(0), 0, 1
     for item in range(first, items if SEVERAL else first + 1, gl.num_programs(0) if SEVERAL else 1):
         tile, head, b = _place(item, tiles, HK)
         row = b
@@ -200,11 +203,10 @@ def _produce(
         _, count = _counts(parts, TILE_KEYS)
         last_where, last_slot = 0, 0
         for i in range(0, gl.where(count > 0, count + 1, 0)):
-            full, k_to, v_to = ready.index(stage), k_ring.index(stage), v_ring.index(stage)
             where, slot, _, _, _ = _tile(i, parts, TILE_KEYS)
             mbarrier.wait(empty.index(stage), phase)
-            _fetch(i < count, k_cache, k, row, b, where, slot, head, full, k_to, ROTATE)
-            _fetch(i > 0, v_cache, v, row, b, last_where, last_slot, head, full, v_to, ROTATE)
+            _fetch(i < count, k_cache, k, row, b, where, slot, head, ready.index(stage), k_ring.index(stage), ROTATE)
+            _fetch(i > 0, v_cache, v, row, b, last_where, last_slot, head, ready.index(stage), v_ring.index(stage), ROTATE)
             stage, phase = _next(stage, phase, STAGES)
             last_where, last_slot = where, slot
         if SEVERAL:
@@ -364,20 +366,18 @@ def _rotate_own(
     if tables[0] is not None:
         if OVERLAP:
             _gdc_wait()
-        stage, phase = 0, 1
-        first = gl.program_id(0)
+        first, stage, phase = gl.program_id(0), 0, 1
         for item in range(first, items if SEVERAL else first + 1, gl.num_programs(0) if SEVERAL else 1):
             tile, kv_head, b = _place(item, tiles, HK)
             start, own, written, parts = _share(b, tile, T, spans, G, 64 * CONSUMERS, TILE_KEYS, True, ALONE)
-            own_at, own_keys = written
             steps = _counts(parts, TILE_KEYS)[1]
             stage, phase = _pass_by(stage, phase, empty, gl.where(steps > 0, steps + 1, 0), STAGES)
             k_from, v_from = k + b * strides[3] + kv_head * strides[5], v + b * strides[6] + kv_head * strides[8]
-            for at in range(0, own_keys, 32):
+            for at in range(0, written[1], 32):
                 mbarrier.wait(empty.index(stage), phase)
                 for half in gl.static_range(0, 32, 16):  # more at once would not fit this partition's registers
                     # Past the last key the last again: no value may be NaN.
-                    row = own_at + gl.minimum(at + half + gl.arange(0, 16, gl.SliceLayout(1, HALVES)), own_keys - 1)
+                    row = written[0] + gl.minimum(at + half + gl.arange(0, 16, gl.SliceLayout(1, HALVES)), written[1] - 1)
                     values = _halves(v_from, row * strides[7], D // 2, HALVES)
                     v_ring.index(stage).slice(half, 16, 0).store(_whole(values[0], values[1]))
                     halves = _halves(k_from, row * strides[4], D // 2, HALVES)
@@ -419,8 +419,8 @@ def _fold_streamed(q, ring, stage, phase, parts, top, total, acc, scale, ZEROS: 
         mbarrier.wait(ready.index(stage), phase)
         _, _, low, high, seen = _tile(0, parts, TILE_KEYS)
         zeros = gl.zeros([64, TILE_KEYS], gl.float32, SCORES)
-        s = warpgroup_mma(q, k_ring.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[s])
+        k = k_ring.index(stage).permute((1, 0))
+        s = warpgroup_mma_wait(0, deps=[warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)])
         mbarrier.arrive(empty.index(stage), count=1)
         weights, top, total, shrink = _weights(s, top, total, scale, low, high, True)
         pairs = _packed(weights, k_ring.dtype)
@@ -565,7 +565,7 @@ def _attend_hopper(
     q, k, v, k_cache, v_cache, out, lse, spans, page_table, tables, scale, tiles, items, T, positions, page_row, lse_split,
     strides, HK: gl.constexpr, G: gl.constexpr, D: gl.constexpr, TILE_KEYS: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr, NEGATIVE: gl.constexpr, OVERLAP: gl.constexpr, ALONE: gl.constexpr, SEVERAL: gl.constexpr,
-    ROWS: gl.constexpr, ZEROS: gl.constexpr,
+    ROWS: gl.constexpr, ZEROS: gl.constexpr, OTHERS: gl.constexpr,
 ):  # fmt: skip
     """Row tiles of key heads (axis 0, `items` in all, tiles fastest so that they share keys in L2) and one split (axis 1).
 
@@ -584,7 +584,6 @@ def _attend_hopper(
     fence_async_shared()
     ring = (k_ring, v_ring, ready, empty)
     ROTATE: gl.constexpr = tables[0] is not None
-    FOR_ROTATION: gl.constexpr = 88 if ROTATE else 24  # registers
     if CONSUMERS == 1:
         gl.warp_specialize([
             (_consume, (0, q, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, items, T, positions,
@@ -593,7 +592,7 @@ def _attend_hopper(
                         HK, G, ROTATE, CONSUMERS, OVERLAP, ALONE, SEVERAL)),
             (_rotate_own, (k, v, ring, tables, strides, tiles, items, T, positions, spans,
                            HK, G, CONSUMERS, OVERLAP, ALONE, SEVERAL)),
-        ], [1, 2], [FOR_ROTATION, FOR_ROTATION])  # fmt: skip
+        ], [1, 2], [OTHERS, OTHERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (0, q, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, items, T, positions,
@@ -604,7 +603,7 @@ def _attend_hopper(
                         HK, G, ROTATE, CONSUMERS, OVERLAP, ALONE, SEVERAL)),
             (_rotate_own, (k, v, ring, tables, strides, tiles, items, T, positions, spans,
                            HK, G, CONSUMERS, OVERLAP, ALONE, SEVERAL)),
-        ], [4, 1, 2], [208 if ROTATE else 240, FOR_ROTATION, FOR_ROTATION])  # fmt: skip
+        ], [4, 1, 2], [208 if ROTATE else 240, OTHERS, OTHERS])  # fmt: skip
 
 
 def supports(q, k, v, k_cache, v_cache, page_table, cos, out) -> bool:
@@ -655,8 +654,16 @@ def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, pag
         HK=HK, G=H // HK, D=D, TILE_KEYS=chosen.TILE_KEYS, STAGES=chosen.num_stages, CONSUMERS=chosen.CONSUMERS,
         NEGATIVE=scale < 0, OVERLAP=chosen.overlap, ALONE=chosen.splits == 1, SEVERAL=items > programs,
         ROWS=32 if T * (H // HK) <= 32 else 64, ZEROS=zeros, num_warps=4, enable_fp_fusion=True, **pdl(chosen.overlap),
-        **({"maxnreg": 128} if chosen.CONSUMERS == 1 else {}),
+        **_registers(chosen, cos is not None),
     )  # fmt: skip
+
+
+def _registers(chosen, rotates):
+    """Registers of a thread of those that do not multiply, and what all are given at the launch: two programs of one consumer
+    and a short ring share a multiprocessor."""
+    alone = chosen.CONSUMERS == 1 and chosen.num_stages > 3
+    others = {"OTHERS": (168 if alone else 88) if rotates else 24}
+    return others | ({"maxnreg": 224 if alone else 128} if chosen.CONSUMERS == 1 else {})
 
 
 def _descriptor(x, chosen):

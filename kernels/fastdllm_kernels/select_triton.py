@@ -46,24 +46,26 @@ class SelectConfig:
 
 def select_config(rows: int, vocab: int, chip: Chip, draw: bool = False) -> SelectConfig:
     """The cut for `rows` rows of `vocab` logits; draw: the temperature is above 0. Pure."""
-    # 32 logits a thread, 8 KB of bf16 in flight from each program, and about 64 registers a thread: eight programs share
-    # a multiprocessor, 64 KB in flight on each, twice what its share of the bandwidth needs. Draws keep ten values alive
-    # for each logit, and are bound by arithmetic: two waves of eight.
     tile = min(1024 if draw else 4096, max(16, power_of_2(vocab)))
-    count = ceil_div(vocab, tile)
     # Few rows: four programs a multiprocessor, all of one size and there at once, read as fast as eight and leave half the
     # records to merge (H200, V 126464, 32 rows: 8.2 us with 16 parts of two tiles, 10.2 with 31 of one). Records are merged by
     # powers of two: 16 of them where that many still fill the GPU (H100, V 152064, 32 rows: 9.5 us with 13 parts of three
-    # tiles, 11.2 with 19 of two). Many rows: two and a half waves, so that a short last one costs little (256 rows: 26.7 us
-    # with 11 parts of three tiles, 29.4 with 8 of four; 1024 rows: 3 parts of 11).
-    few = rows * count <= 16 * chip.multiprocessors
-    programs = 16 if draw else 4 if few else 21
+    # tiles, 11.2 with 19 of two).
+    few = rows * ceil_div(vocab, tile) <= 16 * chip.multiprocessors
+    programs, warps = (16, 4) if draw else (4, 4) if few else (21, 2)
+    if not draw and not few and rows < 1024:
+        # More rows: of programs of two warps so many fit that one reads while another is at its end (256 rows: 23.8 us with 6
+        # parts of 11 tiles, with four warps and tiles twice as long 27.5). A thousand: two waves and a half of them, so that a
+        # short last one costs little (74.5 with 3 parts of 11 tiles, with four warps 78.1).
+        tile, programs = min(2048, tile), 11
+    # Draws keep ten values alive for each logit, and are bound by arithmetic: two waves of eight programs.
+    count = ceil_div(vocab, tile)
     tiles = max(1, round(rows * count / (programs * chip.multiprocessors)))
     if few and not draw and 16 * rows >= 2 * chip.multiprocessors:
         tiles = max(tiles, ceil_div(count, 16))
     tiles = min(count, tiles)
     parts = ceil_div(count, tiles)
-    return SelectConfig(tile, ceil_div(count, parts), parts, overlap=chip.overlap)
+    return SelectConfig(tile, ceil_div(count, parts), parts, warps, overlap=chip.overlap)
 
 
 @triton.jit
