@@ -72,7 +72,7 @@ class Span:
 
     start, length, kv_len: [R] int32 on the device. Row r's tokens sit at positions start[r] .. + length[r] - 1 of a canvas of
     kv_len[r] positions. `whole` says that they are the whole canvas (a refresh: fresh keys and values are stored, attention
-    is PyTorch's); otherwise keys and values outside them come from the cache, which is written where `stores` says so (a
+    is `full_attention`); otherwise keys and values outside them come from the cache, which is written where `stores` says so (a
     refresh that keeps the prompt's). `ragged`: some row is shorter than the tensor is wide. `page_table` [R, 1] int32 names
     the cache rows when the forward runs only some of them. `shared`: where all rows run, store, and have one start and one
     kv_len, that kv_len as a number of the host; else 0. `packing`: how the tokens lie where they are not padded.
