@@ -311,7 +311,7 @@ def plan(subject, way, cell):
     return [(steps, blocks) for steps in chosen]
 
 
-def warm_up(subject, way, cell, steps, blocks=None):
+def warm_up(subject, way, cell, steps, blocks):
     """Run until what is captured once it has come often has been."""
     model, changes = subject.of(way), True
     while changes:

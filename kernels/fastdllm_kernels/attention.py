@@ -94,11 +94,11 @@ def _hopper():
 
 
 def takes_whole_sequences(q, k, v) -> bool:
-    """Whether block_attention is as fast as any library over whole sequences: where its Hopper kernel takes them."""
+    """Whether block_attention is as fast as cuDNN over whole sequences: where its Hopper kernel takes them."""
     graded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if graded or not q.is_cuda or torch.compiler.is_compiling() or backend.forced() == "reference" or backend.triton is None:
         return False
-    return _kernel(q, k, v, k, v, None, None, q) is _hopper()
+    return backend.chip_of(q.device).hopper and _kernel(q, k, v, k, v, None, None, q) is _hopper()
 
 
 def _unsupported(q, k, v, k_cache, v_cache, cos, sin, page_table, out):

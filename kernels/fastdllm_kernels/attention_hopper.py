@@ -9,8 +9,8 @@ scores before those of the last tile's values, so that its exponentials run besi
 tile i and the values of tile i - 1, which are wanted and free again at the same time. Two consumers are two partitions, so that
 one may multiply while the other is at its exponentials.
 
-What comes before the first product and after the last is code that runs once, from an instruction cache that may be cold: its
-length is time (two consumers that each wrote own keys took 163 KB of code, and 9 us a program more than the loop).
+What comes before the first product and after the last runs once an item, and its length was seen to be time: when two consumers
+wrote the own keys themselves, the kernel was 163 KB of instructions and rotation cost 9 us an item.
 
 A tile may run past what its row sees, into slots that hold anything: tiles that are not full come first, their scores are
 masked, and their values past the end are overwritten by zeros in shared memory. The parts of several splits are added up by
@@ -74,7 +74,7 @@ def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
     """
     rows, keys, places = T * (H // HK), max(capacity, T), chip.multiprocessors
     if rows >= 512 and ceil_div(rows, 128) * B * HK >= places:
-        # Keys are read once for 128 queries (2,048 queries and keys: 107, one consumer 126). With a block of 32 they gain
+        # Keys are read once for 128 queries (2,048 queries and keys: 112, one consumer 126). With a block of 32 they gain
         # nothing: a program starts and ends alone on its multiprocessor (28 over 4 heads, batch 32, 1,024 keys: 46.5 for 41.9).
         return Config(2, 128, 3, 1, True, chip.overlap, places)
     programs, splits = ceil_div(rows, 64) * B * HK, 1
@@ -188,7 +188,7 @@ def _produce(
     ALONE: gl.constexpr, SEVERAL: gl.constexpr,
 ):  # fmt: skip
     """Stream the share's cached keys and values (and its own, if nothing rotates them) into the ring, step after step."""
-    k_ring, v_ring, ready, empty = ring[0], ring[1], ring[2], ring[3]
+    k_ring, v_ring, ready, empty = ring
     STAGES: gl.constexpr = k_ring.shape[0]
     TILE_KEYS: gl.constexpr = k_ring.shape[1]
     if OVERLAP:
