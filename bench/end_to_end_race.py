@@ -312,12 +312,13 @@ def plan(subject, way, cell):
 
 
 def warm_up(subject, way, cell, steps, blocks):
-    """Run until what is captured once it has come often has been."""
-    model, changes = subject.of(way), True
-    while changes:
+    """Run until what is captured once it has come often has been, or a run drives out what the last one captured."""
+    model = subject.of(way)
+    for _ in range(graph.MOST):
         before = waiting_to_be_captured(model)
         subject.timed(way, cell, steps, blocks)
-        changes = waiting_to_be_captured(model) != before
+        if waiting_to_be_captured(model) == before:
+            break
 
 
 def waiting_to_be_captured(model):

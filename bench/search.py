@@ -53,7 +53,7 @@ def attention_variants(config, case):
     """Values to try for each field; shares of the keys around today's number."""
     places = chip_of(timing.DEVICE).multiprocessors
     near = {config.splits - 1, config.splits + 1, config.splits // 2, config.splits * 3 // 2, config.splits * 2}
-    tried = {"splits": sorted({1, *near} - {0}), "programs": (places, 2 * places, 2**31 - 1)}
+    tried = {"splits": sorted({1, *near} - {0}), "programs": (places, 2 * places, getattr(type(config), "programs", 0))}
     tried |= {"TILE_KEYS": (32, 64, 128), "num_warps": (4, 8), "TILE_ROWS": (16, 32, 64, 128), "CONSUMERS": (1, 2)}
     tried["num_stages"] = (3, 4, 6) if config.__class__ is not attention_triton.Config else (2, 3, 4)
     tried |= {name: (False, True) for name in ("rotate_first", "overlap")}

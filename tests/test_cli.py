@@ -452,7 +452,8 @@ def test_info_for_people_and_for_programs(call):
     lines = dict(re.split(r"\s+", line, maxsplit=1) for line in out.splitlines())
     code, out, _ = call("info", "--json")
     facts = json.loads(out)
-    assert code == 0 and lines["torch"] == facts["versions"]["torch"] == torch.__version__
+    # What a package is installed as may leave out the build that __version__ names.
+    assert code == 0 and lines["torch"] == facts["versions"]["torch"] and torch.__version__.startswith(lines["torch"])
     assert lines["fastdllm"] == fastdllm.__version__ and lines["backend"] == facts["backend"]
     assert {"Dream", "llada"} <= set(facts["families"]) and lines["families"] == ", ".join(facts["families"])
     if not torch.cuda.is_available():
