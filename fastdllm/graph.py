@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 # Captured forwards that a model keeps; the least recently used goes. They share their memory, and lengths up to
 # decode.LAUNCH_BOUND are as many.
 MOST = 48
-PLAIN = (bool, int, float, str)
+PLAIN, HOLDERS = (bool, int, float, str), (dict, OrderedDict, set, type(None))  # the latter are mostly empty
 
 
 class Step(NamedTuple):
@@ -171,7 +171,7 @@ def _state(model):
         (
             id(module),
             [_address(tensor) for held in (module._parameters, module._buffers) for tensor in held.values()],
-            {name: plain for name, value in vars(module).items() if (plain := _plain(value)) is not None},
+            {k: known for k, x in vars(module).items() if (type(x) not in HOLDERS or x) and (known := _plain(x)) is not None},
         )
         for module in model.modules()
     ]
