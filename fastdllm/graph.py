@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 # Captured forwards that a model keeps; the least recently used goes. They share their memory, and lengths up to
 # decode.LAUNCH_BOUND are as many.
 MOST = 48
-PLAIN, HOLDERS = (bool, int, float, str), (dict, OrderedDict, set, type(None))  # the latter are mostly empty
+PLAIN = (bool, int, float, str, type(None))
 
 
 class Step(NamedTuple):
@@ -171,7 +171,7 @@ def _state(model):
         (
             id(module),
             [_address(tensor) for held in (module._parameters, module._buffers) for tensor in held.values()],
-            {k: known for k, x in vars(module).items() if (type(x) not in HOLDERS or x) and (known := _plain(x)) is not None},
+            {name: plain for name, value in vars(module).items() if (plain := _plain(value)) is not None},
         )
         for module in model.modules()
     ]
@@ -187,4 +187,4 @@ def _plain(value):
     if isinstance(value, PLAIN):
         return value
     members = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return id(value) if callable(value) else [_plain(member) for member in members] or None
+    return id(value) if callable(value) else [_plain(member) for member in members] if members else None
