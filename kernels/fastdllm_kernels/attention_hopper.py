@@ -46,7 +46,6 @@ _gdc_wait, _gdc_launch_dependents = tl.extra.cuda.gdc_wait, tl.extra.cuda.gdc_la
 
 
 MANY = 2**31 - 1
-BOX = gl.NVMMASharedLayout(128, 16, 4)  # made once: it takes as long as the rest of a descriptor
 
 
 @dataclass(frozen=True)
@@ -670,4 +669,5 @@ def _registers(chosen, rotates):
 def _descriptor(x, chosen):
     """A box of TILE_KEYS rows of one head of x [B, S, HK, D]."""
     strides = [s if n > 1 else x.shape[-1] for s, n in zip(x.stride(), x.shape, strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, chosen.TILE_KEYS, 1, x.shape[-1]], BOX)
+    layout = gl.NVMMASharedLayout(128, 16, 4)
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, chosen.TILE_KEYS, 1, x.shape[-1]], layout)
