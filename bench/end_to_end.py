@@ -37,7 +37,7 @@ import end_to_end_report as report
 import timing
 import torch
 from end_to_end_accuracy import accuracy
-from end_to_end_race import MODELS, REAL, SMOKE, Cell, Subject, measure_cell, tidy
+from end_to_end_race import MODELS, OPTIONS, REAL, SMOKE, WAYS, Cell, Subject, measure_cell, tidy
 from report import slug
 
 RESULTS = Path(__file__).parent / "results"
@@ -157,18 +157,31 @@ def write(path, results):
 
 
 def merged(paths):
-    """One set of results out of several files; of a cell that is in several, the last counts."""
-    results = {"environments": [], "rows": [], "accuracy": None}
+    """One set of results out of several files; of a way of a cell that is in several, the last counts."""
+    results, cells = {"environments": [], "rows": [], "accuracy": None}, {}
     for path in paths:
         part = json.loads(path.read_text())
         shift = len(results["environments"])
         results["environments"] += part["environments"]
-        rows = [row | {"environment": row["environment"] + shift} for row in part["rows"]]
-        fresh = {key_of(row) for row in rows}
-        results["rows"] = [row for row in results["rows"] if key_of(row) not in fresh] + rows
+        for row in part["rows"]:
+            cell = cells.setdefault(key_of(row), {})
+            if any(other["headline"] != row["headline"] for other in cell.values()):
+                cell.clear()
+            cell[row["way"]] = row | {"environment": row["environment"] + shift}
         if part["accuracy"]:
             results["accuracy"] = part["accuracy"] | {"environment": part["accuracy"]["environment"] + shift}
-    return results
+    order = [way.name for way in WAYS + OPTIONS]
+    results["rows"] = [row for cell in cells.values() for row in sorted(cell.values(), key=lambda row: order.index(row["way"]))]
+    return with_used_environments(results)
+
+
+def with_used_environments(results):
+    """The results without the environments of which nothing is left."""
+    measured = [*results["rows"], *([results["accuracy"]] if results["accuracy"] else [])]
+    used = sorted({item["environment"] for item in measured})
+    for item in measured:
+        item["environment"] = used.index(item["environment"])
+    return results | {"environments": [results["environments"][number] for number in used]}
 
 
 def numbers(text):

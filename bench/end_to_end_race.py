@@ -25,7 +25,8 @@ TURNS = 3
 WAY_SECONDS = 6.0  # after this a way takes no further turn in its cell
 HEADLINE_SECONDS = 15.0  # the same, where whole requests are decoded
 HEAVY_SECONDS = 0.5  # a block that takes longer is measured at fewer steps
-FIT_STEPS, HEAVY_STEPS, WHOLE_STEPS = (4, 16), (2, 5), (4, 5)  # forwards a block
+FIT_STEPS, WHOLE_STEPS = (4, 16), (4, 5)  # forwards a block
+HEAVY_STEPS = {"prefix": (2, 5), "dual": (2, 16)}  # dual's steps are short beside its refresh: fewer would be lost in the noise
 
 LLADA_8B = ModelConfig(
     family="llada", hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, intermediate_size=12288,
@@ -305,7 +306,7 @@ def plan(subject, way, cell):
         seconds = subject.timed(way, cell, 2, 1).seconds / 2
         return [(max(2, min(BLOCK // 2, int(2 * subject.sample / seconds))), 1)]
     block = subject.timed(way, cell, FIT_STEPS[0], 1).seconds
-    chosen = HEAVY_STEPS if block > HEAVY_SECONDS else FIT_STEPS
+    chosen = HEAVY_STEPS[way.cache] if block > HEAVY_SECONDS else FIT_STEPS
     blocks = max(1, min(cell.blocks, int(subject.sample / block)))
     for steps in chosen:  # whatever is made once, for a rule or a length, is made before the clock starts
         warm_up(subject, way, cell, steps, blocks)

@@ -109,8 +109,14 @@ def test_it_runs_reports_and_adds_up(run, monkeypatch, tmp_path, capsys):
     monkeypatch.undo()
     report.write_report(tmp_path / "e2e.json")
     assert all((tmp_path / f"e2e-{name}.png").stat().st_size > 10_000 for name in ("throughput", "time"))
-    end_to_end.main(["--merge", str(tmp_path / "e2e.json"), str(tmp_path / "e2e.json"), "--out", str(tmp_path / "two.json")])
-    assert len(json.loads((tmp_path / "two.json").read_text())["rows"]) == everything
+    again = results | {"rows": [row | {"ms_refresh": 7.0} for row in results["rows"] if row["way"] == "plain dual"][::-1]}
+    (tmp_path / "again.json").write_text(json.dumps(again))
+    end_to_end.main(["--merge", str(tmp_path / "e2e.json"), str(tmp_path / "again.json"), "--out", str(tmp_path / "two.json")])
+    merged = json.loads((tmp_path / "two.json").read_text())
+    assert [row["way"] for row in merged["rows"]] == [row["way"] for row in results["rows"]]
+    assert all((row["ms_refresh"] == 7.0) == (row["way"] == "plain dual") for row in merged["rows"])
+    kept = [merged["environments"][row["environment"]] for row in merged["rows"]]
+    assert kept == [results["environments"][row["environment"]] for row in results["rows"]]
 
 
 def test_what_is_wrong_or_does_not_fit_is_not_timed(run, monkeypatch, tmp_path):
