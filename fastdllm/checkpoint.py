@@ -113,13 +113,12 @@ def _token_ids(folder: Path, texts: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def _shards(folder: Path) -> list[Path]:
+    shards = [folder / SINGLE]
     if (folder / INDEX).is_file():
         weight_map = _read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{folder / INDEX}: expected a weight_map")
         shards = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
-        shards = [folder / SINGLE]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
@@ -134,8 +133,7 @@ def _places(model, published_names) -> dict[str, torch.Tensor]:
     places = {}
     for ours, theirs in published_names.items():
         parameter = attrgetter(ours)(model)
-        for name, part in zip(theirs, parameter.split(fused_rows(model.config, ours, parameter)), strict=True):
-            places[name] = part
+        places.update(zip(theirs, parameter.split(fused_rows(model.config, ours, parameter)), strict=True))
     return places
 
 

@@ -39,7 +39,6 @@ class ModelConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {value!r}")
-        for name, ids in (("mask_id", (self.mask_id,)), ("stop_ids", self.stop_ids)):
-            for token in ids:
-                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
-                    raise ValueError(f"{name}: expected ids in [0, {self.vocab_size}), got {token!r}")
+        for name, token in [("mask_id", self.mask_id), *(("stop_ids", stop) for stop in self.stop_ids)]:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise ValueError(f"{name}: expected ids in [0, {self.vocab_size}), got {token!r}")

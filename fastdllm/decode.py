@@ -144,8 +144,7 @@ def _sampling(config, score, temperature, top_p, top_k, seed) -> Sampling:
         arguments.integer("seed", seed, -math.inf)
     elif temperature > 0 or score == "random":
         seed = int(torch.randint(2**62, ()))
-    filtered = FAMILIES[config.family].filtered_score
-    return Sampling(score, temperature, top_p, top_k, seed, filtered)
+    return Sampling(score, temperature, top_p, top_k, seed, FAMILIES[config.family].filtered_score)
 
 
 def _bits(rule, rows):
@@ -220,8 +219,7 @@ class Decoder:
         self.forwards = 0
         # What a captured step has baked in beside its plan, its shape and the model.
         kind = type(rule), getattr(rule, "schedule", None)
-        sizes = self.canvas.shape, self.cache.data.shape, block
-        self.key = *sizes, self.config, kind, sampling.score, sampling.temperature, forced()
+        self.key = canvas.shape, self.cache.data.shape, block, self.config, kind, sampling.score, sampling.temperature, forced()
 
     def run(self) -> Generation:
         began = time.perf_counter()
@@ -272,9 +270,7 @@ class Decoder:
             ragged = min(lengths) < width
         same = refresh and not ragged and len({entry[1:4] for entry in entries}) == 1 and len(rows) == len(self.rows)
         pack = patience is None and sum(lengths) <= WORTH_PACKING * len(rows) * width
-        shape = Shape(
-            width, refresh, not origin, ragged, alone, origin + width if same else 0, sum(lengths) if pack else 0
-        )
+        shape = Shape(width, refresh, not origin, ragged, alone, origin + width if same else 0, sum(lengths) if pack else 0)
         key = None if patience is None else (self.key, shape, len(entries))
         compute = functools.partial(self._compute, shape)
         report, selection = self.space.run(key, compute, torch.tensor(entries).T.contiguous(), patience or 0)

@@ -6,6 +6,7 @@ knows nothing of how a run is made.
 
 import re
 from contextlib import contextmanager
+from itertools import takewhile
 from time import perf_counter
 
 MASK = "░"
@@ -103,12 +104,7 @@ class Frames:
         """The tokens before the first stop as a rich Text in their colours."""
         from rich.text import Text
 
-        written = Text()
-        for piece in self.pieces:
-            if piece is None or piece[0] is None:
-                break
-            written.append(*piece)
-        return written
+        return Text.assemble(*takewhile(lambda piece: piece is not None and piece[0] is not None, self.pieces))
 
 
 def summary(run):

@@ -48,9 +48,7 @@ _LLADA = Structure(
     head="model.transformer.ff_out", owner="", method="attention", out="attn_out", fields="llada", family="llada",
 )
 # By config.model_type. LLaDA's layers are Llama's and Dream's are Qwen2's, hence whose weights those are taken to hold.
-STRUCTURES = {
-    "llada": _LLADA, "Dream": Structure(outputs=3), "llama": Structure(family="llada"), "qwen2": Structure(),
-}
+STRUCTURES = {"llada": _LLADA, "Dream": Structure(outputs=3), "llama": Structure(family="llada"), "qwen2": Structure()}
 
 
 class LayerAttention:
@@ -71,8 +69,7 @@ class LayerAttention:
         """self_attn.forward: [R, T, hidden_size] -> (output, None) or (output, None, None): no weights, no past."""
         if self.layer == 0 and self.cache is None:
             _refuse_padding(attention_mask, position_ids)
-        out = self._output(*self._projected(hidden_states))
-        return out, *[None] * (self.structure.outputs - 1)
+        return self._output(*self._projected(hidden_states)), *[None] * (self.structure.outputs - 1)
 
     def _projected(self, x):
         """q, k and v; in a graph they run beside each other, for one alone leaves most of the GPU idle."""

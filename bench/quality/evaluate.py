@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 GEN_LENGTH = 128
 CACHES = ("none", "prefix", "dual")
 BLOCK_LENGTHS, SWEPT_LENGTHS = (16, 32), (8, 64, 128)  # the swept ones with two rules only
-POLICY_LENGTHS = (32, 8)  # in four blocks of 32 a suffix of four cannot matter, nor a fifth refresh: hence 16 blocks of 8 too
+POLICY_LENGTHS = (32, 16, 8)  # in four blocks of 32 a suffix of four cannot matter, nor a fifth refresh: hence shorter ones too
 VANILLA, PARALLEL = "1 a step", "threshold 0.9"
 # What a refresh leaves out, by the name it is told by (CachePolicy's fields): prompt kept always, or for four; short suffixes.
 POLICIES = {
@@ -41,7 +41,7 @@ POLICIES = {
     "prompt_refreshes 0": {"prompt_refreshes": 0},
     "prompt_refreshes 4": {"prompt_refreshes": 4},
     **{f"suffix_blocks {w}": {"suffix_blocks": w} for w in (1, 2, 4)},
-    "prompt_refreshes 0, suffix_blocks 2": {"prompt_refreshes": 0, "suffix_blocks": 2},
+    **{f"prompt_refreshes 0, suffix_blocks {w}": {"prompt_refreshes": 0, "suffix_blocks": w} for w in (2, 4)},
 }
 SHOWN = ("accuracy", "exact", "tokens_per_forward", "nfe", "refreshes", "cached_steps", "text_tokens")
 

@@ -54,7 +54,7 @@ and to test block-wise diffusion decoding. It solves arithmetic word problems of
 - Prompt: `Question: <question> Answer:` on one line; give it a gen_length of 128.
 - Accuracy: not measured yet.
 
-Made with `python bench/quality/train.py {command}`, measured with `python bench/quality/evaluate.py`.
+Made with `python bench/quality/train.py {command}`, measured with `python bench/quality/evaluate.py MODEL --out FOLDER`.
 """
 
 
@@ -133,7 +133,8 @@ class Run:
         checkpoint.save(copy.to(torch.bfloat16), self.out)
         write_tokenizer(self.out)
         args = self.args
-        command = f"{self.name} --minutes {args.minutes:g} --rows {args.rows} --muon-lr {args.muon_lr} --adam-lr {args.adam_lr}"
+        command = f"{self.name} --out DIR --minutes {args.minutes:g} --rows {args.rows}"
+        command += f" --muon-lr {args.muon_lr} --adam-lr {args.adam_lr}"
         command += f" --start-from fastdllm/assets/{args.start_from.name}" if args.start_from else ""
         card = CARD.format(
             command=command,

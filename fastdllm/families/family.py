@@ -53,16 +53,12 @@ class Family:
         wrong = [f"{key}={raw[key]!r}" for key, allowed in refused.items() if key in raw and raw[key] not in allowed]
         if wrong:
             raise ValueError(f"config.json: {self.name} is not computed with {', '.join(wrong)}")
-        values, missing = {}, []
-        for field, names in self.fields.items():
-            names = (names,) if isinstance(names, str) else names
-            found = [raw[name] for name in names if raw.get(name) is not None]
-            if found:
-                values[field] = found[0]
-            else:
-                missing.append(" or ".join(names))
+        given = {key: value for key, value in raw.items() if value is not None}
+        wanted = {field: (names,) if isinstance(names, str) else names for field, names in self.fields.items()}
+        missing = [" or ".join(names) for names in wanted.values() if given.keys().isdisjoint(names)]
         if missing:
             raise ValueError(f"config.json: missing {', '.join(missing)}")
+        values = {field: next(given[name] for name in names if name in given) for field, names in wanted.items()}
         stops = values.pop("stop_ids")
         stops = tuple(stops) if isinstance(stops, (list, tuple)) else (stops,)
         hidden, heads = values["hidden_size"], values["num_heads"]
@@ -70,13 +66,11 @@ class Family:
             raise ValueError(f"config.json: the width {hidden!r} is no multiple of the number of heads {heads!r}")
         if raw.get("head_dim", hidden // heads) != hidden // heads:
             raise ValueError(f"config.json: head_dim={raw['head_dim']!r} is not width / heads = {hidden // heads}")
+        qkv_bias = bool(raw.get(self.qkv_bias, False)) if isinstance(self.qkv_bias, str) else self.qkv_bias
         return ModelConfig(
-            family=self.name, head_dim=hidden // heads, qkv_bias=self._qkv_bias(raw),
+            family=self.name, head_dim=hidden // heads, qkv_bias=qkv_bias,
             stop_ids=stops + tuple(token for token in extra_stop_ids if token not in stops), **values, **self.fixed,
         )
-
-    def _qkv_bias(self, raw):
-        return bool(raw.get(self.qkv_bias, False)) if isinstance(self.qkv_bias, str) else self.qkv_bias
 
     def raw_config(self, config: ModelConfig) -> dict:
         """config.json for `config`, with the family's own keys."""
@@ -94,10 +88,7 @@ class Family:
         templates = {**self.keys, **(self.bias_keys if config.qkv_bias else {})}
         names = {}
         for ours, theirs in templates.items():
-            if "{i}" not in ours:
-                names[ours] = theirs
-                continue
-            for i in range(config.num_layers):
+            for i in range(config.num_layers if "{i}" in ours else 1):  # a name without {i} formats to itself
                 names[ours.format(i=i)] = tuple(name.format(i=i) for name in theirs)
         if config.tie_embeddings:
             del names["lm_head.weight"]

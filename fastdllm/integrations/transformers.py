@@ -115,8 +115,7 @@ def _run(keys):
     """[B] start and end of the one run of True in every row of keys [B, n]; 0 and 0 for none. ValueError for several."""
     at = torch.arange(keys.shape[1], device=keys.device)
     count = keys.sum(1)
-    start = torch.where(keys, at, keys.shape[1]).amin(1) if keys.shape[1] else count
-    start = torch.where(count > 0, start, 0)
+    start = keys.int().argmax(1) if keys.shape[1] else count  # the first of equals: 0 where none is True
     end = start + count
     if not torch.equal(keys, (start[:, None] <= at) & (at < end[:, None])):
         raise ValueError("attention_mask: expected the visible tokens of a row without a gap between them")
