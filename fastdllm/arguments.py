@@ -7,7 +7,7 @@ from fastdllm_kernels.checks import choice, integer, number
 
 from .cache import CachePolicy
 
-__all__ = ["CACHES", "check_policy", "check_rule", "choice", "integer", "number", "prompt_ids", "stop_tokens"]
+__all__ = ["CACHES", "check_policy", "check_rule", "choice", "integer", "number", "prompt_ids", "sequence", "stop_tokens"]
 
 CACHES = ("none", "prefix", "dual")
 
@@ -25,27 +25,32 @@ def _ids(name, prompt, vocab_size):
     if isinstance(prompt, (str, bytes)):
         raise TypeError(f"{name}: expected token ids, got {type(prompt).__name__}: tokenize the text first")
     try:
-        ids = torch.as_tensor(prompt)
+        ids = torch.as_tensor(prompt, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name}: expected a 1-D sequence of token ids, got {type(prompt).__name__}") from None
     if ids.ndim != 1 or not ids.numel():
         raise ValueError(f"{name}: expected a 1-D sequence of at least one token id, got shape {tuple(ids.shape)}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"{name}: expected integer token ids, got {ids.dtype}")
-    ids = ids.to("cpu", torch.int64)
+    ids = ids.to(torch.int64)
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if outside.numel():
         raise ValueError(f"{name}: expected ids in [0, {vocab_size}), got {outside[0].item()}")
     return ids
 
 
+def sequence(name, ids) -> list:
+    """`ids` as a list, if they are a sequence."""
+    if isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__"):
+        raise TypeError(f"{name}: expected None or a sequence of token ids, got {type(ids).__name__}")
+    return list(ids)
+
+
 def stop_tokens(stop_ids, config) -> tuple[int, ...]:
     """The ids that end a text: the model's own for None."""
     if stop_ids is None:
         return config.stop_ids
-    if isinstance(stop_ids, (str, bytes, int)) or not hasattr(stop_ids, "__iter__"):
-        raise TypeError(f"stop_ids: expected None or a sequence of token ids, got {type(stop_ids).__name__}")
-    ids = tuple(integer("stop_ids", token, 0, config.vocab_size - 1) for token in stop_ids)
+    ids = tuple(integer("stop_ids", token, 0, config.vocab_size - 1) for token in sequence("stop_ids", stop_ids))
     if config.mask_id in ids:
         raise ValueError(f"stop_ids: expected ids other than the mask id {config.mask_id}")
     return ids
@@ -53,7 +58,7 @@ def stop_tokens(stop_ids, config) -> tuple[int, ...]:
 
 def check_rule(rule, rows: int) -> None:
     """TypeError unless `rule` is one of ours or a function; ValueError for a per-row parameter of another length."""
-    if not isinstance(rule, (Threshold, Factor, Quota)):
+    if type(rule) not in (Threshold, Factor, Quota):  # a subclass's commit would not be called
         if not callable(rule) or isinstance(rule, type):
             raise TypeError(f"rule: expected Threshold, Factor, Quota or a function, got {rule!r}")
         return

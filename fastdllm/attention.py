@@ -27,12 +27,15 @@ class RotaryTable:
         """The tables on the device of `like`, in fp32 or in its dtype."""
         dtype = torch.float32 if self.in_fp32 else like.dtype
         key = like.device, dtype
-        if key not in self._tables:
+        tables = self._tables.get(key)
+        if tables is None:
             exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=like.device) / self.head_dim
             position = torch.arange(self.positions, dtype=torch.float32, device=like.device)
             angle = torch.outer(position, 1.0 / self.theta**exponent)
-            self._tables[key] = angle.cos().to(dtype), angle.sin().to(dtype)
-        return self._tables[key]
+            tables = angle.cos().to(dtype), angle.sin().to(dtype)
+            if type(angle) is torch.Tensor:  # and no stand-in of a trace, a FakeTensor, which must not outlive it
+                self._tables[key] = tables
+        return tables
 
 
 class BlockAttention(nn.Module):

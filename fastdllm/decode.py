@@ -9,7 +9,10 @@ integers; of those that come often graph.py makes CUDA graphs.
 import functools
 import itertools
 import math
+import threading
 import time
+import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,7 +35,7 @@ WORTH_PACKING = 0.9  # of the padded tokens at most: laying rows together and ap
 CAPACITY = 256  # the canvas's length goes up in these steps, so that one captured step serves many requests
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Generation:
     """What `generate` returns.
 
@@ -48,7 +51,7 @@ class Generation:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepEvent:
     """What one forward committed: `rows`, canvas `positions`, `token_ids`, `scores` are parallel 1-D CPU tensors.
 
@@ -84,7 +87,8 @@ def generate(
     """Fill gen_length masks after each prompt, block by block.
 
     model: what `fastdllm.load` or `fastdllm.replace_attention` returns. prompts: a list of 1-D id sequences of any lengths, or
-    a [B, P] tensor; a row gets the tokens it would get alone. cache: "none" (a full forward every step), "prefix" or "dual".
+    a [B, P] tensor; a row gets the tokens it would get alone (in 16 bits but for near ties, since products of more rows round
+    otherwise). cache: "none" (a full forward every step), "prefix" or "dual".
     policy: a CachePolicy, what the refreshes leave out; by default nothing. rule: Threshold, Factor, Quota (a parameter may be
     a [B] tensor), or a function (scores [B, T] fp32, candidates [B, T] bool, step [B] int64) -> commit [B, T] bool, called
     with the rows of one forward. score: "confidence", "margin", "entropy" or "random". temperature 0 is greedy; top_p in
@@ -143,8 +147,25 @@ def _sampling(config, score, temperature, top_p, top_k, seed) -> Sampling:
     if seed is not None:
         arguments.integer("seed", seed, -math.inf)
     elif temperature > 0 or score == "random":
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
+    if temperature:  # so that logits divided by it are numbers, and tell one from another
+        temperature = min(max(temperature, 1e-30), 1e30)
     return Sampling(score, temperature, top_p, top_k, seed, FAMILIES[config.family].filtered_score)
+
+
+_locks = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def _attached(model, cache):
+    """For one forward the model's layers see this cache, and nobody else's: neither what a listener or a rule computes with the
+    same model nor another thread's `generate` meets it."""
+    with _locks.setdefault(model, threading.RLock()):
+        model.attach(cache)
+        try:
+            yield
+        finally:
+            model.attach(None)
 
 
 def _bits(rule, rows):
@@ -203,14 +224,16 @@ class Decoder:
         self.rows = [Row(i, n, n + gen_length, n, n + block) for i, n in enumerate(lengths)]
         count, capacity = len(prompts), -(-(max(lengths) + gen_length) // CAPACITY) * CAPACITY
         # The margin lets a short last block be read and written back at the full block length.
-        canvas = torch.full((count, capacity + block), self.config.mask_id)
+        canvas = torch.full((count, capacity + block), self.config.mask_id, device="cpu")
         for row, prompt in enumerate(prompts):
             canvas[row, : len(prompt)] = prompt
         self.canvas = space.tensor("canvas", *canvas.shape, dtype=torch.int64, device=device).copy_(canvas)
         self.positions = space.tensor("positions", canvas.shape[1], dtype=torch.int64, device=device)
-        torch.arange(len(self.positions), out=self.positions)
+        torch.arange(len(self.positions), out=self.positions, device=device)
+        # What products give keys and values in.
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
         self.cache = KVCache(
-            self.config, count, capacity if cache != "none" else 0, device=device, dtype=model.dtype,
+            self.config, count, capacity if cache != "none" else 0, device=device, dtype=dtype,
             allocate=functools.partial(space.tensor, "cache"),
         )
         # With shifted outputs and a cache, a cached step cannot see its first position: the refresh commits it, alone.
@@ -223,25 +246,21 @@ class Decoder:
 
     def run(self) -> Generation:
         began = time.perf_counter()
-        self.model.attach(self.cache)
-        try:
-            active = self.rows
-            while active:
-                # A turn's forwards: cached steps, refreshes that keep the prompt's keys, whole refreshes.
-                groups = {(False, True): [], (True, True): [], (True, False): []}
-                for row in active:
-                    origin = self._origin(row)
-                    groups[origin != row.start, origin > 0].append(row)
-                groups = [(rows, refresh) for (refresh, _), rows in groups.items() if rows]
-                forwards = [self._forward(rows, refresh) for rows, refresh in groups]
-                self.space.wait()
-                for (rows, refresh), (report, selection) in zip(groups, forwards, strict=True):
-                    self._finish(rows, refresh, report.tolist(), selection)
-                active = [row for row in active if not row.done]
-        finally:
-            self.model.attach(None)
+        active = self.rows
+        while active:
+            # A turn's forwards: cached steps, refreshes that keep the prompt's keys, whole refreshes.
+            groups = {(False, True): [], (True, True): [], (True, False): []}
+            for row in active:
+                origin = self._origin(row)
+                groups[origin != row.start, origin > 0].append(row)
+            groups = [(rows, refresh) for (refresh, _), rows in groups.items() if rows]
+            forwards = [self._forward(rows, refresh) for rows, refresh in groups]
+            self.space.wait()
+            for (rows, refresh), (report, selection) in zip(groups, forwards, strict=True):
+                self._finish(rows, refresh, report.tolist(), selection)
+            active = [row for row in active if not row.done]
         canvas, rows = self.canvas.cpu(), self.rows
-        counts = torch.tensor([[row.refreshes, row.cached_steps] for row in rows])
+        counts = torch.tensor([[row.refreshes, row.cached_steps] for row in rows], device="cpu")
         return Generation(
             [canvas[row.index, : row.total].clone() for row in rows], [row.prompt_length for row in rows],
             *counts.unbind(1), counts.sum(1), time.perf_counter() - began,
@@ -273,7 +292,7 @@ class Decoder:
         shape = Shape(width, refresh, not origin, ragged, alone, origin + width if same else 0, sum(lengths) if pack else 0)
         key = None if patience is None else (self.key, shape, len(entries))
         compute = functools.partial(self._compute, shape)
-        report, selection = self.space.run(key, compute, torch.tensor(entries).T.contiguous(), patience or 0)
+        report, selection = self.space.run(key, compute, torch.tensor(entries, device="cpu").T.contiguous(), patience or 0)
         if self.on_step is not None:  # another captured forward of the same turn may use the same memory
             selection = Selection(*(value.clone() for value in selection))
         return report, selection
@@ -319,7 +338,8 @@ class Decoder:
         if width > block or shift:
             first = packing.slot[:, :1] if packing else width * torch.arange(len(row), device=row.device)[:, None]
             source = first + torch.minimum((start - origin)[:, None] + in_block - shift, length[:, None] - 1).clamp(min=0)
-        hidden = self.model.hidden_states(fed, source)
+        with _attached(self.model, self.cache):
+            hidden = self.model.hidden_states(fed, source)
         candidates = (tokens == mask_id) & (in_block < (last - start)[:, None])
         rule = BEST_ONE if shape.alone else self.rule
         selection = self._select(_with(rule, parameter), self.model.head(hidden), tokens, candidates, step, seed)
@@ -345,7 +365,7 @@ class Decoder:
         """Count the forward, tell the listener, and move its rows on."""
         for row, (left, *_) in zip(rows, report, strict=False):  # padding may follow
             if left < 0:
-                raise ValueError(f"logits: NaN in row {row.index} at position {row.start - 1 - left}")
+                raise ValueError(f"logits: NaN or infinity in row {row.index} at position {row.start - 1 - left}")
         if self.on_step is not None:
             self._tell(rows, refresh, selection)
         self.forwards += 1
@@ -366,11 +386,10 @@ class Decoder:
     def _tell(self, rows, refresh, selection):
         committed = selection.committed[: len(rows)].cpu()
         row, offset = committed.nonzero().unbind(1)
-        index, start = torch.tensor([(row.index, row.start) for row in rows]).unbind(1)
+        index, start = torch.tensor([(row.index, row.start) for row in rows], device="cpu").unbind(1)
         token_ids, scores = (value[: len(rows)].cpu()[committed] for value in (selection.token_ids, selection.score))
         kind = "refresh" if refresh else "cached"
         self.on_step(StepEvent(self.forwards, kind, index[row], start[row] + offset, token_ids, scores))
-        self.model.attach(self.cache)  # the listener may have decoded with the same model
 
 
 def _signed(number):
@@ -404,7 +423,7 @@ def select_in_parts(rule, logits, offered, tokens, candidates, step, *, mask_id,
 
 def _checked(rule, value, candidates, step):
     """What a function of the user's commits, checked: a wrong mask would loop forever or lose tokens."""
-    commit = rule(value.nan_to_num(nan=-math.inf), candidates, step)
+    commit = rule(value.nan_to_num(nan=-math.inf), candidates.clone(), step)
     if not isinstance(commit, torch.Tensor) or commit.dtype != torch.bool or commit.shape != candidates.shape:
         got = f"{commit.dtype} {tuple(commit.shape)}" if isinstance(commit, torch.Tensor) else type(commit).__name__
         raise TypeError(f"rule: expected the function to return a bool tensor {tuple(candidates.shape)}, got {got}")

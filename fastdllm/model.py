@@ -76,8 +76,8 @@ class DiffusionTransformer(nn.Module):
 
     def attach(self, cache: KVCache | None) -> None:
         """Give every layer the cache whose span the next forwards work on; None takes it away."""
-        for layer in self.layers:
-            layer.attention.cache = cache
+        for layer in self.layers:  # twice a forward, hence past Module's own setattr
+            vars(layer.attention)["cache"] = cache
 
     def hidden_states(self, tokens: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
         """The last layer's output, normalised: tokens [R, T] int64 -> [R, T, hidden_size], or [..., hidden_size] of the tokens

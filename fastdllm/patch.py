@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .arguments import choice, sequence
 from .attention import RotaryTable, attend, fastest_sdpa
 from .cache import KVCache
 from .config import ModelConfig
@@ -151,7 +152,7 @@ class Adapter:
         for replaced in self.replaced:
             replaced.restore()
         if self.lent_use_cache:
-            del self.model.config.use_cache
+            vars(self.model.config).pop("use_cache", None)
 
 
 def replace_attention(model: nn.Module, *, family=None, mask_id=None, stop_ids=None) -> nn.Module:
@@ -167,8 +168,8 @@ def replace_attention(model: nn.Module, *, family=None, mask_id=None, stop_ids=N
     that is an nn.Linear and no subclass, and what proves on a probe to be an RMSNorm or a SwiGLU MLP, computes its forward by
     the ops of `fastdllm_kernels` from its own parameters, unless its instance has a forward already; hooks run.
 
-    Outside `generate` the model's forward is one plain full forward, never causal and without attention dropout; padding,
-    position_ids and a past raise ValueError. RoPE is computed anew (transformers 5 leaves Dream's table uninitialised). LLaDA's
+    Outside `generate` the model's forward is one plain full forward, never causal and without attention dropout; padding (but in
+    LLaDA's code, which ignores a mask itself), position_ids and a past raise ValueError. RoPE is computed anew (transformers 5 leaves Dream's table uninitialised). LLaDA's
     code reads config.use_cache, which transformers 5 drops: it is set to False and that is logged; where else that code does
     not fit transformers 5 is out of reach here.
 
@@ -182,7 +183,7 @@ def replace_attention(model: nn.Module, *, family=None, mask_id=None, stop_ids=N
     if hasattr(base, ADAPTER) and family is None and mask_id is None and stop_ids is None:
         return model
     structure = _structure(base)
-    config = _config(base, structure, family or structure.family, mask_id, stop_ids)
+    config = _config(base, structure, structure.family if family is None else family, mask_id, stop_ids)
     restore_attention(base)
     setattr(base, ADAPTER, Adapter(base, structure, config))
     return model
@@ -233,13 +234,12 @@ def _structure(model) -> Structure:
 
 def _config(model, structure, family, mask_id, stop_ids) -> ModelConfig:
     """The ModelConfig that the model's own config and the caller's values describe."""
-    if family not in FAMILIES:
-        raise ValueError(f"family: expected one of {', '.join(sorted(FAMILIES))}, got {family!r}")
+    choice("family", family, tuple(sorted(FAMILIES)))
     raw = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(vars(model.config))
     rope = raw.pop("rope_parameters", None) or {}  # transformers 5 keeps the base in there
     raw |= rope if rope.get("rope_type", "default") == "default" else {"rope_scaling": rope}
     raw["mask_token_id"] = raw.get("mask_token_id") if mask_id is None else mask_id
-    raw["eos_token_id"] = raw.get("eos_token_id") if stop_ids is None else list(stop_ids)
+    raw["eos_token_id"] = raw.get("eos_token_id") if stop_ids is None else sequence("stop_ids", stop_ids)
     try:
         config = FAMILIES[structure.fields].config({key: value for key, value in raw.items() if value is not None})
     except ValueError as error:

@@ -10,7 +10,7 @@ import torch
 
 import fastdllm
 from fastdllm import CachePolicy, Factor, Quota, Threshold
-from fastdllm_kernels import block_attention, confidence_select, rms_norm, rope_to_cache, swiglu, token_confidence
+from fastdllm_kernels import block_attention, confidence_select, linear, rms_norm, rope_to_cache, swiglu, token_confidence
 
 NAN, INF = float("nan"), float("inf")
 MASK = 9
@@ -60,6 +60,17 @@ def select(logits=None, tokens=None, **changes):
     logits = torch.zeros(2, 4, 10) if logits is None else logits
     tokens = torch.full((2, 4), MASK) if tokens is None else tokens
     return confidence_select(logits, tokens, **{"mask_id": MASK, "rule": Threshold(0.9), **changes})
+
+
+def rotate(**changes):
+    """rope_to_cache on B 1, T 2, H 2, HK 2, D 8, S 4, with changes."""
+    cache = torch.zeros(1, 4, 2, 8)
+    options = {"start": ints(0), "k_cache": cache, "v_cache": cache.clone(), **changes}
+    return rope_to_cache(*[torch.zeros(1, 2, 2, 8)] * 3, *[torch.zeros(4, 4)] * 2, **options)
+
+
+class Backwards(Threshold):
+    """A rule of the user's own whose commit nobody would call."""
 
 
 def edit(name, content):
@@ -151,6 +162,8 @@ GENERATE = [
     ("a rule that is a number", lambda f: generate(f, rule=0.9), TypeError, "rule"),
     ("a rule that is a class", lambda f: generate(f, rule=Threshold), TypeError, "rule"),
     ("a rule that is a name", lambda f: generate(f, rule="threshold"), TypeError, "rule"),
+    ("a rule that is a subclass of ours", lambda f: generate(f, rule=Backwards()), TypeError, "rule"),
+    ("a temperature too large for a float", lambda f: generate(f, temperature=10**400), ValueError, "temperature"),
     ("a rule of None", lambda f: generate(f, rule=None), TypeError, "rule"),
     (
         "a per-row rule of another length",
@@ -348,6 +361,7 @@ ATTENTION = [
     ),
     ("cos a list", lambda f: attend(cos=[1.0], sin=[0.0]), TypeError, "^cos:"),
     ("scale of NaN", lambda f: attend(scale=NAN), ValueError, "^scale:"),
+    ("scale too large for a float", lambda f: attend(scale=10**400), ValueError, "^scale:"),
     ("scale of text", lambda f: attend(scale="1"), (TypeError, ValueError), "^scale:"),
     ("out of another shape", lambda f: attend(out=torch.zeros(2, 4, 6, 32)), ValueError, "^out:"),
     ("out of another dtype", lambda f: attend(out=torch.zeros(2, 4, 6, 64).half()), (TypeError, ValueError), "^out:"),
@@ -405,6 +419,7 @@ SELECT = [
     ("seeds for other rows", lambda f: select(temperature=1.0, seed=torch.tensor([1])), ValueError, "^seed:"),
     ("steps of floats", lambda f: select(step=torch.zeros(2)), TypeError, "^step:"),
     ("steps for other rows", lambda f: select(step=torch.zeros(3, dtype=torch.int64)), ValueError, "^step:"),
+    ("a vocabulary of the mask alone", lambda f: select(vocab_size=1, mask_id=0), ValueError, "^vocab_size:"),
     ("token_confidence of three dimensions", lambda f: token_confidence(torch.zeros(2, 4, 10)), ValueError, "^logits:"),
     (
         "token_confidence of an unknown score",
@@ -462,6 +477,15 @@ POINTWISE = [
         ValueError,
         "v_cache",
     ),
+    ("a value cache of fewer slots", lambda f: rotate(v_cache=torch.zeros(1, 3, 2, 8)), ValueError, "^v_cache:"),
+    ("caches of another dtype", lambda f: rotate(k_cache=torch.zeros(1, 4, 2, 8).half()), TypeError, "^k_cache:"),
+    ("caches of more rows", lambda f: rotate(k_cache=torch.zeros(2, 4, 2, 8)), ValueError, "^k_cache:"),
+    ("caches of more heads", lambda f: rotate(k_cache=torch.zeros(1, 4, 3, 8)), ValueError, "^k_cache:"),
+    ("starts of other rows", lambda f: rotate(start=ints(0, 1)), ValueError, "^start:"),
+    ("starts of floats", lambda f: rotate(start=torch.zeros(1)), TypeError, "^start:"),
+    ("lengths of floats", lambda f: rotate(length=torch.zeros(1)), TypeError, "^length:"),
+    ("a page table of other rows", lambda f: rotate(page_table=torch.zeros(2, 1).int()), ValueError, "^page_table:"),
+    ("a bias of one number", lambda f: linear(torch.zeros(3, 4), torch.zeros(8, 4), torch.zeros(1)), ValueError, "^bias:"),
 ]
 
 TABLE = [

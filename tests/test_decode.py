@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import oracle_decode
 import oracle_models
@@ -11,6 +12,7 @@ import tiny
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 import fastdllm
 from fastdllm import Factor, Quota, Threshold
@@ -681,7 +683,7 @@ def test_nan_outside_the_candidates_is_nobodys_business():
     result = fastdllm.generate(Scripted(script), [[7]], gen_length=4, block_length=4)
     assert result.tokens[0].tolist() == [7, 1, 2, 3, 4]
     script[3, 5] = math.nan
-    with pytest.raises(ValueError, match="NaN in row 0 at position 3"):
+    with pytest.raises(ValueError, match="NaN or infinity in row 0 at position 3"):
         fastdllm.generate(Scripted(script), [[7]], gen_length=4, block_length=4)
 
 
@@ -909,6 +911,78 @@ def test_random_scores_shuffle_the_order_of_the_commits():
         )
         orders.add(tuple(position for _, commits in recorder.steps(0) for position in commits))
     assert len(orders) == 5
+
+
+def other_work(model):
+    """What a listener or a rule may do with the model at any time, and what it gives."""
+    tokens = torch.arange(1, 25).view(2, 12) % 50
+    return model.logits(tokens), fastdllm.generate(model, [[5, 6], [7]], gen_length=6, block_length=3).tokens
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_listener_and_a_rule_may_use_the_model(family, cache):
+    model, config, _ = case(family)
+    prompts = random_prompts(config, (5, 9), 3)
+    options = {"gen_length": 12, "block_length": 4, "cache": cache}
+    logits, tokens = other_work(model)
+    plain = fastdllm.generate(model, prompts, rule=Threshold(0.3), **options)
+
+    def busy(*_):
+        now, then = other_work(model)
+        assert torch.equal(now, logits) and all(map(torch.equal, then, tokens))
+
+    def rule(scores, candidates, step):
+        busy()
+        commit = Threshold(0.3).commit(scores, candidates, step)
+        candidates.zero_()  # what a rule is given is its own
+        return commit
+
+    for done in (
+        fastdllm.generate(model, prompts, rule=Threshold(0.3), on_step=busy, **options),
+        fastdllm.generate(model, prompts, rule=rule, **options),
+    ):
+        assert all(map(torch.equal, done.tokens, plain.tokens))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_threads_may_share_a_model(cache):
+    model, config, _ = case("dream")
+    prompts = random_prompts(config, (3, 6, 9, 12), 5)
+    options = {"gen_length": 16, "block_length": 4, "cache": cache, "rule": Quota(3)}
+    alone = [fastdllm.generate(model, [prompt], **options).tokens[0] for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        together = pool.map(lambda prompt: [fastdllm.generate(model, [prompt], **options).tokens[0] for _ in range(5)], prompts)
+    assert all(torch.equal(tokens, expected) for many, expected in zip(together, alone, strict=True) for tokens in many)
+
+
+def test_a_trace_leaves_nothing_in_the_model(tmp_path):
+    model, _ = tiny.build(tmp_path, tiny.LLADA)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.logits(torch.ones(1, 4, dtype=torch.int64))
+    assert type(model.logits(torch.ones(1, 4, dtype=torch.int64))) is torch.Tensor
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_autocast_and_another_default_device_do_no_harm(cache):
+    model, config, _ = case("llada")
+    options = {"gen_length": 8, "block_length": 4, "cache": cache, "rule": Quota(2), "stop_ids": ()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = fastdllm.generate(model, [[1, 2, 3], [4, 5, 6, 7]], **options)
+    plain = fastdllm.generate(model, [[1, 2, 3], [4, 5, 6, 7]], **options)
+    with torch.device("meta"):
+        elsewhere = fastdllm.generate(model, [[1, 2, 3], [4, 5, 6, 7]], on_step=lambda event: event, **options)
+    assert cast.nfe.tolist() == plain.nfe.tolist() and not any((row == config["mask_token_id"]).any() for row in cast.tokens)
+    assert all(map(torch.equal, elsewhere.tokens, plain.tokens)) and plain != elsewhere
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_smallest_temperature_is_the_greedy_choice(family):
+    model, config, _ = case(family)
+    options = {"gen_length": 8, "block_length": 8, "rule": Quota(1)}
+    greedy = fastdllm.generate(model, random_prompts(config, (4,), 1), **options)
+    nearly = fastdllm.generate(model, random_prompts(config, (4,), 1), temperature=1e-39, top_p=0.9, seed=1, **options)
+    assert torch.equal(nearly.tokens[0], greedy.tokens[0])
 
 
 def test_the_model_is_left_as_it_was():

@@ -391,6 +391,19 @@ def test_a_plain_forward_is_full_attention(case):
     torch.testing.assert_close(forward(model, tokens), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_listener_may_call_the_model(case):
+    model, options, native = case
+    fastdllm.replace_attention(model, **options)
+    tokens, calls = some_tokens(native.config.vocab_size), []
+    plain, wanted = forward(model, tokens), decode(model)
+
+    def listener(_):
+        calls.append(forward(model, tokens))
+
+    assert_same(decode(model, on_step=listener), wanted)
+    assert calls and all(torch.equal(logits, plain) for logits in calls)
+
+
 def test_a_published_models_forward_stays_what_it_was(published):
     model, _, _ = published
     tokens = some_tokens(40)
@@ -633,6 +646,10 @@ REFUSED = {
     "an unknown family": (
         lambda _: small(LlamaForCausalLM, LlamaConfig), {"mask_id": 3, "family": "gpt"}, ValueError, "family.*Dream, llada",
     ),
+    "a family that is a list": (
+        lambda _: small(LlamaForCausalLM, LlamaConfig), {"mask_id": 3, "family": ["llada"]}, ValueError, "family.*Dream, llada",
+    ),
+    "one stop id": (lambda _: small(LlamaForCausalLM, LlamaConfig), {"mask_id": 3, "stop_ids": 5}, TypeError, "stop_ids.*int"),
     "scaled rope": (
         lambda _: small(LlamaForCausalLM, LlamaConfig, **scaled), {"mask_id": 3}, ValueError, "model.config.*rope_scaling",
     ),

@@ -184,6 +184,15 @@ def test_rope_writes_nothing_past_the_cache(device, triton_backend):
     assert not around[:, 1, 7:9].isnan().any()
 
 
+def test_the_reference_writes_nothing_past_a_rows_pages():
+    q, k, v, cos, sin, _ = rope_inputs(2, 2, 64, 4, torch.float32, "cpu", torch.float32)
+    pages = torch.full((2, 4, 4, 2, 64), torch.nan)
+    start, table = torch.tensor([0, 6], dtype=torch.int32), torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
+    rope_to_cache_reference(q[:2], k[:2], v[:2], cos, sin, start, *pages, page_table=table)
+    written = ~pages[0].isnan().flatten(2).any(2)
+    assert written.tolist() == [[True] * 4, [False] * 4, [False] * 4, [False, False, True, True]]
+
+
 @triton_only
 def test_rope_refuses_a_cache_it_cannot_address(device, triton_backend):
     q, k, v, cos, sin, start = rope_inputs(2, 2, 64, 2, torch.float32, device, torch.float32)

@@ -177,7 +177,7 @@ def test_a_nan_in_a_refresh_that_keeps_the_prompt_is_named(monkeypatch):
         return logits
 
     monkeypatch.setattr(model, "head", broken)
-    with pytest.raises(ValueError, match="NaN in row 1 at position 10"):
+    with pytest.raises(ValueError, match="NaN or infinity in row 1 at position 10"):
         fastdllm.generate(
             model, random_prompts(config, (6, 4), 0), gen_length=8, block_length=4, rule=Quota(2), stop_ids=(),
             policy=CachePolicy(prompt_refreshes=0),

@@ -472,6 +472,17 @@ def test_ops_are_registered_with_shapes_for_the_compiler(device):
         torch.library.opcheck(torch.ops.fastdllm.token_confidence.default, arguments, test_utils=tests)
 
 
+def test_the_compiler_may_make_numbers_symbols(device):
+    z = random_logits(device, torch.float32, 6, 20)
+
+    def draw(temperature):
+        return fk.token_confidence(z, temperature=temperature, seed=1).token_ids
+
+    compiled = torch.compile(draw, fullgraph=True, backend="eager", dynamic=True)
+    for temperature in (0.5, 0.6, 0.7):
+        assert torch.equal(compiled(temperature), draw(temperature))
+
+
 def test_what_the_kernel_cannot_take_goes_to_the_reference_or_raises(device, monkeypatch):
     z = random_logits(device, torch.float32, 20, 6).T  # the vocabulary is strided
     monkeypatch.delenv(backend.VARIABLE, raising=False)

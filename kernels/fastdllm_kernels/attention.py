@@ -31,7 +31,8 @@ def block_attention_reference(
         at = positions_of(block_start, width, cos)
         q, k = rotate(q, cos[at], sin[at]), rotate(k, cos[at], sin[at])
     if page_table is not None:
-        k_cache, v_cache = (cache[page_table.long()].flatten(1, 2) for cache in (k_cache, v_cache))
+        pages = page_table.long().clamp(0, len(k_cache) - 1)  # behind what a row sees a table may hold anything
+        k_cache, v_cache = (cache[pages].flatten(1, 2) for cache in (k_cache, v_cache))
     start, in_block = block_start[:, None], torch.arange(width, device=device).expand(rows, -1)
     length = torch.full_like(start, width) if block_len is None else block_len[:, None]
     first = torch.zeros_like(start) if kv_start is None else kv_start[:, None]
@@ -105,6 +106,8 @@ def _unsupported(q, k, v, k_cache, v_cache, cos, sin, page_table, out):
     """Why the kernel cannot take these inputs, or None."""
     if q.shape[-1] > 256:
         return f"the head dimension is {q.shape[-1]}, above 256"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, k_cache, v_cache)):
+        return "an input requires a gradient and the kernel has none"
     named = dict(q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, cos=cos, sin=sin, page_table=page_table, out=out)
     for name, tensor in named.items():
         if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
@@ -139,14 +142,11 @@ def block_attention(
     _check_spans(q, block_start=block_start, kv_len=kv_len, kv_start=kv_start, block_len=block_len)
     _check_rotation(q, cos, sin)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+    checks.number("scale", scale)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    elif not isinstance(out, torch.Tensor):
-        raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
-    elif out.shape != q.shape or out.dtype != q.dtype or out.device != q.device:
-        raise ValueError(f"out: expected {q.dtype} {tuple(q.shape)} on {q.device}, got {out.dtype} {tuple(out.shape)}")
+    else:
+        checks.tensor("out", out, (q.dtype,), q.shape, q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
     torch.ops.fastdllm.block_attention(
         q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, float(scale), out, lse
@@ -156,12 +156,9 @@ def block_attention(
 
 def _check(q, k, v, k_cache, v_cache, page_table):
     for name, tensor in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        checks.tensor(name, tensor, checks.FLOATS if tensor is q else (q.dtype,))
         if tensor.ndim != 4:
             raise ValueError(f"{name}: expected 4 dimensions, got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in checks.FLOATS or tensor.dtype != q.dtype:
-            raise TypeError(f"{name}: expected float16, bfloat16 or float32, the same as q, got {tensor.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"{name}: expected a tensor on {q.device}, as q, got one on {tensor.device}")
     rows, width, heads, dim = q.shape
@@ -195,11 +192,9 @@ def _check_rotation(q, cos, sin):
     if (cos is None) != (sin is None):
         raise ValueError(f"cos, sin: expected both or neither, got only {'sin' if cos is None else 'cos'}")
     for name, table in (("cos", cos), ("sin", sin)):
-        if table is None:
+        if checks.tensor(name, table, (torch.float32, q.dtype), optional=True) is None:
             continue
-        if not isinstance(table, torch.Tensor):
-            raise TypeError(f"{name}: expected a [positions, D/2] tensor, got {type(table).__name__}")
         if table.ndim != 2 or 2 * table.shape[1] != q.shape[-1] or table.shape != cos.shape:
             raise ValueError(f"{name}: expected [positions, D/2] with D = {q.shape[-1]}, got {tuple(table.shape)}")
-        if table.dtype not in (torch.float32, q.dtype) or table.device != q.device:
-            raise TypeError(f"{name}: expected float32 or {q.dtype} on {q.device}, got {table.dtype} on {table.device}")
+        if table.device != q.device:
+            raise ValueError(f"{name}: expected a table on {q.device}, as q, got one on {table.device}")

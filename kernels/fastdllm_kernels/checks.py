@@ -1,9 +1,11 @@
 """Checks of arguments: each returns the value, or raises what names the argument, what was expected and what came."""
 
 import math
+import sys
 
 import torch
 
+LARGEST = sys.float_info.max
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what every op takes
 
 
@@ -21,7 +23,8 @@ def number(name: str, value, *, above: float = -math.inf, at_least: float = -mat
     """`value` if it is a finite number inside the bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not (above < value and at_least <= value <= at_most and math.isfinite(value)):
+    # By comparisons, which an int too large for a float and torch.compile's symbols stand as well.
+    if not (above < value and at_least <= value <= at_most and abs(value) <= LARGEST):
         low = f"above {above}" if above > -math.inf else f"at least {at_least}"
         high = f", at most {at_most}" if at_most < math.inf else ""
         raise ValueError(f"{name}: expected a finite number {low}{high}, got {value}")

@@ -140,6 +140,8 @@ def linear(x, weight, bias=None):
 
     weight, here and below: a tensor of x's dtype, or an Fp8Weight.
     """
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
     if _use_triton("linear", x, weight, bias):
         from . import linear_triton
 

@@ -49,9 +49,9 @@ def rope_to_cache_reference(q, k, v, cos, sin, start, k_cache=None, v_cache=None
     if k_cache is not None:
         rows, steps = at.shape
         slot = start.to(torch.int64)[:, None] + torch.arange(steps, device=at.device)
-        keep = torch.ones_like(slot, dtype=torch.bool)
+        keep = slot < k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
         if length is not None:
-            keep = torch.arange(steps, device=at.device) < length[:, None]
+            keep &= torch.arange(steps, device=at.device) < length[:, None]
         row = torch.arange(rows, device=at.device)[:, None].expand_as(slot)
         if page_table is not None:
             size = k_cache.shape[1]
@@ -114,7 +114,7 @@ def rope_to_cache(q, k, v, cos, sin, start, k_cache=None, v_cache=None, *, lengt
     sits at positions start[b] .. + T - 1. k_cache, v_cache [B, S, HK, D], or [num_pages, page_size, HK, D] with
     page_table [B, pages] int32, written in place at those positions when given; length [B] int32: only a row's first
     length[b] positions are written. Returns (q, k) rotated. Source: RoFormer (arXiv 2104.09864), half-split form.
-    ValueError for shapes that do not agree.
+    Positions past the end of the cache are not written. Raises TypeError for dtypes, ValueError for shapes that do not agree.
     """
     if cos.shape != sin.shape or cos.ndim != 2 or 2 * cos.shape[1] != q.shape[-1]:
         raise ValueError(f"cos, sin: expected [positions, {q.shape[-1] // 2}], got {tuple(cos.shape)}, {tuple(sin.shape)}")
@@ -122,6 +122,14 @@ def rope_to_cache(q, k, v, cos, sin, start, k_cache=None, v_cache=None, *, lengt
         raise ValueError(f"k, v: expected [B, T, HK, D] beside q {tuple(q.shape)}, got {tuple(k.shape)}, {tuple(v.shape)}")
     if (k_cache is None) != (v_cache is None):
         raise ValueError("k_cache, v_cache: expected both or neither")
+    if k_cache is not None:
+        shape = torch.Size((len(q) if page_table is None else len(k_cache), k_cache.shape[1], *k.shape[2:]))
+        for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+            checks.tensor(name, cache, (k.dtype,), shape, q.device)
+    for name, entries in (("start", start), ("length", length)):
+        checks.tensor(name, entries, (torch.int32,), q.shape[:1], q.device, optional=name == "length")
+    if checks.tensor("page_table", page_table, (torch.int32,), optional=True) is not None and len(page_table) != len(q):
+        raise ValueError(f"page_table: expected [B, pages] with B = {len(q)}, got {tuple(page_table.shape)}")
     unsupported = None
     if k_cache is not None and (k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1):
         unsupported = "the last dimension of a cache is not contiguous"

@@ -401,6 +401,8 @@ def _check_logits(logits, ndim, mask_id, score, temperature, vocab_size):
         checks.integer("mask_id", mask_id, 0, vocab - 1)
         if mask_id >= vocab_size:
             raise ValueError(f"mask_id: expected a value below vocab_size = {vocab_size}, got {mask_id}")
+    if ndim == 3:
+        checks.integer("vocab_size", vocab_size, 2)  # the mask id, which is never proposed, and another
     checks.choice("score", score, SCORES)
     checks.number("temperature", temperature, at_least=0)
     return vocab_size
@@ -417,7 +419,7 @@ def _seed_arguments(seed, rows, needed):
 
 def _rule(rule, tokens):
     """The rule's name in the op, and its parameter as a checked tensor or None, and the number that stands where it is None."""
-    kind = next((name for name, known in RULES.items() if isinstance(rule, known)), None)
+    kind = next((name for name, known in RULES.items() if type(rule) is known), None)
     if kind is None:
         raise TypeError(f"rule: expected Threshold, Factor or Quota, got {type(rule).__name__}")
     parameter, *schedule = vars(rule).values()  # a quota's schedule becomes part of its name
