@@ -168,10 +168,10 @@ def replace_attention(model: nn.Module, *, family=None, mask_id=None, stop_ids=N
     that is an nn.Linear and no subclass, and what proves on a probe to be an RMSNorm or a SwiGLU MLP, computes its forward by
     the ops of `fastdllm_kernels` from its own parameters, unless its instance has a forward already; hooks run.
 
-    Outside `generate` the model's forward is one plain full forward, never causal and without attention dropout; padding (but in
-    LLaDA's code, which ignores a mask itself), position_ids and a past raise ValueError. RoPE is computed anew (transformers 5 leaves Dream's table uninitialised). LLaDA's
-    code reads config.use_cache, which transformers 5 drops: it is set to False and that is logged; where else that code does
-    not fit transformers 5 is out of reach here.
+    Outside `generate` the model's forward is one plain full forward, never causal and without attention dropout; padding,
+    position_ids and a past raise ValueError (what LLaDA's code is given for a mask is not looked at). RoPE is computed anew
+    (transformers 5 leaves Dream's table uninitialised). LLaDA's code reads config.use_cache, which transformers 5 drops: it is
+    set to False and that is logged; where else that code does not fit transformers 5 is out of reach here.
 
     Replacing twice is replacing once; with other keywords, the last ones hold. TypeError for what is no module with a config;
     ValueError, before anything changes, for a model that is not known, naming what was looked for, and for a config that
