@@ -38,6 +38,12 @@ class RotaryTable:
         return tables
 
 
+class Attached:
+    """What all layers of a model share: the cache whose span the forward at hand works on, or None."""
+
+    cache: KVCache | None = None
+
+
 class BlockAttention(nn.Module):
     """Bidirectional attention of the tokens at hand over themselves and over what a KVCache holds around them.
 
@@ -45,13 +51,13 @@ class BlockAttention(nn.Module):
     rotated keys and values and attends with what is fastest (`full_attention`); over a block it calls `block_attention`.
     """
 
-    def __init__(self, hidden_size, num_heads, num_kv_heads, head_dim, *, layer, rotary: RotaryTable, qkv_bias=False):
+    def __init__(self, hidden_size, num_heads, num_kv_heads, head_dim, *, layer, rotary: RotaryTable, attached: Attached,
+                 qkv_bias=False):  # fmt: skip
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim, self.layer = num_heads, num_kv_heads, head_dim, layer
-        self.rotary = rotary
+        self.rotary, self.attached = rotary, attached
         self.qkv = nn.Linear(hidden_size, (num_heads + 2 * num_kv_heads) * head_dim, bias=qkv_bias)
         self.out = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
-        self.cache: KVCache | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [R, T, hidden_size] -> [R, T, hidden_size]."""
@@ -63,7 +69,7 @@ class BlockAttention(nn.Module):
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = linear(x, self.qkv.weight, self.qkv.bias).view(rows, width, heads + 2 * kv_heads, self.head_dim)
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
-        return attend(q, k, v, self.rotary, self.cache, self.layer).reshape(rows, width, heads * self.head_dim)
+        return attend(q, k, v, self.rotary, self.attached.cache, self.layer).reshape(rows, width, heads * self.head_dim)
 
 
 def attend(q, k, v, rotary: RotaryTable, cache: KVCache | None, layer: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from torch import nn
 
 from fastdllm_kernels import linear_rms_norm, linear_swiglu, rms_norm
 
-from .attention import BlockAttention, RotaryTable, fastest_sdpa
+from .attention import Attached, BlockAttention, RotaryTable, fastest_sdpa
 from .cache import KVCache
 from .config import ModelConfig
 
@@ -29,12 +29,12 @@ class RMSNorm(nn.Module):
 class TransformerLayer(nn.Module):
     """Pre-norm attention and SwiGLU; q/k/v are one product, and so are gate/up."""
 
-    def __init__(self, config: ModelConfig, index: int, rotary: RotaryTable):
+    def __init__(self, config: ModelConfig, index: int, rotary: RotaryTable, attached: Attached):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = BlockAttention(
             config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim,
-            layer=index, rotary=rotary, qkv_bias=config.qkv_bias,
+            layer=index, rotary=rotary, attached=attached, qkv_bias=config.qkv_bias,
         )
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
@@ -57,10 +57,10 @@ class DiffusionTransformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config, self.attached = config, Attached()
         rotary = RotaryTable(config.rope_theta, config.head_dim, config.max_positions, config.rope_in_fp32)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(TransformerLayer(config, i, rotary) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(TransformerLayer(config, i, rotary, self.attached) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -76,8 +76,7 @@ class DiffusionTransformer(nn.Module):
 
     def attach(self, cache: KVCache | None) -> None:
         """Give every layer the cache whose span the next forwards work on; None takes it away."""
-        for layer in self.layers:  # twice a forward, hence past Module's own setattr
-            vars(layer.attention)["cache"] = cache
+        self.attached.cache = cache
 
     def hidden_states(self, tokens: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
         """The last layer's output, normalised: tokens [R, T] int64 -> [R, T, hidden_size], or [..., hidden_size] of the tokens

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from .arguments import choice, sequence
-from .attention import RotaryTable, attend, fastest_sdpa
+from .attention import Attached, RotaryTable, attend, fastest_sdpa
 from .cache import KVCache
 from .config import ModelConfig
 from .families import FAMILIES
@@ -55,9 +55,9 @@ STRUCTURES = {"llada": _LLADA, "Dream": Structure(outputs=3), "llama": Structure
 class LayerAttention:
     """One layer's replaced attention: the user's projections around this project's rotation, cache and kernels."""
 
-    def __init__(self, owner: nn.Module, structure: Structure, config: ModelConfig, rotary: RotaryTable, layer: int):
-        self.owner, self.structure, self.head_dim, self.rotary, self.layer = owner, structure, config.head_dim, rotary, layer
-        self.cache: KVCache | None = None
+    def __init__(self, owner: nn.Module, structure: Structure, head_dim, layer, rotary: RotaryTable, attached: Attached):
+        self.owner, self.structure, self.head_dim, self.layer = owner, structure, head_dim, layer
+        self.rotary, self.attached = rotary, attached
 
     def attention(self, q, k, v, *_, layer_past=None, use_cache=False, **__):
         """LLaDA's method: q, k, v [R, T, width] -> (output, (k, v) before rotation [R, HK, T, D], or None)."""
@@ -68,7 +68,7 @@ class LayerAttention:
 
     def forward(self, hidden_states, *_, attention_mask=None, position_ids=None, **__):
         """self_attn.forward: [R, T, hidden_size] -> (output, None) or (output, None, None): no weights, no past."""
-        if self.layer == 0 and self.cache is None:
+        if self.layer == 0 and self.attached.cache is None:
             _refuse_padding(attention_mask, position_ids)
         return self._output(*self._projected(hidden_states)), *[None] * (self.structure.outputs - 1)
 
@@ -90,10 +90,10 @@ class LayerAttention:
         return q, k, v
 
     def _output(self, q, k, v):
-        if self.cache is None and q.shape[1] > self.rotary.positions:
+        if self.attached.cache is None and q.shape[1] > self.rotary.positions:
             raise ValueError(f"input_ids: expected at most {self.rotary.positions} positions, got {q.shape[1]}")
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-        out = attend(q, k, v, self.rotary, self.cache, self.layer).flatten(2)
+        out = attend(q, k, v, self.rotary, self.attached.cache, self.layer).flatten(2)
         return getattr(self.owner, self.structure.out)(out)
 
 
@@ -101,14 +101,14 @@ class Adapter:
     """What `generate` asks of a model, told about one whose attention is replaced. No module: the model's own tree stays."""
 
     def __init__(self, model: nn.Module, structure: Structure, config: ModelConfig):
-        self.model, self.structure, self.config = model, structure, config
+        self.model, self.structure, self.config, self.attached = model, structure, config, Attached()
         rotary = RotaryTable(config.rope_theta, config.head_dim, config.max_positions, config.rope_in_fp32)
-        self.attentions = [
-            LayerAttention(_find(layer, structure.owner), structure, config, rotary, index)
+        attentions = [
+            LayerAttention(_find(layer, structure.owner), structure, config.head_dim, index, rotary, self.attached)
             for index, layer in enumerate(self._part("layers"))
         ]
         method = structure.method
-        self.replaced = [Replaced(attention.owner, method, getattr(attention, method)) for attention in self.attentions]
+        self.replaced = [Replaced(attention.owner, method, getattr(attention, method)) for attention in attentions]
         self.replaced += speed_up(self._part("layers"), self._part("norm"))
         # transformers 5 drops this key from LLaDA's config, and LLaDA's forward reads it.
         self.lent_use_cache = not hasattr(model.config, "use_cache")
@@ -132,8 +132,7 @@ class Adapter:
         return self.model.modules()
 
     def attach(self, cache: KVCache | None) -> None:
-        for attention in self.attentions:
-            attention.cache = cache
+        self.attached.cache = cache
 
     def hidden_states(self, tokens: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
         """Through the user's layers but not their outer forward, which may run the vocabulary head on every row."""

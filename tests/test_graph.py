@@ -33,23 +33,9 @@ class ActedGraph:
         return None
 
     def replay(self):
-        report, more = compute(self.function, self.plan)
+        report, more = self.function(self.plan)
         for held, value in zip((self.result[0], *self.result[1]), (report, *more), strict=True):
             held.copy_(value)
-
-
-def attentions(model):
-    return model.attentions if hasattr(model, "attentions") else [layer.attention for layer in model.layers]
-
-
-def compute(function, plan):
-    """The step, with the cache of the decoder it was recorded in, whatever the model is attached to now."""
-    decoder = function.func.__self__
-    attached = attentions(decoder.model)[0].cache
-    decoder.model.attach(decoder.cache)
-    result = function(plan)
-    decoder.model.attach(attached)
-    return result
 
 
 @pytest.fixture
@@ -62,7 +48,7 @@ def records(monkeypatch):
         idle, decoder = torch.zeros_like(plan), function.func.__self__
         idle[-1] = plan[-1]  # the one number that a rule checks on a CPU
         before = decoder.canvas.clone(), decoder.cache.data.clone()
-        result = compute(function, idle)
+        result = function(idle)
         assert torch.equal(decoder.canvas, before[0]) and torch.equal(decoder.cache.data, before[1])
         return graph.Step(idle, ActedGraph(function, idle, result), result)
 
