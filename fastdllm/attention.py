@@ -87,7 +87,8 @@ def _attend(q, k, v, rotary, cache, layer):
     cos, sin = rotary(q)
     if cache is None:
         start = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
-        return full_attention(*rope_to_cache(q, k, v, cos, sin, start), v, None)
+        q, k = rope_to_cache(q, k, v, cos, sin, start)
+        return full_attention(q, k, v, None)
     span, (k_cache, v_cache) = cache.span, cache.layer(layer)
     if span.whole or span.stores:
         q, k = rope_to_cache(

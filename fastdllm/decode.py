@@ -88,16 +88,16 @@ def generate(
 
     model: what `fastdllm.load` or `fastdllm.replace_attention` returns. prompts: a list of 1-D id sequences of any lengths, or
     a [B, P] tensor; a row gets the tokens it would get alone (in 16 bits but for near ties, since products of more rows round
-    otherwise). cache: "none" (a full forward every step), "prefix" or "dual".
-    policy: a CachePolicy, what the refreshes leave out; by default nothing. rule: Threshold, Factor, Quota (a parameter may be
-    a [B] tensor), or a function (scores [B, T] fp32, candidates [B, T] bool, step [B] int64) -> commit [B, T] bool, called
-    with the rows of one forward. score: "confidence", "margin", "entropy" or "random". temperature 0 is greedy; top_p in
-    (0, 1] and top_k >= 1 filter the proposals. seed: row b draws as a single row with seed + b would; None takes one from
-    torch's global generator. stop_ids: None for the model's end-of-text ids, () to never stop. on_step(StepEvent) is called
-    after every forward; it and a rule that is a function may use the model, and so may other threads. graph: on a GPU, capture a cached step in a CUDA graph when it is first needed (a short refresh, or a
-    step over more than the block, once the length has come a few times) and replay it after; the model then keeps its cache
-    allocated between calls (`fastdllm.graph.clear(model)` frees it). A rule that is a function, top_p and top_k run
-    uncaptured, and so does a model that cannot be captured: logged.
+    otherwise). cache: "none" (a full forward every step), "prefix" or "dual". policy: a CachePolicy, what the refreshes leave
+    out; by default nothing. rule: Threshold, Factor, Quota (a parameter may be a [B] tensor), or a function (scores [B, T]
+    fp32, candidates [B, T] bool, step [B] int64) -> commit [B, T] bool, called with the rows of one forward. score:
+    "confidence", "margin", "entropy" or "random". temperature 0 is greedy; top_p in (0, 1] and top_k >= 1 filter the
+    proposals. seed: row b draws as a single row with seed + b would; None takes one from torch's global generator. stop_ids:
+    None for the model's end-of-text ids, () to never stop. on_step(StepEvent) is called after every forward; it and a rule
+    that is a function may use the model, and so may other threads. graph: on a GPU, capture a cached step in a CUDA graph when
+    it is first needed (a short refresh, or a step over more than the block, once the length has come a few times) and replay
+    it after; the model then keeps its cache allocated between calls (`fastdllm.graph.clear(model)` frees it). A rule that is a
+    function, top_p and top_k run uncaptured, and so does a model that cannot be captured: logged.
 
     Raises TypeError and ValueError, naming the argument, before any work is done; ValueError naming row and position when
     the logits of a candidate hold a NaN.
