@@ -65,7 +65,7 @@ def test_what_is_wrong_is_not_timed(run, monkeypatch):
         return canvas, *forwards
 
     monkeypatch.setattr(race.Subject, "decode", decode_wrongly)
-    monkeypatch.setattr(bench, "logits_error", lambda a, b: float("nan") if hasattr(b.model, "attentions") and
+    monkeypatch.setattr(bench, "logits_error", lambda a, b: float("nan") if hasattr(b.model, "replaced") and
                         type(b.model.model).__name__ == "LLaDAModelLM" else error(a, b))  # fmt: skip
     status, results, text = run("--only", "llada")
     rows = {row["way"]: row for row in results["rows"]}
