@@ -1,5 +1,6 @@
 """BlockAttention: project, rotate, attend, project. It knows the cache's span and no model family."""
 
+import threading
 from contextlib import nullcontext
 
 import torch
@@ -38,10 +39,13 @@ class RotaryTable:
         return tables
 
 
-class Attached:
-    """What all layers of a model share: the cache whose span the forward at hand works on, or None."""
+class Attached(threading.local):
+    """What all layers of a model share: the cache whose span this thread's forward works on, or None."""
 
     cache: KVCache | None = None
+
+    def __reduce__(self):  # a copy of a model has nothing attached
+        return Attached, ()
 
 
 class BlockAttention(nn.Module):

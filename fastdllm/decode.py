@@ -9,9 +9,7 @@ integers; of those that come often graph.py makes CUDA graphs.
 import functools
 import itertools
 import math
-import threading
 import time
-import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -153,19 +151,14 @@ def _sampling(config, score, temperature, top_p, top_k, seed) -> Sampling:
     return Sampling(score, temperature, top_p, top_k, seed, FAMILIES[config.family].filtered_score)
 
 
-_locks = weakref.WeakKeyDictionary()
-
-
 @contextmanager
 def _attached(model, cache):
-    """For one forward the model's layers see this cache, and nobody else's: neither what a listener or a rule computes with the
-    same model nor another thread's `generate` meets it."""
-    with _locks.setdefault(model, threading.RLock()):
-        model.attach(cache)
-        try:
-            yield
-        finally:
-            model.attach(None)
+    """For one forward the model's layers see this cache: what a listener or a rule computes with the same model does not."""
+    model.attach(cache)
+    try:
+        yield
+    finally:
+        model.attach(None)
 
 
 def _bits(rule, rows):

@@ -951,9 +951,12 @@ def test_threads_may_share_a_model(cache):
     prompts = random_prompts(config, (3, 6, 9, 12), 5)
     options = {"gen_length": 16, "block_length": 4, "cache": cache, "rule": Quota(3)}
     alone = [fastdllm.generate(model, [prompt], **options).tokens[0] for prompt in prompts]
-    with ThreadPoolExecutor(len(prompts)) as pool:
+    logits = other_work(model)[0]
+    with ThreadPoolExecutor(len(prompts) + 1) as pool:
+        plain = pool.submit(lambda: [torch.equal(other_work(model)[0], logits) for _ in range(20)])
         together = pool.map(lambda prompt: [fastdllm.generate(model, [prompt], **options).tokens[0] for _ in range(5)], prompts)
     assert all(torch.equal(tokens, expected) for many, expected in zip(together, alone, strict=True) for tokens in many)
+    assert all(plain.result())
 
 
 def test_a_trace_leaves_nothing_in_the_model(tmp_path):
