@@ -30,13 +30,14 @@ def attention():
         pages = torch.arange(2 * -(-slots // 16), dtype=torch.int32, device=DEVICE).view(2, -1)
         paged = [normal(pages.numel(), 16, kv_heads, dim) for _ in caches]
         ops.block_attention(q, k, v, *paged, *spans, page_table=pages)
-        # Two consumers and parts, several tiles a program, and the portable kernel, which the op leaves aside on a Hopper.
+        # Forms that the op does not take for such small shapes, and the portable kernel, which it leaves aside on a Hopper.
         rest = (None, None, numbers(9, 5), *tables, 0.1, torch.empty_like(q), None)
         if ops.backend.chip_of(q.device).hopper and dim != 96:
             from fastdllm_kernels import attention_hopper
 
-            for form in (attention_hopper.Config(2, 64, 4, splits=2), attention_hopper.Config(1, 64, 3, programs=1)):
-                attention_hopper.launch(q, k, v, *caches, *spans, *rest, form)
+            parts, several, apart = (2, 64, 4, 2), (1, 64, 3, 1, False, True, 1), (2, 64, 3, 1, False, True, 2**31 - 1, True)
+            for form in (parts, several, apart):
+                attention_hopper.launch(q, k, v, *caches, *spans, *rest, attention_hopper.Config(*form))
         attention_triton.launch(q, k, v, *caches, *spans, *rest)
 
 

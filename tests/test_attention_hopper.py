@@ -33,6 +33,9 @@ FORMS = {
     "1 consumer, several tiles": Config(1, 64, 3, programs=2),
     "2 consumers, several tiles": Config(2, 64, 5, programs=1),
     "2 consumers, several long tiles": Config(2, 128, 3, programs=3),
+    "apart": Config(2, 64, 3, apart=True),
+    "apart, 3 splits": Config(2, 64, 3, splits=3, apart=True),
+    "apart, rotated first": Config(2, 64, 3, rotate_first=True, apart=True),
 }
 SPANS = {
     "prefix, block and suffix": dict(S=300, block_start=(100, 128), kv_len=(300, 257)),
@@ -53,7 +56,10 @@ H200 = Chip(132, 232448, overlap=True, hopper=True)
     (1, 32, (32, 32), 4096, 1, 6, 4),
     (1, 32, (28, 4), 4096, 1, 6, 8),
     (1, 32, (28, 4), 512, 1, 6, 6),
-    (8, 32, (28, 4), 1024, 1, 6, 1),
+    (8, 32, (28, 4), 512, 1, 6, 1),
+    (8, 32, (28, 4), 1024, 2, 3, 1),
+    (4, 32, (28, 4), 2048, 1, 6, 2),
+    (8, 32, (32, 8), 2048, 1, 6, 1),
     (32, 32, (28, 4), 1024, 1, 3, 1),
     (8, 32, (32, 32), 2048, 1, 3, 1),
     (1, 32, (32, 32), 256, 1, 6, 1),
@@ -67,9 +73,9 @@ def test_the_measured_configurations_are_picked(B, T, heads, keys, consumers, st
 @pytest.mark.parametrize("T", [1, 32, 100, 192, 193, 300, 5000])
 @pytest.mark.parametrize("keys", [1, 257, 4096])
 def test_the_ring_fits(T, keys):
-    for B, heads in ((1, (8, 8)), (1, (8, 1)), (64, (28, 4))):
+    for B, heads in ((1, (8, 8)), (1, (8, 1)), (8, (28, 4)), (64, (28, 4))):
         chosen = config(B, T, *heads, 128, keys, 2, H200)
-        rows, slots = 64 * chosen.CONSUMERS, 2 * chosen.num_stages * chosen.TILE_KEYS
+        rows, slots = 64 * chosen.CONSUMERS, 2 * chosen.num_stages * chosen.TILE_KEYS * (2 if chosen.apart else 1)
         assert (rows + slots) * 128 * 2 + 1024 <= H200.shared
         assert not (chosen.rotate_first and chosen.splits > 1), "two launches at most"
 
@@ -102,7 +108,7 @@ def taken(x):
 @on_hopper
 @HALVES
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("form", ["1 consumer, several tiles", "2 consumers, 2 splits", "2 consumers, long tiles"])
+@pytest.mark.parametrize("form", ["1 consumer, several tiles", "2 consumers, 2 splits", "2 consumers, long tiles", "apart"])
 def test_the_portable_kernels_cases(form, case, dtype):
     x = inputs(dtype, "cuda", **case)
     if not taken(x):
@@ -123,7 +129,9 @@ def test_forms_and_spans(form, span, heads, rotation):
 @on_hopper
 @pytest.mark.parametrize("T", [1, 4, 31, 33, 64, 100, 300])
 @pytest.mark.parametrize("D", [64, 128])
-@pytest.mark.parametrize("form", ["1 consumer, several tiles", "2 consumers", "2 consumers, several long tiles"])
+@pytest.mark.parametrize("form", [
+    "1 consumer, several tiles", "2 consumers", "2 consumers, several long tiles", "apart", "apart, 3 splits",
+])  # fmt: skip
 def test_block_lengths(form, D, T):
     x = inputs(torch.bfloat16, "cuda", T=T, H=4, HK=2, D=D, S=T + 200, block_start=(60, 0), rotation="fp32")
     assert_close(x, *run(x, FORMS[form], kernel=attention_hopper))
@@ -131,7 +139,9 @@ def test_block_lengths(form, D, T):
 
 @on_hopper
 @pytest.mark.parametrize("D", [64, 128])
-@pytest.mark.parametrize("form", [Config(2, 128, 3, programs=3), Config(1, 64, 3, programs=2), Config(2, 64, 5)], ids=str)
+@pytest.mark.parametrize("form", [
+    Config(2, 128, 3, programs=3), Config(1, 64, 3, programs=2), Config(2, 64, 5), FORMS["apart"],
+], ids=str)  # fmt: skip
 def test_whole_sequences_without_a_cache(form, D):
     x = inputs(torch.bfloat16, "cuda", T=300, H=4, HK=2, D=D, S=0, block_start=(0, 0), kv_len=(300, 300))
     assert_close(x, *run(x, form, kernel=attention_hopper))
@@ -171,7 +181,9 @@ def test_rows_of_a_table_and_a_strided_result():
 
 @on_hopper
 @pytest.mark.parametrize("heads", [(32, 32), (28, 4)])
-@pytest.mark.parametrize("form", ["1 consumer, 3 splits", "1 consumer, several tiles", "2 consumers, several long tiles"])
+@pytest.mark.parametrize("form", [
+    "1 consumer, 3 splits", "1 consumer, several tiles", "2 consumers, several long tiles", "apart",
+])  # fmt: skip
 def test_a_thousand_launches_give_the_same_bits(form, heads):
     x = real("cuda", 2, *heads, 1024)
     expected, expected_lse = run(x, FORMS[form], kernel=attention_hopper)

@@ -35,7 +35,7 @@ EVERYWHERE = {"torch", "safetensors", "fastdllm_kernels", "fastdllm"}
 FUNCTION_LINES = 60
 # "About 3,500" in the design; the products, the captured step, fp8, the policies and an attention kernel of Hopper's own, which
 # came after it, are what the measured speed costs.
-PRODUCT_LINES = 4350
+PRODUCT_LINES = 4400
 
 
 def module_files():

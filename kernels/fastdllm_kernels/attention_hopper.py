@@ -1,5 +1,5 @@
 """block_attention on Hopper, in Triton's Gluon: one warp streams keys and values, two more rotate the block's own keys, and one
-or two consumers of 64 query rows each fold them.
+or two consumers of 64 query rows each fold them; or two of the same 64 rows, half of the keys each.
 
 A program owns 64 or 128 of the T * G query rows of one key head and one share of the row's visible keys, numbered as in
 attention_triton.py; where there are many such items it takes several. The producer copies tiles of keys and values into a ring
@@ -17,6 +17,7 @@ masked, and their values past the end are overwritten by zeros in shared memory.
 attention_triton's `_merge`: equal inputs give equal bits, launch after launch.
 """
 
+from collections import namedtuple
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -42,10 +43,15 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 # One meaning for both kernels: the same source, compiled as Gluon.
 _product = gluon.jit(attention_triton._product.fn)
 _spans = gluon.jit(attention_triton._spans.fn)
+_recast = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 _gdc_wait, _gdc_launch_dependents = tl.extra.cuda.gdc_wait, tl.extra.cuda.gdc_launch_dependents
 
 
 MANY = 2**31 - 1
+
+# What the kernel is compiled for: query rows that a program owns and those that a consumer loads, whether one program has all
+# keys of a row, whether it takes several items, whether values past what a row sees have to be overwritten.
+_Form = namedtuple("_Form", "HK G D TILE_KEYS STAGES CONSUMERS APART ROWS PREPARED NEGATIVE OVERLAP ALONE SEVERAL ZEROS OTHERS")
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class Config:
     program.
 
     splits, rotate_first, overlap: as in attention_triton.Config. programs: how many there are at most; where there are more
-    tiles each takes several, and asks for the next one's keys while it ends one.
+    tiles each takes several, and asks for the next one's keys while it ends one. apart: both consumers have the same 64 rows,
+    half of the keys each and a ring each, of 64 keys a tile or more; they add up what they have at the end.
     """
 
     CONSUMERS: int
@@ -64,6 +71,7 @@ class Config:
     rotate_first: bool = False
     overlap: bool = True
     programs: int = MANY
+    apart: bool = False
 
 
 @lru_cache(maxsize=4096)
@@ -86,6 +94,11 @@ def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
         if splits > 2 and keys <= 2048:
             splits = min(splits, places * 3 // 4 // programs)
     if programs * splits <= places:
+        if splits == 1 and rows > 128 and keys >= 960:
+            # Three tiles and more share the keys, so that memory does not limit a multiprocessor: it multiplies for one half of
+            # them while the other takes exponentials (28 over 4 heads, batch 8, H100: 2,048 keys 21.3 for 23.4, 1,024 13.9 for
+            # 14.2; 768 12.3 for 12.0; 32 over 8 heads, whose two tiles share them, 2,048 keys 30.1 for 29.3).
+            return Config(2, 64, 3, splits, T > 128, chip.overlap, apart=True)
         # Alone on its multiprocessor nothing else covers the latency of a program's loads, and the ring may be twice as long
         # (28 over 4 heads, batch 8, 1,024 keys: 14.5 for 15.4); where half of a tile's rows are empty it waits for memory, and
         # begins sooner with shorter tiles (32 heads, 2,048 keys: 14.0 for 15.0).
@@ -103,29 +116,32 @@ def _place(item, tiles, HK: gl.constexpr):
 
 
 @gluon.jit
-def _share(
-    b, tile, T, spans, G: gl.constexpr, ROWS: gl.constexpr, TILE_KEYS: gl.constexpr, ROTATE: gl.constexpr, ALONE: gl.constexpr,
-):  # fmt: skip
-    """What this program folds: (block's start, its own positions, (own key, own keys for `_rotate_own`), parts).
+def _share(b, tile, T, spans, ROTATE: gl.constexpr, HALF: gl.constexpr, FORM: gl.constexpr):
+    """What this program folds, or the HALF of it that is not None: (block's start, its own positions, (own key, own keys for
+    `_rotate_own`), parts).
 
     parts: keys that are streamed, of the prefix, of the suffix and of the block: (first slot, how many) of each, and between
     which slots the row sees all: a tile that is not full begins early rather than run past the end of those.
     """
     start, length, own, first, prefix, cached = _spans(b, T, spans[0], spans[1], spans[2], spans[3])
     # A tile past the row's block has nothing to compute; its zeros are written all the same.
-    keys = gl.where(tile * ROWS < own * G, cached + own, 0)
+    keys = gl.where(tile * FORM.ROWS < own * FORM.G, cached + own, 0)
     begin, end = 0, keys
-    if not ALONE:
+    if not FORM.ALONE:
         share = (keys + 16 * gl.num_programs(1) - 1) // (16 * gl.num_programs(1)) * 16
         begin = gl.minimum(gl.program_id(1) * share, keys)
         end = gl.minimum(begin + share, keys)
+    if HALF is not None:
+        half = gl.minimum(begin + (end - begin + 31) // 32 * 16, end)
+        half = gl.minimum(half, gl.maximum(begin, cached))  # own keys are the second's
+        begin, end = (begin, half) if HALF == 0 else (half, end)
     in_prefix, in_suffix, in_own = gl.minimum(begin, prefix), gl.maximum(begin, prefix), gl.maximum(begin, cached)
     jump, own_keys = start + length - prefix, gl.maximum(end - in_own, 0)
     written = own_keys if ROTATE else 0
     # Past position T there is nothing to read: the copy itself fills in zeros.
     parts = (first + in_prefix, gl.minimum(end, prefix) - in_prefix, first, first + prefix,
              jump + in_suffix, gl.maximum(gl.minimum(end, cached) - in_suffix, 0), jump + prefix, jump + cached,
-             in_own - cached, own_keys - written, gl.where(own == T, T + TILE_KEYS, own))  # fmt: skip
+             in_own - cached, own_keys - written, gl.where(own == T, 2**30, own))  # fmt: skip
     return start, own, (in_own - cached, written), parts
 
 
@@ -182,36 +198,32 @@ def _pass_by(stage, phase, empty, steps, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _produce(
-    k_cache, v_cache, k, v, ring, page_table_ptr, page_row, tiles, items, T, spans,
-    HK: gl.constexpr, G: gl.constexpr, ROTATE: gl.constexpr, CONSUMERS: gl.constexpr, OVERLAP: gl.constexpr,
-    ALONE: gl.constexpr, SEVERAL: gl.constexpr,
-):  # fmt: skip
+def _produce(ring, cached, spans, sizes, ROTATE: gl.constexpr, HALF: gl.constexpr, FORM: gl.constexpr):
     """Stream the share's cached keys and values (and its own, if nothing rotates them) into the ring, step after step."""
     k_ring, v_ring, ready, empty = ring
-    STAGES: gl.constexpr = k_ring.shape[0]
-    TILE_KEYS: gl.constexpr = k_ring.shape[1]
-    if OVERLAP:
+    k_cache, v_cache, k, v, page_table_ptr, page_row = cached
+    tiles, items, T, _ = sizes
+    if FORM.OVERLAP:
         _gdc_wait()
     first, stage, phase = gl.program_id(0), 0, 1
-    for item in range(first, items if SEVERAL else first + 1, gl.num_programs(0) if SEVERAL else 1):
-        tile, head, b = _place(item, tiles, HK)
+    for item in range(first, items if FORM.SEVERAL else first + 1, gl.num_programs(0) if FORM.SEVERAL else 1):
+        tile, head, b = _place(item, tiles, FORM.HK)
         row = b
         if page_table_ptr is not None:  # one page a row: where it lies is asked once
             row = gl.load(page_table_ptr + b * page_row)
-        _, _, written, parts = _share(b, tile, T, spans, G, 64 * CONSUMERS, TILE_KEYS, ROTATE, ALONE)
-        _, count = _counts(parts, TILE_KEYS)
+        _, _, written, parts = _share(b, tile, T, spans, ROTATE, HALF, FORM)
+        _, count = _counts(parts, FORM.TILE_KEYS)
         last_where, last_slot = 0, 0
         for i in range(0, gl.where(count > 0, count + 1, 0)):
-            where, slot, _, _, _ = _tile(i, parts, TILE_KEYS)
+            where, slot, _, _, _ = _tile(i, parts, FORM.TILE_KEYS)
             mbarrier.wait(empty.index(stage), phase)
             _fetch(i < count, k_cache, k, row, b, where, slot, head, ready.index(stage), k_ring.index(stage), ROTATE)
             _fetch(i > 0, v_cache, v, row, b, last_where, last_slot, head, ready.index(stage), v_ring.index(stage), ROTATE)
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = _next(stage, phase, FORM.STAGES)
             last_where, last_slot = where, slot
-        if SEVERAL:
-            stage, phase = _pass_by(stage, phase, empty, (written[1] + 31) // 32, STAGES)
-    if OVERLAP:
+        if FORM.SEVERAL:
+            stage, phase = _pass_by(stage, phase, empty, (written[1] + 31) // 32, FORM.STAGES)
+    if FORM.OVERLAP:
         _gdc_launch_dependents()
 
 
@@ -353,25 +365,21 @@ def _fold(
 
 
 @gluon.jit
-def _rotate_own(
-    k, v, ring, tables, strides, tiles, items, T, positions, spans, HK: gl.constexpr, G: gl.constexpr,
-    CONSUMERS: gl.constexpr, OVERLAP: gl.constexpr, ALONE: gl.constexpr, SEVERAL: gl.constexpr,
-):  # fmt: skip
+def _rotate_own(ring, k, v, tables, strides, spans, sizes, HALF: gl.constexpr, FORM: gl.constexpr):
     """Where there are tables: fill an item's last steps with own keys, rotated, and their values, 32 a step."""
     k_ring, v_ring, ready, empty = ring
-    STAGES: gl.constexpr = k_ring.shape[0]
-    TILE_KEYS: gl.constexpr = k_ring.shape[1]
-    D: gl.constexpr = k_ring.shape[2]
+    tiles, items, T, last = sizes
+    D: gl.constexpr = FORM.D
     HALVES: gl.constexpr = gl.BlockedLayout([1, 8], [512 // D, D // 16], [2, 1], [1, 0])
     if tables[0] is not None:
-        if OVERLAP:
+        if FORM.OVERLAP:
             _gdc_wait()
         first, stage, phase = gl.program_id(0), 0, 1
-        for item in range(first, items if SEVERAL else first + 1, gl.num_programs(0) if SEVERAL else 1):
-            tile, kv_head, b = _place(item, tiles, HK)
-            start, own, written, parts = _share(b, tile, T, spans, G, 64 * CONSUMERS, TILE_KEYS, True, ALONE)
-            steps = _counts(parts, TILE_KEYS)[1]
-            stage, phase = _pass_by(stage, phase, empty, gl.where(steps > 0, steps + 1, 0), STAGES)
+        for item in range(first, items if FORM.SEVERAL else first + 1, gl.num_programs(0) if FORM.SEVERAL else 1):
+            tile, kv_head, b = _place(item, tiles, FORM.HK)
+            start, own, written, parts = _share(b, tile, T, spans, True, HALF, FORM)
+            steps = _counts(parts, FORM.TILE_KEYS)[1]
+            stage, phase = _pass_by(stage, phase, empty, gl.where(steps > 0, steps + 1, 0), FORM.STAGES)
             k_from, v_from = k + b * strides[3] + kv_head * strides[5], v + b * strides[6] + kv_head * strides[8]
             for at in range(0, written[1], 32):
                 mbarrier.wait(empty.index(stage), phase)
@@ -381,12 +389,12 @@ def _rotate_own(
                     values = _halves(v_from, row * strides[7], D // 2, HALVES)
                     v_ring.index(stage).slice(half, 16, 0).store(_whole(values[0], values[1]))
                     halves = _halves(k_from, row * strides[4], D // 2, HALVES)
-                    angles = _angles(tables, gl.minimum(start + row, positions - 1), D // 2, HALVES)
+                    angles = _angles(tables, gl.minimum(start + row, last), D // 2, HALVES)
                     k_ring.index(stage).slice(half, 16, 0).store(_rotated(halves, angles))
                 fence_async_shared()
                 _barrier()
                 mbarrier.arrive(ready.index(stage), count=2)
-                stage, phase = _next(stage, phase, STAGES)
+                stage, phase = _next(stage, phase, FORM.STAGES)
 
 
 @gluon.jit
@@ -444,15 +452,17 @@ def _fold_streamed(q, ring, stage, phase, parts, top, total, acc, scale, ZEROS: 
 
 @gluon.jit
 def _prepare(
-    first_row, kv_head, b, q_ptr, q, spans, tables, strides, tile, T, positions, TILE_KEYS: gl.constexpr, G: gl.constexpr,
-    NEGATIVE: gl.constexpr, CONSUMERS: gl.constexpr, ALONE: gl.constexpr, SEVERAL: gl.constexpr, ROWS: gl.constexpr,
-):  # fmt: skip
+    first_row, kv_head, b, q_ptr, q, spans, tables, strides, tile, T, last, handed, HALF: gl.constexpr,
+    FORM: gl.constexpr,
+):
     """An item's queries, rotated, into q. Returns its own positions, how many own keys it folds, and its `_share` in parts."""
-    D: gl.constexpr = q.shape[1]
+    D: gl.constexpr = FORM.D
+    G: gl.constexpr = FORM.G
     ROTATE: gl.constexpr = tables[0] is not None
     HALVES: gl.constexpr = gl.BlockedLayout([1, 8], [512 // D, D // 16], [4, 1], [1, 0])
     WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, HALVES if ROTATE else WHOLE))
+    FIRST: gl.constexpr = FORM.PREPARED if HALF == 1 else 0  # two of the same rows share the work
+    row = first_row + FIRST + gl.arange(0, FORM.PREPARED, gl.SliceLayout(1, HALVES if ROTATE else WHOLE))
     t = gl.minimum(row // G, T - 1)  # rows past the last read the last again, and are not written
     q_ptr += b * strides[0] + kv_head * G * strides[2]
     offset = t * strides[1] + row % G * strides[2]
@@ -461,16 +471,19 @@ def _prepare(
         halves = _halves(q_ptr, offset, D // 2, HALVES)
     else:
         queries = gl.load(q_ptr + offset[:, None] + gl.arange(0, D, gl.SliceLayout(0, WHOLE))[None, :])
-    start, own, written, parts = _share(b, tile, T, spans, G, 64 * CONSUMERS, TILE_KEYS, ROTATE, ALONE)
+    start, own, written, parts = _share(b, tile, T, spans, ROTATE, HALF, FORM)
     if ROTATE:
-        queries = _rotated(halves, _angles(tables, gl.minimum(start + t, positions - 1), D // 2, HALVES))
-    if NEGATIVE:
+        queries = _rotated(halves, _angles(tables, gl.minimum(start + t, last), D // 2, HALVES))
+    if FORM.NEGATIVE:
         queries = -queries
-    if SEVERAL:  # the last item's result was read from there
+    if FORM.SEVERAL:  # the last item's result was read from there
         _barrier()
-    q.slice(0, ROWS, 0).store(queries)
+    q.slice(FIRST, FORM.PREPARED, 0).store(queries)
     fence_async_shared()
     _barrier()
+    if HALF is not None:
+        mbarrier.arrive(handed[0].index(0), count=1)
+        mbarrier.wait(handed[0].index(0), 0)
     return own, written[1], parts
 
 
@@ -498,38 +511,63 @@ def _fold_all(q, ring, stage, phase, parts, own_keys, scale, SUMS: gl.constexpr,
 
 @gluon.jit
 def _consume(
-    WHO: gl.constexpr, q_ptr, q_all, ring, out_ptr, lse_ptr, spans, tables, strides, lse_split, scale, tiles, items, T,
-    positions, HK: gl.constexpr, G: gl.constexpr, NEGATIVE: gl.constexpr, CONSUMERS: gl.constexpr, OVERLAP: gl.constexpr,
-    ALONE: gl.constexpr, SEVERAL: gl.constexpr, ROWS: gl.constexpr, ZEROS: gl.constexpr,
+    ring, q_ptr, q, tables, strides, results, scale, handed, spans, sizes, WHO: gl.constexpr, HALF: gl.constexpr,
+    FORM: gl.constexpr,
 ):  # fmt: skip
-    """Consumer WHO: 64 query rows of each of the program's items, over the steps of the ring."""
-    TILE_KEYS: gl.constexpr = ring[0].shape[1]
-    D: gl.constexpr = ring[0].shape[2]
+    """64 query rows, the WHO-th of each of the program's items, over the steps of the ring."""
+    tiles, items, T, last = sizes
+    D: gl.constexpr = FORM.D
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    ROTATE: gl.constexpr = tables[0] is not None
-    q = q_all.index(WHO)
-    if OVERLAP:
+    ROTATE: gl.constexpr = tables[0] is not None and HALF != 0
+    if FORM.OVERLAP:
         _gdc_wait()
     first, stage, phase = gl.program_id(0), 0, 0
-    for item in range(first, items if SEVERAL else first + 1, gl.num_programs(0) if SEVERAL else 1):
-        tile, kv_head, b = _place(item, tiles, HK)
-        own, own_keys, parts = _prepare((tile * CONSUMERS + WHO) * 64, kv_head, b, q_ptr, q, spans, tables, strides, tile, T,
-                                        positions, TILE_KEYS, G, NEGATIVE, CONSUMERS, ALONE, SEVERAL, ROWS)  # fmt: skip
-        stage, phase, top, total, acc = _fold_all(q, ring, stage, phase, parts, own_keys, scale, SUMS, ROTATE, ZEROS)
-        # Axis 2 has one program: its 0 makes these new values, where the same from above would hold registers in the loops.
-        tile, kv_head, b = _place(item + gl.program_id(2), tiles, HK)
-        _store((tile * CONSUMERS + WHO) * 64, kv_head, b, own, top, total, acc, q, out_ptr, lse_ptr, strides, lse_split, T, HK,
-               G, ALONE)  # fmt: skip
+    for item in range(first, items if FORM.SEVERAL else first + 1, gl.num_programs(0) if FORM.SEVERAL else 1):
+        tile, kv_head, b = _place(item, tiles, FORM.HK)
+        own, own_keys, parts = _prepare(tile * FORM.ROWS + WHO * 64, kv_head, b, q_ptr, q, spans, tables, strides, tile, T,
+                                        last, handed, HALF, FORM)  # fmt: skip
+        stage, phase, top, total, acc = _fold_all(q, ring, stage, phase, parts, own_keys, scale, SUMS, ROTATE, FORM.ZEROS)
+        if HALF == 1:
+            _hand(top, total, acc, handed)
+        else:
+            if HALF == 0:
+                top, total, acc = _joined(top, total, acc, handed)
+            # Axis 2 has one program: its 0 makes these new values, where the same from above would hold registers in the loops.
+            tile, kv_head, b = _place(item + gl.program_id(2), tiles, FORM.HK)
+            _store(tile * FORM.ROWS + WHO * 64, kv_head, b, own, top, total, acc, q, results, strides, T, FORM)
 
 
 @gluon.jit
-def _store(
-    first_row, kv_head, b, own, top, total, acc, q, out_ptr, lse_ptr, strides, lse_split, T, HK: gl.constexpr,
-    G: gl.constexpr, ALONE: gl.constexpr,
-):  # fmt: skip
+def _hand(top, total, acc, handed):
+    """The second half's maximum, sum and weighted values to the first's consumer."""
+    barriers, sums, rows = handed
+    sums.store(acc)
+    rows.index(0).store(top)
+    rows.index(1).store(total)
+    _barrier()
+    mbarrier.arrive(barriers.index(1), count=1)
+
+
+@gluon.jit
+def _joined(top, total, acc, handed):
+    """The first half's maximum, sum and weighted values with the second's."""
+    barriers, sums, rows = handed
+    ROW: gl.constexpr = top.type.layout
+    mbarrier.wait(barriers.index(1), 0)
+    other = rows.index(0).load(ROW)
+    high = gl.maximum(gl.maximum(top, other), -1e38)  # of nothing visible remains nothing
+    mine, others = gl.exp2(top - high), gl.exp2(other - high)
+    acc = acc * mine[:, None] + sums.load(acc.type.layout) * others[:, None]
+    return gl.maximum(top, other), total * mine + rows.index(1).load(ROW) * others, acc
+
+
+@gluon.jit
+def _store(first_row, kv_head, b, own, top, total, acc, q, results, strides, T, FORM: gl.constexpr):
     """An item's result and log-sum-exp; q is free by now."""
+    out_ptr, lse_ptr, lse_split = results
     LN2: gl.constexpr = 0.6931471805599453  # here, not outside: a launch compares every global that a kernel reads
-    D: gl.constexpr = q.shape[1]
+    D: gl.constexpr = FORM.D
+    G: gl.constexpr = FORM.G
     SUMS: gl.constexpr = acc.type.layout
     WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     split, total = gl.program_id(1), gl.where(total == 0, 1.0, total)
@@ -537,9 +575,10 @@ def _store(
     if lse_ptr is not None:
         row = first_row + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
         lse = gl.where(row < own * G, (top + gl.log2(total)) * LN2, float("-inf"))
-        gl.store(lse_ptr + split * lse_split + (b * T + row // G) * (HK * G) + kv_head * G + row % G, lse, mask=row // G < T)
+        lse_ptr += split * lse_split + kv_head * G
+        gl.store(lse_ptr + (b * T + row // G) * (FORM.HK * G) + row % G, lse, mask=row // G < T)
     out_ptr += split * strides[12] + b * strides[9] + kv_head * G * strides[11]
-    if ALONE:  # through shared memory, so that a thread writes 16 bytes
+    if FORM.ALONE:  # through shared memory, so that a thread writes 16 bytes
         q.store(result.to(q.dtype))
         _barrier()
         _write(q.load(WHOLE), out_ptr, first_row, own, T, strides[10], strides[11], G, WHOLE)
@@ -560,50 +599,70 @@ def _write(result, out_ptr, first_row, own, T, out_at, out_head, G: gl.constexpr
         gl.store(to, gl.zeros_like(result).to(out_ptr.dtype.element_ty), mask=past)
 
 
-@gluon.jit(do_not_specialize=["tiles", "items", "T", "positions", "lse_split"])
+@gluon.jit
+def _ring(DTYPE: gl.constexpr, READERS: gl.constexpr, FORM: gl.constexpr):
+    """(keys, values, barriers of steps that are ready, of steps that are empty)."""
+    STAGES: gl.constexpr = FORM.STAGES
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    keys = gl.allocate_shared_memory(DTYPE, [STAGES, FORM.TILE_KEYS, FORM.D], LAYOUT)
+    values = gl.allocate_shared_memory(DTYPE, [STAGES, FORM.TILE_KEYS, FORM.D], LAYOUT)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=2)  # keys and values
+        mbarrier.init(empty.index(stage), count=READERS)
+    return keys, values, ready, empty
+
+
+@gluon.jit(do_not_specialize=["tiles", "items", "T", "last", "lse_split"])
 def _attend_hopper(
-    q, k, v, k_cache, v_cache, out, lse, spans, page_table, tables, scale, tiles, items, T, positions, page_row, lse_split,
-    strides, HK: gl.constexpr, G: gl.constexpr, D: gl.constexpr, TILE_KEYS: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr, NEGATIVE: gl.constexpr, OVERLAP: gl.constexpr, ALONE: gl.constexpr, SEVERAL: gl.constexpr,
-    ROWS: gl.constexpr, ZEROS: gl.constexpr, OTHERS: gl.constexpr,
+    q, k, v, k_cache, v_cache, out, lse, spans, page_table, tables, scale, tiles, items, T, last, page_row, lse_split,
+    strides, FORM: gl.constexpr,
 ):  # fmt: skip
     """Row tiles of key heads (axis 0, `items` in all, tiles fastest so that they share keys in L2) and one split (axis 1).
 
     spans: block_start, kv_len, kv_start, block_len. tables: cos, sin and their strides. k, v: pointers where there are tables,
     otherwise descriptors. strides: of q, k, v and out, three each, and of a split of out.
     """
-    RING: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    k_ring = gl.allocate_shared_memory(q.dtype.element_ty, [STAGES, TILE_KEYS, D], RING)
-    v_ring = gl.allocate_shared_memory(q.dtype.element_ty, [STAGES, TILE_KEYS, D], RING)
-    q_all = gl.allocate_shared_memory(q.dtype.element_ty, [CONSUMERS, 64, D], RING)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=2)  # keys and values
-        mbarrier.init(empty.index(stage), count=CONSUMERS)
-    fence_async_shared()
-    ring = (k_ring, v_ring, ready, empty)
+    DTYPE: gl.constexpr = q.dtype.element_ty
     ROTATE: gl.constexpr = tables[0] is not None
-    if CONSUMERS == 1:
+    MOST: gl.constexpr = 304 - FORM.OTHERS if ROTATE else 240  # registers of a thread of the second consumer
+    # A thread's sums, four beside each other.
+    HANDED: gl.constexpr = gl.SharedLinearLayout(
+        [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]]
+        + ([[0, 64]] if FORM.D == 128 else []))  # fmt: skip
+    cached, results, sizes = (k_cache, v_cache, k, v, page_table, page_row), (out, lse, lse_split), (tiles, items, T, last)
+    TILES: gl.constexpr = FORM.ROWS // 64
+    queries = gl.allocate_shared_memory(DTYPE, [TILES, 64, FORM.D], gl.NVMMASharedLayout(128, 16, 2))
+    first, ring = queries.index(0), _ring(DTYPE, TILES, FORM)
+    if FORM.APART:
+        halves, barriers = _ring(DTYPE, 1, FORM), gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        mbarrier.init(barriers.index(0), count=2)  # queries are there
+        mbarrier.init(barriers.index(1), count=1)  # what the second has is there
+        rows = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        handed = (barriers, _recast(halves[0], gl.float32, [64, FORM.D], HANDED), rows)  # those keys have been read by then
+    fence_async_shared()
+    if FORM.CONSUMERS == 1:
         gl.warp_specialize([
-            (_consume, (0, q, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, items, T, positions,
-                        HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE, SEVERAL, ROWS, ZEROS)),
-            (_produce, (k_cache, v_cache, k, v, ring, page_table, page_row, tiles, items, T, spans,
-                        HK, G, ROTATE, CONSUMERS, OVERLAP, ALONE, SEVERAL)),
-            (_rotate_own, (k, v, ring, tables, strides, tiles, items, T, positions, spans,
-                           HK, G, CONSUMERS, OVERLAP, ALONE, SEVERAL)),
-        ], [1, 2], [OTHERS, OTHERS])  # fmt: skip
+            (_consume, (ring, q, first, tables, strides, results, scale, None, spans, sizes, 0, None, FORM)),
+            (_produce, (ring, cached, spans, sizes, ROTATE, None, FORM)),
+            (_rotate_own, (ring, k, v, tables, strides, spans, sizes, None, FORM)),
+        ], [1, 2], [FORM.OTHERS, FORM.OTHERS])  # fmt: skip
+    elif FORM.APART:
+        gl.warp_specialize([
+            (_consume, (ring, q, first, tables, strides, results, scale, handed, spans, sizes, 0, 0, FORM)),
+            (_consume, (halves, q, first, tables, strides, results, scale, handed, spans, sizes, 0, 1, FORM)),
+            (_produce, (ring, cached, spans, sizes, ROTATE, 0, FORM)),
+            (_produce, (halves, cached, spans, sizes, ROTATE, 1, FORM)),
+            (_rotate_own, (halves, k, v, tables, strides, spans, sizes, 1, FORM)),
+        ], [4, 1, 1, 2], [MOST, FORM.OTHERS, FORM.OTHERS, FORM.OTHERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (0, q, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, items, T, positions,
-                        HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE, SEVERAL, ROWS, ZEROS)),
-            (_consume, (1, q, q_all, ring, out, lse, spans, tables, strides, lse_split, scale, tiles, items, T, positions,
-                        HK, G, NEGATIVE, CONSUMERS, OVERLAP, ALONE, SEVERAL, ROWS, ZEROS)),
-            (_produce, (k_cache, v_cache, k, v, ring, page_table, page_row, tiles, items, T, spans,
-                        HK, G, ROTATE, CONSUMERS, OVERLAP, ALONE, SEVERAL)),
-            (_rotate_own, (k, v, ring, tables, strides, tiles, items, T, positions, spans,
-                           HK, G, CONSUMERS, OVERLAP, ALONE, SEVERAL)),
-        ], [4, 1, 2], [208 if ROTATE else 240, OTHERS, OTHERS])  # fmt: skip
+            (_consume, (ring, q, first, tables, strides, results, scale, None, spans, sizes, 0, None, FORM)),
+            (_consume, (ring, q, queries.index(1), tables, strides, results, scale, None, spans, sizes, 1, None, FORM)),
+            (_produce, (ring, cached, spans, sizes, ROTATE, None, FORM)),
+            (_rotate_own, (ring, k, v, tables, strides, spans, sizes, None, FORM)),
+        ], [4, 1, 2], [MOST, FORM.OTHERS, FORM.OTHERS])  # fmt: skip
 
 
 def supports(q, k, v, k_cache, v_cache, page_table, cos, out) -> bool:
@@ -636,7 +695,8 @@ def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, pag
                    out, out_stride, out_split, lse, chosen):  # fmt: skip
     B, T, H, D = q.shape
     HK = k.shape[2]
-    tiles = ceil_div(T * (H // HK), 64 * chosen.CONSUMERS)
+    rows = 64 if chosen.apart else 64 * chosen.CONSUMERS
+    tiles = ceil_div(T * (H // HK), rows)
     fresh = (k, v) if cos is not None else (_descriptor(k, chosen), _descriptor(v, chosen))
     # No slot of an empty cache is read, but a descriptor must name some memory.
     cached = (k_cache, v_cache) if k_cache.numel() else (k, v)
@@ -644,26 +704,29 @@ def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, pag
     items, programs = tiles * B * HK, chosen.programs
     # Without cached keys, and where no row is shorter, all that a tile runs into is the end of k and v, which TMA makes zeros.
     zeros = k_cache.shape[1] > 0 or block_len is not None
-    if zeros and chosen.CONSUMERS == 2:  # Triton 3.9 would spill registers
+    if chosen.CONSUMERS == 2 and (zeros or chosen.apart):  # Triton 3.9 would spill registers; apart: barriers of one round
         programs = items
+    others, most = _registers(chosen, cos)
+    prepared = (32 if T * (H // HK) <= 32 else 64) // (2 if chosen.apart else 1)
+    form = _Form(HK, H // HK, D, chosen.TILE_KEYS, chosen.num_stages, chosen.CONSUMERS, chosen.apart, rows, prepared, scale < 0,
+                 chosen.overlap, chosen.splits == 1, items > programs, zeros, others)  # fmt: skip
     _attend_hopper[min(items, programs), chosen.splits](
         q, *fresh, _descriptor(cached[0], chosen), _descriptor(cached[1], chosen), out, lse,
         (block_start, kv_len, kv_start, block_len), page_table, tables, scale_of(scale), tiles, items, T,
-        0 if cos is None else cos.shape[0], 0 if page_table is None else page_table.stride(0), B * T * H,
+        0 if cos is None else cos.shape[0] - 1, 0 if page_table is None else page_table.stride(0), B * T * H,
         (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out_stride[:3], out_split),
-        HK=HK, G=H // HK, D=D, TILE_KEYS=chosen.TILE_KEYS, STAGES=chosen.num_stages, CONSUMERS=chosen.CONSUMERS,
-        NEGATIVE=scale < 0, OVERLAP=chosen.overlap, ALONE=chosen.splits == 1, SEVERAL=items > programs,
-        ROWS=32 if T * (H // HK) <= 32 else 64, ZEROS=zeros, num_warps=4, enable_fp_fusion=True, **pdl(chosen.overlap),
-        **_registers(chosen, cos is not None),
+        FORM=form, num_warps=4, enable_fp_fusion=True, **pdl(chosen.overlap), **most,
     )  # fmt: skip
 
 
-def _registers(chosen, rotates):
+def _registers(chosen, table):
     """Registers of a thread of those that do not multiply, and what all are given at the launch: two programs of one consumer
-    and a short ring share a multiprocessor."""
+    and a short ring share a multiprocessor. With others than these Triton 3.9 spills some."""
     alone = chosen.CONSUMERS == 1 and chosen.num_stages > 3
-    others = {"OTHERS": (168 if alone else 88) if rotates else 24}
-    return others | ({"maxnreg": 224 if alone else 128} if chosen.CONSUMERS == 1 else {})
+    others = 24 if table is None else 168 if alone else 88
+    if chosen.apart and table is not None:
+        others = 112 if table.element_size() == 4 else 104
+    return others, {"maxnreg": 224 if alone else 128} if chosen.CONSUMERS == 1 else {}
 
 
 def _descriptor(x, chosen):
