@@ -36,7 +36,7 @@ ATTENTION = [
     attention.Case(28, 4, 32, 2048),
     attention.Case(32, 32, 1, 2048, width=2048, turned=True),
 ]
-SELECT = [select.Case(126464, rows) for rows in (32, 256, 1024)]
+SELECT = [select.Case(126464, rows) for rows in (32, 256, 1024)] + [select.Case(152064, 32)]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def attention_variants(config, case):
     tried = {"splits": sorted({1, *near} - {0}), "programs": (places, 2 * places, getattr(type(config), "programs", 0))}
     tried |= {"TILE_KEYS": (32, 64, 128), "num_warps": (4, 8), "TILE_ROWS": (16, 32, 64, 128), "CONSUMERS": (1, 2)}
     tried["num_stages"] = (3, 4, 6) if config.__class__ is not attention_triton.Config else (2, 3, 4)
-    tried |= {name: (False, True) for name in ("rotate_first", "overlap")}
+    tried |= {name: (False, True) for name in ("rotate_first", "overlap", "apart")}
     return {name: [replace(config, **{name: value}) for value in values] for name, values in known(config, tried).items()}
 
 

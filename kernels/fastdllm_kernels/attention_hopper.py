@@ -94,10 +94,10 @@ def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
         if splits > 2 and keys <= 2048:
             splits = min(splits, places * 3 // 4 // programs)
     if programs * splits <= places:
-        if splits == 1 and rows > 128 and keys >= 960:
+        if splits == 1 and rows > 128 and keys >= 896:
             # Three tiles and more share the keys, so that memory does not limit a multiprocessor: it multiplies for one half of
-            # them while the other takes exponentials (28 over 4 heads, batch 8, H100: 2,048 keys 21.3 for 23.4, 1,024 13.9 for
-            # 14.2; 768 12.3 for 12.0; 32 over 8 heads, whose two tiles share them, 2,048 keys 30.1 for 29.3).
+            # them while the other takes exponentials (28 over 4 heads, batch 8, H200: 2,048 keys 20.7 for 23.3, 896 12.3 for
+            # 12.7; 32 over 8 heads, whose two tiles share them, 2,048 keys 30.1 for 29.3 on an H100).
             return Config(2, 64, 3, splits, T > 128, chip.overlap, apart=True)
         # Alone on its multiprocessor nothing else covers the latency of a program's loads, and the ring may be twice as long
         # (28 over 4 heads, batch 8, 1,024 keys: 14.5 for 15.4); where half of a tile's rows are empty it waits for memory, and
