@@ -33,11 +33,10 @@ def attention():
         # Forms that the op does not take for such small shapes, and the portable kernel, which it leaves aside on a Hopper.
         rest = (None, None, numbers(9, 5), *tables, 0.1, torch.empty_like(q), None)
         if ops.backend.chip_of(q.device).hopper and dim != 96:
-            from fastdllm_kernels import attention_hopper
+            from fastdllm_kernels.attention_hopper import Config, launch
 
-            parts, several, apart = (2, 64, 4, 2), (1, 64, 3, 1, False, True, 1), (2, 64, 3, 1, False, True, 2**31 - 1, True)
-            for form in (parts, several, apart):
-                attention_hopper.launch(q, k, v, *caches, *spans, *rest, attention_hopper.Config(*form))
+            for form in (Config(2, 64, 4, splits=2), Config(1, 64, 3, programs=1), Config(2, 64, 3, apart=True)):
+                launch(q, k, v, *caches, *spans, *rest, form)
         attention_triton.launch(q, k, v, *caches, *spans, *rest)
 
 

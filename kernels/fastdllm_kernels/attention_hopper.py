@@ -452,9 +452,8 @@ def _fold_streamed(q, ring, stage, phase, parts, top, total, acc, scale, ZEROS: 
 
 @gluon.jit
 def _prepare(
-    first_row, kv_head, b, q_ptr, q, spans, tables, strides, tile, T, last, handed, HALF: gl.constexpr,
-    FORM: gl.constexpr,
-):
+    first_row, kv_head, b, q_ptr, q, spans, tables, strides, tile, T, last, handed, HALF: gl.constexpr, FORM: gl.constexpr,
+):  # fmt: skip
     """An item's queries, rotated, into q. Returns its own positions, how many own keys it folds, and its `_share` in parts."""
     D: gl.constexpr = FORM.D
     G: gl.constexpr = FORM.G
@@ -626,7 +625,8 @@ def _attend_hopper(
     """
     DTYPE: gl.constexpr = q.dtype.element_ty
     ROTATE: gl.constexpr = tables[0] is not None
-    MOST: gl.constexpr = 304 - FORM.OTHERS if ROTATE else 240  # registers of a thread of the second consumer
+    # Registers of a thread of the second consumer: half of what the others leave of the 504 that three warpgroups have.
+    MOST: gl.constexpr = (504 - FORM.OTHERS) // 16 * 8
     # A thread's sums, four beside each other.
     HANDED: gl.constexpr = gl.SharedLinearLayout(
         [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]]
