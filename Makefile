@@ -18,6 +18,7 @@ test: $(VENV)/test-tools
 
 lint: $(VENV)/test-tools
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 # Against the real lm-eval, which brings much along.
 test-integrations: $(VENV)/test-tools $(VENV)/eval-tools

@@ -1,9 +1,18 @@
-"""The two import packages. kernels/ is a folder, not a package: `kernels` is the import name of another project."""
+"""The two import packages. kernels/ is a folder, not a package: `kernels` is the import name of
+another project.
+"""
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.6", "kernels>=0.10",
-        "matplotlib>=3.8"]
+TEST = [
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "pytest-xdist>=3",
+    "hypothesis>=6.100",
+    "ruff>=0.6",
+    "kernels>=0.10",
+    "matplotlib>=3.8",
+]
 
 setup(
     name="fastdllm",

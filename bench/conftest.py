@@ -1,4 +1,6 @@
-"""`pytest bench` checks every competitor of every benchmark; `pytest bench --benchmark` also times those that are right."""
+"""`pytest bench` checks every competitor of every benchmark; `pytest bench --benchmark` also times
+those that are right.
+"""
 
 import platform
 from statistics import median
@@ -16,7 +18,9 @@ ASKS_FOR_TIMES = ("json", "only", "autosave", "save", "compare", "histogram", "e
 
 
 class Replayed:
-    """A clock that pytest-benchmark reads, and that moves by what was measured: its samples become the plugin's rounds."""
+    """A clock that pytest-benchmark reads, and that moves by what was measured: its samples become
+    the plugin's rounds.
+    """
 
     def __init__(self):
         self.now, self.samples = 0.0, iter(())
@@ -36,7 +40,9 @@ CLOCK = Replayed()
 
 def pytest_addoption(parser):
     try:
-        parser.addoption("--benchmark", action="store_true", help="measure, not only check (see bench/README.md)")
+        parser.addoption(
+            "--benchmark", action="store_true", help="measure, not only check (see bench/README.md)"
+        )
     except ValueError:
         pass  # somebody's other conftest.py has it already
 
@@ -44,7 +50,9 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     option = config.option
-    if option.benchmark or any(getattr(option, f"benchmark_{name}", None) for name in ASKS_FOR_TIMES):
+    if option.benchmark or any(
+        getattr(option, f"benchmark_{name}", None) for name in ASKS_FOR_TIMES
+    ):
         option.benchmark_only = True
     else:
         option.benchmark_disable = True
@@ -54,7 +62,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "compete" in getattr(item, "fixturenames", ()):
             case = item.callspec.params["case"]
-            item.add_marker(pytest.mark.benchmark(timer=CLOCK, group=f"{item.originalname}: {case}"))
+            item.add_marker(
+                pytest.mark.benchmark(timer=CLOCK, group=f"{item.originalname}: {case}")
+            )
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -92,7 +102,9 @@ def _ceilings():
 
 @pytest.fixture
 def compete(benchmark, request):
-    """compete(build, case, name): check and time the contest `build(case)` once, then report its competitor `name`."""
+    """compete(build, case, name): check and time the contest `build(case)` once, then report its
+    competitor `name`.
+    """
 
     def report(build, case, name):
         key = build, case
@@ -108,7 +120,9 @@ def compete(benchmark, request):
             pytest.skip(outcome.absent if outcome else f"{name} is no competitor here")
         if outcome.wrong:
             benchmark.skipped = True
-            pytest.fail(f"{contest.op} {contest.shape}: {name} is wrong, so its time means nothing: {outcome.wrong}")
+            pytest.fail(
+                f"{contest.op} {contest.shape}: {name} is wrong, so its time means nothing: {outcome.wrong}"
+            )
         CLOCK.samples = iter(outcome.seconds)
         benchmark.pedantic(CLOCK.advance, rounds=max(1, len(outcome.seconds)))
         if benchmark.enabled:
@@ -118,17 +132,30 @@ def compete(benchmark, request):
 
 
 def _facts(contest, outcomes, name):
-    """What one competitor's time means: throughput, share of the floor, and its ratio to the others."""
+    """What one competitor's time means: throughput, share of the floor, and its ratio to the
+    others.
+    """
     outcome, seconds = outcomes[name], median(outcomes[name].seconds)
     facts = {
-        "op": contest.op, "shape": contest.shape, "competitor": name, "us": outcome.microseconds, "timing": outcome.how,
-        "launches": outcome.launches, "buffers": outcome.buffers, "gb_per_s": contest.bytes / seconds / 1e9,
-        "tflop_per_s": contest.operations / seconds / 1e12, "reach_us": contest.reach,
-    }  # fmt: skip
+        "op": contest.op,
+        "shape": contest.shape,
+        "competitor": name,
+        "us": outcome.microseconds,
+        "timing": outcome.how,
+        "launches": outcome.launches,
+        "buffers": outcome.buffers,
+        "gb_per_s": contest.bytes / seconds / 1e9,
+        "tflop_per_s": contest.operations / seconds / 1e12,
+        "reach_us": contest.reach,
+    }
     if timing.ON_GPU:
         floor = timing.floor_seconds(contest, _ceilings())
         facts["floor_us"], facts["share_of_floor"] = floor * 1e6, floor / seconds
-    peers = {peer: o.microseconds for peer, o in outcomes.items() if contest.competitors[peer].theirs and o.seconds}
+    peers = {
+        peer: o.microseconds
+        for peer, o in outcomes.items()
+        if contest.competitors[peer].theirs and o.seconds
+    }
     if name == "ours" and peers:
         best = min(peers, key=peers.get)
         facts["best_peer"], facts["best_peer_over_ours"] = best, peers[best] / outcome.microseconds

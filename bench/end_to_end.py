@@ -1,14 +1,17 @@
-"""Whole requests at the real shapes of LLaDA-8B and Dream-7B: our decoding beside what the published implementation does.
+"""Whole requests at the real shapes of LLaDA-8B and Dream-7B: our decoding beside what the
+published implementation does.
 
     python bench/end_to_end.py [--headline] [--grid] [--accuracy] [--only llada] [--canvas 2048] [--rows 1,8] [--minutes 9]
     python bench/end_to_end.py --report FILE [--readme README.md]     tables and two plots beside FILE
     python bench/end_to_end.py --merge FILE ... --out FILE
 
-Without a choice everything is measured. Results go to bench/results/end-to-end-<gpu>.json (or --out FILE) after every
-cell; cells that are there already are skipped (--again measures them anew), so that several short runs add up.
+Without a choice everything is measured. Results go to bench/results/end-to-end-<gpu>.json (or --out
+FILE) after every cell; cells that are there already are skipped (--again measures them anew), so
+that several short runs add up.
 
-Weights are drawn at random, and random weights have no confidence: a scripted rule, `Quota`, commits a fixed number of
-positions a step. A *cell* is one request shape: model, canvas, rows. Its *ways* of decoding take turns within one run:
+Weights are drawn at random, and random weights have no confidence: a scripted rule, `Quota`,
+commits a fixed number of positions a step. A *cell* is one request shape: model, canvas, rows. Its
+*ways* of decoding take turns within one run:
 
 checked       Two blocks at the end of the canvas are decoded first: no mask left, forwards as scripted, captured the same
               tokens as eager, plain's logits near ours. A way that fails is not timed, and the exit status is 1. The peak
@@ -45,7 +48,12 @@ RESULTS = Path(__file__).parent / "results"
 
 def environment(device):
     """What the numbers were measured with, the command included."""
-    facts = {"gpu": None, "python": platform.python_version(), "torch": torch.__version__, "command": shown_command()}
+    facts = {
+        "gpu": None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "command": shown_command(),
+    }
     try:
         import triton
 
@@ -53,20 +61,28 @@ def environment(device):
     except ImportError:
         pass
     if timing.ON_GPU:
-        facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "driver": driver()}
+        facts |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "driver": driver(),
+        }
         facts["cudnn"], facts["ceilings"] = torch.backends.cudnn.version(), timing.ceilings()
     return facts
 
 
 def shown_command():
-    return " ".join(["python bench/end_to_end.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])])
+    return " ".join(
+        ["python bench/end_to_end.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]
+    )
 
 
 def driver():
     """The driver's version as nvidia-smi says it; None where that is missing."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.splitlines()
+        lines = subprocess.run(
+            query, capture_output=True, text=True, timeout=30
+        ).stdout.splitlines()
     except (OSError, subprocess.TimeoutExpired):
         return None
     return lines[0].strip() if lines else None
@@ -89,13 +105,21 @@ def cells_asked_for(args, scale):
         for key in keys:
             for rows in args.rows or scale.rows:
                 for canvas in args.canvas or reversed(scale.canvases):
-                    chosen.append((key, Cell(scale.names[key], canvas, scale.canvases[canvas], rows), False))
+                    chosen.append(
+                        (key, Cell(scale.names[key], canvas, scale.canvases[canvas], rows), False)
+                    )
     return chosen
 
 
 def missing(args, scale, results):
-    """Of the cells asked for, those that the results do not hold yet; decoded whole, the headline's counts for the grid too."""
-    there = set() if args.again else {(key_of(row), whole) for row in results["rows"] for whole in {False, row["headline"]}}
+    """Of the cells asked for, those that the results do not hold yet; decoded whole, the headline's
+    counts for the grid too.
+    """
+    there = (
+        set()
+        if args.again
+        else {(key_of(row), whole) for row in results["rows"] for whole in {False, row["headline"]}}
+    )
     chosen = []
     for key, cell, headline in cells_asked_for(args, scale):
         if (key_of(asdict(cell)), headline) not in there:
@@ -105,10 +129,14 @@ def missing(args, scale, results):
 
 
 def measure(args, scale, device, results):
-    """Measure what was asked for and is missing, writing the results after every cell; False where something was wrong."""
+    """Measure what was asked for and is missing, writing the results after every cell; False where
+    something was wrong.
+    """
     began = time.perf_counter()
     pending = missing(args, scale, results)
-    grade = (args.accuracy or not (args.headline or args.grid)) and (args.again or not results["accuracy"])
+    grade = (args.accuracy or not (args.headline or args.grid)) and (
+        args.again or not results["accuracy"]
+    )
     if not pending and not grade:
         print("everything asked for is there already")
         return True
@@ -126,11 +154,15 @@ def measure(args, scale, device, results):
             subject, loaded = Subject(key, scale, device), key
             error = subject.logits_error()
             if error > 0.2:
-                raise SystemExit(f"{subject.name}: the logits of bench/plain.py are off by {error:.2f}: nothing is measured")
+                raise SystemExit(
+                    f"{subject.name}: the logits of bench/plain.py are off by {error:.2f}: nothing is measured"
+                )
         rows = measure_cell(subject, cell, limits, headline, args.ways)
         for row in rows:
             row["environment"] = here
-        results["rows"] = [row for row in results["rows"] if key_of(row) != key_of(asdict(cell))] + rows
+        results["rows"] = [
+            row for row in results["rows"] if key_of(row) != key_of(asdict(cell))
+        ] + rows
         fine &= not any("wrong" in row for row in rows)
         write(args.out, results)
         longest = max(longest, time.perf_counter() - started)
@@ -138,13 +170,17 @@ def measure(args, scale, device, results):
     subject = None
     tidy()
     if grade:
-        results["accuracy"] = {"environment": here, "results": accuracy(str(device), args.problems, reference=args.reference)}
+        results["accuracy"] = {
+            "environment": here,
+            "results": accuracy(str(device), args.problems, reference=args.reference),
+        }
         write(args.out, results)
     return fine
 
 
 def write(path, results):
     """As JSON, one line a row, in place of the old file."""
+
     def lines(items):
         return ",\n".join(f"  {json.dumps(item)}" for item in items)
 
@@ -157,7 +193,9 @@ def write(path, results):
 
 
 def merged(paths):
-    """One set of results out of several files; of a way of a cell that is in several, the last counts."""
+    """One set of results out of several files; of a way of a cell that is in several, the last
+    counts.
+    """
     results, cells = {"environments": [], "rows": [], "accuracy": None}, {}
     for path in paths:
         part = json.loads(path.read_text())
@@ -169,9 +207,15 @@ def merged(paths):
                 cell.clear()
             cell[row["way"]] = row | {"environment": row["environment"] + shift}
         if part["accuracy"]:
-            results["accuracy"] = part["accuracy"] | {"environment": part["accuracy"]["environment"] + shift}
+            results["accuracy"] = part["accuracy"] | {
+                "environment": part["accuracy"]["environment"] + shift
+            }
     order = [way.name for way in WAYS + OPTIONS]
-    results["rows"] = [row for cell in cells.values() for row in sorted(cell.values(), key=lambda row: order.index(row["way"]))]
+    results["rows"] = [
+        row
+        for cell in cells.values()
+        for row in sorted(cell.values(), key=lambda row: order.index(row["way"]))
+    ]
     return with_used_environments(results)
 
 
@@ -189,30 +233,71 @@ def numbers(text):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--headline", action="store_true", help="LLaDA-8B, one row, the longest canvas, decoded whole")
-    parser.add_argument("--grid", action="store_true", help="every model, canvas and number of rows")
-    parser.add_argument("--accuracy", action="store_true", help="the embedded models, captured and eager")
-    parser.add_argument("--only", type=lambda text: text.split(","), metavar="MODELS", help="llada, dream")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--headline",
+        action="store_true",
+        help="LLaDA-8B, one row, the longest canvas, decoded whole",
+    )
+    parser.add_argument(
+        "--grid", action="store_true", help="every model, canvas and number of rows"
+    )
+    parser.add_argument(
+        "--accuracy", action="store_true", help="the embedded models, captured and eager"
+    )
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), metavar="MODELS", help="llada, dream"
+    )
     parser.add_argument("--canvas", type=numbers, help="of the grid: 512,1024,1280,2048")
     parser.add_argument("--rows", type=numbers, help="of the grid: 1,4,8,16,32")
-    parser.add_argument("--ways", type=lambda text: text.split(","), default=[""], metavar="TEXTS",
-                        help="of every cell only the ways whose names hold one of these: plain,dual")  # fmt: skip
+    parser.add_argument(
+        "--ways",
+        type=lambda text: text.split(","),
+        default=[""],
+        metavar="TEXTS",
+        help="of every cell only the ways whose names hold one of these: plain,dual",
+    )
     parser.add_argument("--problems", type=int, default=1000, help="of the accuracy part")
-    parser.add_argument("--reference", type=Path, metavar="FILE", help="of the accuracy part: the CPU's answers, made before")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell that would end later")
-    parser.add_argument("--again", action="store_true", help="measure anew what the file already holds")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="FILE",
+        help="of the accuracy part: the CPU's answers, made before",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin no cell that would end later"
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="measure anew what the file already holds"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="measure nothing: tables and plots of FILE")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="with --report: also put the headline between its marks")
-    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing: put files together in --out")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="measure nothing: tables and plots of FILE"
+    )
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help="with --report: also put the headline between its marks",
+    )
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="measure nothing: put files together in --out",
+    )
     args = parser.parse_args(argv)
     if args.merge and not args.out:
         parser.error("--merge needs --out")
     for name, known in (("only", MODELS), ("canvas", (REAL if timing.ON_GPU else SMOKE).canvases)):
         unknown = set(getattr(args, name) or ()) - set(known)
         if unknown:
-            parser.error(f"--{name}: expected some of {', '.join(map(str, known))}, got {', '.join(map(str, unknown))}")
+            parser.error(
+                f"--{name}: expected some of {', '.join(map(str, known))}, got {', '.join(map(str, unknown))}"
+            )
     return args
 
 
@@ -230,7 +315,10 @@ def main(argv=None) -> int:
     results = merged([args.out] if args.out.exists() else [])
     if not timing.ON_GPU:
         torch.set_num_threads(1)  # at these shapes threads cost more than they bring
-        print("No GPU: tiny models on the CPU. This says that the benchmark works, and nothing about speed.", flush=True)
+        print(
+            "No GPU: tiny models on the CPU. This says that the benchmark works, and nothing about speed.",
+            flush=True,
+        )
     fine = measure(args, REAL if timing.ON_GPU else SMOKE, device, results)
     report.write_report(args.out)
     return 0 if fine else 1

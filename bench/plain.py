@@ -1,6 +1,8 @@
-"""What the published Fast-dLLM implementation does in every step, stated plainly, on the weights of our model: the peer.
+"""What the published Fast-dLLM implementation does in every step, stated plainly, on the weights of
+our model: the peer.
 
-Step by step as in the published LLaDA and Dream code (arXiv 2505.22618, github.com/NVlabs/Fast-dLLM), in our own words:
+Step by step as in the published LLaDA and Dream code (arXiv 2505.22618,
+github.com/NVlabs/Fast-dLLM), in our own words:
 
 model       q, k, v, gate and up are five products; RMSNorm in fp32 out of PyTorch's own operations; no kernel is fused.
 cache       Keys are kept before rotation, and all of them are rotated again in every layer of every step: LLaDA's in fp32,
@@ -12,9 +14,10 @@ selection   LLaDA: softmax of all these rows in float64, then topk and an index 
             host. Dream: a shifted copy of the logits and a softmax in the model's dtype, of every row at a refresh and of the
             masked rows after it; the refresh commits one token.
 
-What the published code computes and never uses (an attention bias, a second argmax) is left out, and so is its loop over
-single tokens, which only the threshold rule runs: if anything, plain is faster than what it stands for. The rule is that of a
-fixed number of steps a block, which decides as `Quota(steps)` does. All rows have the same length: others go wrong there.
+What the published code computes and never uses (an attention bias, a second argmax) is left out,
+and so is its loop over single tokens, which only the threshold rule runs: if anything, plain is
+faster than what it stands for. The rule is that of a fixed number of steps a block, which decides
+as `Quota(steps)` does. All rows have the same length: others go wrong there.
 """
 
 from dataclasses import dataclass
@@ -38,15 +41,30 @@ class LayerWeights:
 
 
 class Plain:
-    """The published forward on the weights of a DiffusionTransformer. It owns nothing but the rotary tables."""
+    """The published forward on the weights of a DiffusionTransformer. It owns nothing but the
+    rotary tables.
+    """
 
     def __init__(self, model):
         config = self.config = model.config
-        self.embedding, self.norm, self.head = model.embedding.weight, model.norm.weight, model.lm_head.weight
-        sizes = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+        self.embedding, self.norm, self.head = (
+            model.embedding.weight,
+            model.norm.weight,
+            model.lm_head.weight,
+        )
+        sizes = [
+            heads * config.head_dim
+            for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        ]
         self.layers = [self._separate(layer, sizes) for layer in model.layers]
-        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=model.device) / config.head_dim
-        angle = torch.outer(torch.arange(config.max_positions, device=model.device).float(), 1.0 / config.rope_theta**exponent)
+        exponent = (
+            torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=model.device)
+            / config.head_dim
+        )
+        angle = torch.outer(
+            torch.arange(config.max_positions, device=model.device).float(),
+            1.0 / config.rope_theta**exponent,
+        )
         angle = torch.cat([angle, angle], dim=-1)
         dtype = torch.float32 if config.rope_in_fp32 else model.dtype
         self.cos, self.sin = angle.cos().to(dtype), angle.sin().to(dtype)
@@ -57,18 +75,23 @@ class Plain:
         bias = (None,) * 3 if bias is None else bias.split(sizes)
         gate, up = layer.gate_up.weight.chunk(2)
         norms = layer.attention_norm.weight, layer.mlp_norm.weight
-        return LayerWeights(norms[0], qkv, bias, layer.attention.out.weight, norms[1], gate, up, layer.down.weight)
+        return LayerWeights(
+            norms[0], qkv, bias, layer.attention.out.weight, norms[1], gate, up, layer.down.weight
+        )
 
     def forward(self, tokens, past=None, replace_position=None):
-        """tokens [B, n] -> (outputs [B, n, V], [(k, v)] of all layers, [B, HK, keys, D], keys not rotated).
+        """tokens [B, n] -> (outputs [B, n, V], [(k, v)] of all layers, [B, HK, keys, D], keys not
+        rotated).
 
-        past: what an earlier forward returned. Without replace_position it stands before the tokens; with it (bool [B, L]) the
-        tokens' keys and values replace those it marks, in place.
+        past: what an earlier forward returned. Without replace_position it stands before the
+        tokens; with it (bool [B, L]) the tokens' keys and values replace those it marks, in place.
         """
         x, present, eps = functional.embedding(tokens, self.embedding), [], self.config.rms_norm_eps
         for index, layer in enumerate(self.layers):
             normed = rms_norm(x, layer.attention_norm, eps)
-            out, kv = self._attention(layer, normed, past[index] if past else None, replace_position)
+            out, kv = self._attention(
+                layer, normed, past[index] if past else None, replace_position
+            )
             present.append(kv)
             x = x + functional.linear(out, layer.out)
             normed = rms_norm(x, layer.mlp_norm, eps)
@@ -79,7 +102,9 @@ class Plain:
     def _attention(self, layer, x, past, replace_position):
         rows, width, _ = x.shape
         q, k, v = (
-            functional.linear(x, weight, bias).view(rows, width, -1, self.config.head_dim).transpose(1, 2)
+            functional.linear(x, weight, bias)
+            .view(rows, width, -1, self.config.head_dim)
+            .transpose(1, 2)
             for weight, bias in zip(layer.qkv, layer.qkv_bias, strict=True)
         )
         if past is not None and replace_position is None:
@@ -89,7 +114,11 @@ class Plain:
             k, v = past
         keys, end = k.shape[2], k.shape[2]
         if replace_position is not None:
-            end = int(replace_position.nonzero(as_tuple=True)[1].max() + 1) if replace_position.any() else keys
+            end = (
+                int(replace_position.nonzero(as_tuple=True)[1].max() + 1)
+                if replace_position.any()
+                else keys
+            )
         present = k, v
         q = self._rotate(q, slice(end - width, end))
         k = self._rotate(k, slice(0, keys))
@@ -100,7 +129,9 @@ class Plain:
         return out.transpose(1, 2).reshape(rows, width, -1), present
 
     def _replace(self, past, fresh, replace_position):
-        """Write k and v [B, HK, n, D] over the marked positions of the past, which the host looks up."""
+        """Write k and v [B, HK, n, D] over the marked positions of the past, which the host looks
+        up.
+        """
         if self.config.logit_shift:  # Dream's: one write, at the positions of the first row
             index = replace_position[0].nonzero(as_tuple=True)[0]
             for old, new in zip(past, fresh, strict=True):
@@ -116,7 +147,9 @@ class Plain:
         """x [B, heads, n, D] at consecutive positions, in the dtype of the tables."""
         y = x.to(self.cos.dtype)
         left, right = y.chunk(2, dim=-1)
-        return (y * self.cos[positions] + torch.cat([-right, left], dim=-1) * self.sin[positions]).to(x.dtype)
+        return (
+            y * self.cos[positions] + torch.cat([-right, left], dim=-1) * self.sin[positions]
+        ).to(x.dtype)
 
 
 def rms_norm(x, weight, eps):
@@ -130,8 +163,8 @@ def rms_norm(x, weight, eps):
 def decode(plain: Plain, prompts, *, gen_length, block_length, cache, steps, stop_after=None):
     """Decode prompts [B, P]: `steps` forwards a block, the masks spread over them evenly.
 
-    cache: "none", "prefix" or "dual". stop_after: leave after that many blocks, or without a cache after that many forwards.
-    Returns (canvas [B, P + gen_length], refreshes, cached steps).
+    cache: "none", "prefix" or "dual". stop_after: leave after that many blocks, or without a cache
+    after that many forwards. Returns (canvas [B, P + gen_length], refreshes, cached steps).
     """
     config = plain.config
     select = select_shifted if config.logit_shift else select_by_confidence
@@ -168,13 +201,17 @@ def decode(plain: Plain, prompts, *, gen_length, block_length, cache, steps, sto
 
 
 def spread(masks, steps):
-    """The masks over the steps as evenly as possible, the first steps taking the remainder; at least one step."""
+    """The masks over the steps as evenly as possible, the first steps taking the remainder; at
+    least one step.
+    """
     base, remainder = divmod(masks, max(steps, 1))
     return [base + (step < remainder) for step in range(max(steps, 1))]
 
 
 def select_by_confidence(logits, tokens, start, end, count, mask_id, alone):
-    """LLaDA's: commit `count` masks of each row of tokens [B, n] in start:end; a float64 softmax of all rows of the logits."""
+    """LLaDA's: commit `count` masks of each row of tokens [B, n] in start:end; a float64 softmax of
+    all rows of the logits.
+    """
     candidates = tokens == mask_id
     candidates[:, end:] = False
     proposal = logits.argmax(-1)
@@ -190,7 +227,9 @@ def select_by_confidence(logits, tokens, start, end, count, mask_id, alone):
 
 
 def select_shifted(logits, tokens, start, end, count, mask_id, alone):
-    """Dream's: the outputs are shifted by a copy. `alone`: a softmax of every row, and position `start` alone is committed."""
+    """Dream's: the outputs are shifted by a copy. `alone`: a softmax of every row, and position
+    `start` alone is committed.
+    """
     logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
     if alone:
         _, proposal = torch.softmax(logits, dim=-1).max(-1)

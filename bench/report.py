@@ -1,9 +1,11 @@
-"""Turn what `pytest bench --benchmark --benchmark-json=RESULTS.json` wrote into tables and, on request, two plots.
+"""Turn what `pytest bench --benchmark --benchmark-json=RESULTS.json` wrote into tables and, on
+request, two plots.
 
     python bench/report.py RESULTS.json [-o TABLES.md] [--plots FOLDER] [--readme README.md]
 
-Without -o the tables go beside RESULTS.json, and both are named after the GPU: kernels-<gpu>.md, kernels-<gpu>.json. --readme
-writes the short tables between the marks `<!-- kernels -->` and `<!-- /kernels -->` of that file.
+Without -o the tables go beside RESULTS.json, and both are named after the GPU: kernels-<gpu>.md,
+kernels-<gpu>.json. --readme writes the short tables between the marks `<!-- kernels -->` and `<!--
+/kernels -->` of that file.
 """
 
 import argparse
@@ -11,7 +13,9 @@ import json
 import re
 from pathlib import Path
 
-TARGETS_OF = "H200"  # the targets in microseconds were set for this GPU; on another, floors and peers say how good a time is
+# the targets in microseconds were set for this GPU; on another, floors and peers say how good a
+# time is
+TARGETS_OF = "H200"
 
 
 def load(path):
@@ -23,13 +27,19 @@ def load(path):
         if TARGETS_OF not in str(results["machine_info"].get("gpu")):
             facts.pop("reach_us", None)
         if "op" in facts:
-            ops.setdefault(facts["op"], {}).setdefault(facts["shape"], {})[facts["competitor"]] = facts
+            ops.setdefault(facts["op"], {}).setdefault(facts["shape"], {})[facts["competitor"]] = (
+                facts
+            )
     return results["machine_info"], ops
 
 
 def markdown(machine, ops):
     """The whole report."""
-    parts = [f"# Kernels on {gpu_name(machine)}", environment(machine), HOW if machine["gpu"] else ON_A_CPU]
+    parts = [
+        f"# Kernels on {gpu_name(machine)}",
+        environment(machine),
+        HOW if machine["gpu"] else ON_A_CPU,
+    ]
     parts += [f"## {op}\n\n{table(shapes)}" for op, shapes in ops.items()]
     return "\n\n".join(parts) + "\n"
 
@@ -62,15 +72,36 @@ def environment(machine):
 
 def table(shapes):
     """One row for each shape: floor, ours, throughput, share, target, every other competitor."""
-    others = list(dict.fromkeys(name for entries in shapes.values() for name in entries if name != "ours"))
-    heads = ["shape", "floor", "ours", "share of floor", "reach", "best peer / ours", "throughput", *others]
+    others = list(
+        dict.fromkeys(name for entries in shapes.values() for name in entries if name != "ours")
+    )
+    heads = [
+        "shape",
+        "floor",
+        "ours",
+        "share of floor",
+        "reach",
+        "best peer / ours",
+        "throughput",
+        *others,
+    ]
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
     for shape, entries in shapes.items():
         if "ours" not in entries:
             continue
         ours = entries["ours"]
-        lines.append([shape, number(ours.get("floor_us")), f"**{number(ours['us'])}**", share(ours), reach(ours), ratio(ours),
-                      throughput(ours), *(cell(entries.get(name)) for name in others)])  # fmt: skip
+        lines.append(
+            [
+                shape,
+                number(ours.get("floor_us")),
+                f"**{number(ours['us'])}**",
+                share(ours),
+                reach(ours),
+                ratio(ours),
+                throughput(ours),
+                *(cell(entries.get(name)) for name in others),
+            ]
+        )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -78,9 +109,15 @@ def table(shapes):
 SHORT = {
     "block_attention": (
         "`block_attention`, 32 queries, D 128, rotation included",
-        ["32-32 heads, B 1, T 32, 512 keys", "32-32 heads, B 1, T 32, 1024 keys", "32-32 heads, B 1, T 32, 4096 keys",
-         "32-32 heads, B 8, T 32, 2048 keys", "28-4 heads, B 1, T 32, 1024 keys", "28-4 heads, B 8, T 32, 2048 keys",
-         "28-4 heads, B 32, T 32, 2048 keys"],
+        [
+            "32-32 heads, B 1, T 32, 512 keys",
+            "32-32 heads, B 1, T 32, 1024 keys",
+            "32-32 heads, B 1, T 32, 4096 keys",
+            "32-32 heads, B 8, T 32, 2048 keys",
+            "28-4 heads, B 1, T 32, 1024 keys",
+            "28-4 heads, B 8, T 32, 2048 keys",
+            "28-4 heads, B 32, T 32, 2048 keys",
+        ],
         ["SDPA flash", "SDPA cuDNN", "flash-attn-4"],
     ),
     "confidence_select": (
@@ -88,7 +125,7 @@ SHORT = {
         ["V 126464, 32 rows", "V 126464, 256 rows", "V 126464, 1024 rows", "V 152064, 1024 rows"],
         ["torch.compile", "float32 softmax", "published, float64"],
     ),
-}  # fmt: skip
+}
 
 
 def short_tables(ops):
@@ -100,14 +137,20 @@ def short_tables(ops):
         for shape, entries in found.items():
             if entries and "ours" in entries:
                 ours = entries["ours"]
-                cells = number(ours.get("floor_us")), f"**{number(ours['us'])}**", *(cell(entries.get(name)) for name in peers)
+                cells = (
+                    number(ours.get("floor_us")),
+                    f"**{number(ours['us'])}**",
+                    *(cell(entries.get(name)) for name in peers),
+                )
                 lines.append([shape.replace(", T 32", ""), *cells])
         tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(tables)
 
 
 def insert(path, name, text):
-    """Put the text between the marks `<!-- name -->` and `<!-- /name -->` of a file; ValueError where it has none."""
+    """Put the text between the marks `<!-- name -->` and `<!-- /name -->` of a file; ValueError
+    where it has none.
+    """
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, mark, rest = path.read_text().partition(begin)
     _, closing, after = rest.partition(end)
@@ -147,7 +190,11 @@ def reach(facts):
 
 
 def ratio(facts):
-    return f"{facts['best_peer_over_ours']:.2f} ({facts['best_peer']})" if "best_peer" in facts else "–"
+    return (
+        f"{facts['best_peer_over_ours']:.2f} ({facts['best_peer']})"
+        if "best_peer" in facts
+        else "–"
+    )
 
 
 def throughput(facts):
@@ -157,7 +204,9 @@ def throughput(facts):
 
 
 def plots(ops, folder):
-    """block-attention.png: microseconds against keys (B 1, 32 heads); select.png: against rows (the first vocabulary)."""
+    """block-attention.png: microseconds against keys (B 1, 32 heads); select.png: against rows (the
+    first vocabulary).
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -182,8 +231,14 @@ def draw(sizes, axis, path):
     order = sorted(sizes)
     for name in dict.fromkeys(name for size in order for name in sizes[size]):
         line = [(size, sizes[size][name]["us"]) for size in order if name in sizes[size]]
-        axes.plot(*zip(*line, strict=True), marker="o", linewidth=3 if name == "ours" else 1.2, label=name)
-    floor = [(size, sizes[size]["ours"]["floor_us"]) for size in order if "floor_us" in sizes[size].get("ours", {})]
+        axes.plot(
+            *zip(*line, strict=True), marker="o", linewidth=3 if name == "ours" else 1.2, label=name
+        )
+    floor = [
+        (size, sizes[size]["ours"]["floor_us"])
+        for size in order
+        if "floor_us" in sizes[size].get("ours", {})
+    ]
     if floor:
         axes.plot(*zip(*floor, strict=True), color="black", linestyle=":", label="floor")
     axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="microseconds")
@@ -199,8 +254,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="also draw the two plots there (needs matplotlib)")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="also put the short tables between its marks")
+    parser.add_argument(
+        "--plots",
+        type=Path,
+        metavar="FOLDER",
+        help="also draw the two plots there (needs matplotlib)",
+    )
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="also put the short tables between its marks"
+    )
     arguments = parser.parse_args()
     machine, ops = load(arguments.results)
     output = arguments.output or arguments.results.parent / f"kernels-{slug(machine['gpu'])}.md"

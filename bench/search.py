@@ -1,11 +1,13 @@
-"""Search the configurations of block_attention and confidence_select around what their config functions pick today.
+"""Search the configurations of block_attention and confidence_select around what their config
+functions pick today.
 
     python bench/search.py [--only TEXT] [--minutes 2.5]
 
-For every shape one field of the configuration is varied at a time, the others held at the best so far: all values of a
-field run interleaved with the incumbent, on the same inputs and with the same checks as the benchmarks. What is printed is the
-time of today's choice, the best found and its configuration, to be turned into a branch of the config function.
-A candidate that gives wrong results, or needs more than the chip has, is passed over.
+For every shape one field of the configuration is varied at a time, the others held at the best so
+far: all values of a field run interleaved with the incumbent, on the same inputs and with the same
+checks as the benchmarks. What is printed is the time of today's choice, the best found and its
+configuration, to be turned into a branch of the config function. A candidate that gives wrong
+results, or needs more than the chip has, is passed over.
 """
 
 import argparse
@@ -41,7 +43,9 @@ SELECT = [select.Case(126464, rows) for rows in (32, 256, 1024)] + [select.Case(
 
 @dataclass(frozen=True)
 class Kernel:
-    """Where a kernel's configuration comes from, and what else it might be: variants(config, case) by field."""
+    """Where a kernel's configuration comes from, and what else it might be: variants(config, case)
+    by field.
+    """
 
     module: object
     function: str
@@ -52,24 +56,52 @@ class Kernel:
 def attention_variants(config, case):
     """Values to try for each field; shares of the keys around today's number."""
     places = chip_of(timing.DEVICE).multiprocessors
-    near = {config.splits - 1, config.splits + 1, config.splits // 2, config.splits * 3 // 2, config.splits * 2}
-    tried = {"splits": sorted({1, *near} - {0}), "programs": (places, 2 * places, getattr(type(config), "programs", 0))}
-    tried |= {"TILE_KEYS": (32, 64, 128), "num_warps": (4, 8), "TILE_ROWS": (16, 32, 64, 128), "CONSUMERS": (1, 2)}
-    tried["num_stages"] = (3, 4, 6) if config.__class__ is not attention_triton.Config else (2, 3, 4)
+    near = {
+        config.splits - 1,
+        config.splits + 1,
+        config.splits // 2,
+        config.splits * 3 // 2,
+        config.splits * 2,
+    }
+    tried = {
+        "splits": sorted({1, *near} - {0}),
+        "programs": (places, 2 * places, getattr(type(config), "programs", 0)),
+    }
+    tried |= {
+        "TILE_KEYS": (32, 64, 128),
+        "num_warps": (4, 8),
+        "TILE_ROWS": (16, 32, 64, 128),
+        "CONSUMERS": (1, 2),
+    }
+    tried["num_stages"] = (
+        (3, 4, 6) if config.__class__ is not attention_triton.Config else (2, 3, 4)
+    )
     tried |= {name: (False, True) for name in ("rotate_first", "overlap", "apart")}
-    return {name: [replace(config, **{name: value}) for value in values] for name, values in known(config, tried).items()}
+    return {
+        name: [replace(config, **{name: value}) for value in values]
+        for name, values in known(config, tried).items()
+    }
 
 
 def select_variants(config, case):
-    """The same for the scan; the number of parts follows from the tile and how many of them a program takes."""
+    """The same for the scan; the number of parts follows from the tile and how many of them a
+    program takes.
+    """
 
     def cut(**changed):
         new = replace(config, **changed)
         return replace(new, parts=-(-case.vocab // (new.tile_vocab * new.tiles)))
 
-    tried = {"tiles": (1, 2, 3, 4, 6, 8), "tile_vocab": (2048, 4096, 8192, 16384), "num_warps": (2, 4, 8)}
+    tried = {
+        "tiles": (1, 2, 3, 4, 6, 8),
+        "tile_vocab": (2048, 4096, 8192, 16384),
+        "num_warps": (2, 4, 8),
+    }
     tried["overlap"] = (False, True)
-    return {name: [cut(**{name: value}) for value in values] for name, values in known(config, tried).items()}
+    return {
+        name: [cut(**{name: value}) for value in values]
+        for name, values in known(config, tried).items()
+    }
 
 
 def known(config, tried):
@@ -79,7 +111,9 @@ def known(config, tried):
 
 
 def attention_module():
-    """Where the configuration of the kernel comes from that block_attention runs here: Hopper has its own."""
+    """Where the configuration of the kernel comes from that block_attention runs here: Hopper has
+    its own.
+    """
     if not (timing.ON_GPU and chip_of(timing.DEVICE).hopper):
         return attention_triton
     from fastdllm_kernels import attention_hopper
@@ -97,7 +131,9 @@ KERNELS = {
 def configured(kernel, choose):
     """`choose(today's choice)` stands in for the config function."""
     original = getattr(kernel.module, kernel.function)
-    setattr(kernel.module, kernel.function, lambda *args, **kwargs: choose(original(*args, **kwargs)))
+    setattr(
+        kernel.module, kernel.function, lambda *args, **kwargs: choose(original(*args, **kwargs))
+    )
     try:
         yield
     finally:
@@ -113,7 +149,9 @@ def competitor(kernel, call, config):
 
 
 def search(kernel, case, deadline):
-    """(today's configuration, its microseconds, the best one, its microseconds, how many were tried)."""
+    """(today's configuration, its microseconds, the best one, its microseconds, how many were
+    tried).
+    """
     contest = kernel.build(case)
     call, first = contest.competitors["ours"].call, contest.buffer(0)
     seen = []
@@ -127,7 +165,11 @@ def search(kernel, case, deadline):
             break
         candidates = {best, *kernel.variants(best, case)[name]}
         entries = {config: competitor(kernel, call, config) for config in candidates}
-        right = {c: e for c, e in entries.items() if not (o := timing.checked(contest, e, first)).absent and not o.wrong}
+        right = {
+            c: e
+            for c, e in entries.items()
+            if not (o := timing.checked(contest, e, first)).absent and not o.wrong
+        }
         times = {c: o.microseconds for c, o in timing.measure(right, buffers).items() if o.seconds}
         tried |= set(times)
         challenger = min(times, key=times.get)
@@ -144,14 +186,25 @@ def main():
     arguments = parser.parse_args()
     if not timing.ON_GPU:
         raise SystemExit("a search needs a GPU: the interpreter's times say nothing")
-    jobs = [("block_attention", case) for case in ATTENTION] + [("confidence_select", case) for case in SELECT]
+    jobs = [("block_attention", case) for case in ATTENTION] + [
+        ("confidence_select", case) for case in SELECT
+    ]
     jobs = [(op, case) for op, case in jobs if arguments.only in f"{op}: {case}"]
     end = time.monotonic() + 60 * arguments.minutes
     for i, (op, case) in enumerate(jobs):
         now = time.monotonic()
-        today, before, best, after, tried = search(KERNELS[op], case, now + (end - now) / (len(jobs) - i))
-        gain = "nothing better" if best == today else f"{after:.2f} us, {before / after - 1:.0%} faster, with {best}"
-        print(f"{op}: {case}\n  today {before:.2f} us with {today}\n  {tried} tried: {gain}", flush=True)
+        today, before, best, after, tried = search(
+            KERNELS[op], case, now + (end - now) / (len(jobs) - i)
+        )
+        gain = (
+            "nothing better"
+            if best == today
+            else f"{after:.2f} us, {before / after - 1:.0%} faster, with {best}"
+        )
+        print(
+            f"{op}: {case}\n  today {before:.2f} us with {today}\n  {tried} tried: {gain}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """block_attention against what else attends: a block over a cache, and whole sequences.
 
-Ours rotates q and the block's keys inside; the others get rotated queries, and keys already laid side by side.
+Ours rotates q and the block's keys inside; the others get rotated queries, and keys already laid
+side by side.
 """
 
 from dataclasses import dataclass
@@ -14,13 +15,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdllm_kernels import block_attention, block_attention_reference, rope_to_cache_reference
 
-PEERS = ("SDPA flash", "SDPA cuDNN", "flash-attn-4", "flash-attn", "flex_attention") if ON_GPU else ()
+PEERS = (
+    ("SDPA flash", "SDPA cuDNN", "flash-attn-4", "flash-attn", "flex_attention") if ON_GPU else ()
+)
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 
 @dataclass(frozen=True)
 class Case:
-    """rows x width queries over `keys` keys each (the block's own among them); flex: whether it is worth its compilation.
+    """rows x width queries over `keys` keys each (the block's own among them); flex: whether it is
+    worth its compilation.
 
     turned: ours gets rotated queries and keys, too, as a refresh has them.
     """
@@ -36,7 +40,9 @@ class Case:
     turned: bool = False
 
     def __str__(self):
-        shape = f"{self.heads}-{self.kv_heads} heads, B {self.rows}, T {self.width}, {self.keys} keys"
+        shape = (
+            f"{self.heads}-{self.kv_heads} heads, B {self.rows}, T {self.width}, {self.keys} keys"
+        )
         return shape + ", rotated" * self.turned
 
 
@@ -64,9 +70,17 @@ BLOCKS = [
 ]
 # The target there is 0.85 of cuDNN's speed.
 LENGTHS = (1024, 39.4), (2048, 130.6), (4096, 488)
-WHOLE = [Case(32, 32, 1, length, reach, length, turned=turned) for turned in (False, True) for length, reach in LENGTHS]
-SMALL = [Case(4, 4, 1, 64, width=8, dim=64), Case(7, 1, 2, 96, width=8, dim=64), Case(4, 2, 1, 32, width=32, dim=64),
-         Case(4, 2, 1, 32, width=32, dim=64, turned=True)]  # fmt: skip
+WHOLE = [
+    Case(32, 32, 1, length, reach, length, turned=turned)
+    for turned in (False, True)
+    for length, reach in LENGTHS
+]
+SMALL = [
+    Case(4, 4, 1, 64, width=8, dim=64),
+    Case(7, 1, 2, 96, width=8, dim=64),
+    Case(4, 2, 1, 32, width=32, dim=64),
+    Case(4, 2, 1, 32, width=32, dim=64, turned=True),
+]
 CASES = BLOCKS + WHOLE if ON_GPU else SMALL
 
 
@@ -83,12 +97,26 @@ def inputs(case: Case, index: int):
     first = (case.keys - width) // 2
     start = torch.full((rows,), first, dtype=torch.int32, device=DEVICE)
     length = torch.full((rows,), case.keys, dtype=torch.int32, device=DEVICE)
-    k_cache, v_cache = normal(rows, case.keys, case.kv_heads, dim), normal(rows, case.keys, case.kv_heads, dim)
+    k_cache, v_cache = (
+        normal(rows, case.keys, case.kv_heads, dim),
+        normal(rows, case.keys, case.kv_heads, dim),
+    )
     cos, sin = tables(case.keys, dim)
-    # What stands in the cache at the block's positions is never read by ours; there it serves the others.
+    # What stands in the cache at the block's positions is never read by ours; there it serves the
+    # others.
     turned = rope_to_cache_reference(q, k, v, cos, sin, start)
     k_cache[:, first : first + width], v_cache[:, first : first + width] = turned[1], v
-    ours = dict(q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, block_start=start, kv_len=length, cos=cos, sin=sin)
+    ours = dict(
+        q=q,
+        k=k,
+        v=v,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        block_start=start,
+        kv_len=length,
+        cos=cos,
+        sin=sin,
+    )
     if width == case.keys:
         ours |= dict(k_cache=k_cache[:, :0], v_cache=v_cache[:, :0])
     if case.turned:
@@ -98,7 +126,10 @@ def inputs(case: Case, index: int):
 
 @cache
 def tables(positions, dim):
-    angle = torch.outer(torch.arange(positions, device=DEVICE), 1e4 ** -(torch.arange(0, dim, 2, device=DEVICE) / dim))
+    angle = torch.outer(
+        torch.arange(positions, device=DEVICE),
+        1e4 ** -(torch.arange(0, dim, 2, device=DEVICE) / dim),
+    )
     return angle.cos(), angle.sin()
 
 
@@ -107,7 +138,10 @@ def sdpa(backend):
         _, q, k, v = buffer
         with sdpa_kernel(backend):
             out = functional.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=q.shape[2] != k.shape[2]
+                q.transpose(1, 2),
+                k.transpose(1, 2),
+                v.transpose(1, 2),
+                enable_gqa=q.shape[2] != k.shape[2],
             )
         return out.transpose(1, 2)
 
@@ -140,11 +174,18 @@ def flex(buffer):
 
 
 def check(result, buffer):
-    """At most twice what PyTorch's own attention loses in this dtype, plus a few units in the last place."""
+    """At most twice what PyTorch's own attention loses in this dtype, plus a few units in the last
+    place.
+    """
     ours, *others = buffer
-    given = {name: x.float() if x is not None and x.is_floating_point() else x for name, x in ours.items()}
+    given = {
+        name: x.float() if x is not None and x.is_floating_point() else x
+        for name, x in ours.items()
+    }
     oracle = block_attention_reference(**given)
-    torchs = sdpa(SDPBackend.MATH if not ON_GPU else [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION])(buffer)
+    torchs = sdpa(
+        SDPBackend.MATH if not ON_GPU else [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    )(buffer)
     lost = (torchs.float() - oracle).abs().max()
     allowed = 2 * lost + 4 * torch.finfo(result.dtype).eps * oracle.abs()
     error = (result.float() - oracle).abs()
@@ -168,7 +209,9 @@ def build(case: Case) -> Contest:
     moved = 2 * (queries + keys) * case.dim * DTYPE.itemsize
     operations = 4 * queries * case.keys * case.dim
     op = "full attention" if case.width == case.keys else "block_attention"
-    return Contest(op, str(case), competitors, lambda i: inputs(case, i), check, moved, operations, case.reach)
+    return Contest(
+        op, str(case), competitors, lambda i: inputs(case, i), check, moved, operations, case.reach
+    )
 
 
 @pytest.mark.parametrize("name", ("ours", *PEERS, "reference"))

@@ -1,7 +1,9 @@
-"""The products of a cached step of LLaDA-8B with what surrounds them: a block's rows, and those of a small batch.
+"""The products of a cached step of LLaDA-8B with what surrounds them: a block's rows, and those of
+a small batch.
 
-With fp8 weights the library is torch._scaled_mm with a scale for each row, quantising included; "bf16 library" reads the weight
-that was quantised. All of them are held to the fp32 product within what quantising two operands loses.
+With fp8 weights the library is torch._scaled_mm with a scale for each row, quantising included;
+"bf16 library" reads the weight that was quantised. All of them are held to the fp32 product within
+what quantising two operands loses.
 """
 
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ from fastdllm_kernels import (
     rms_norm,
     swiglu,
 )
-from fastdllm_kernels.linear import _library as product  # bf16: cuBLAS; fp8: quantise the rows, then torch._scaled_mm
+from fastdllm_kernels.linear import (
+    _library as product,
+)  # bf16: cuBLAS; fp8: quantise the rows, then torch._scaled_mm
 
 NAMES = ("ours", "library", "bf16 library", "reference")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -61,7 +65,9 @@ def library(op):
     return {
         "linear": product,
         "linear_swiglu": lambda x, weight: swiglu(product(x, weight)),
-        "linear_rms_norm": lambda x, weight, residual, norm, eps: rms_norm(product(x, weight), norm, eps, residual),
+        "linear_rms_norm": lambda x, weight, residual, norm, eps: rms_norm(
+            product(x, weight), norm, eps, residual
+        ),
     }[op]
 
 
@@ -70,11 +76,20 @@ def inputs(case: Case, index: int):
     generator = torch.Generator(DEVICE).manual_seed(index)
 
     def normal(*shape, scale=1.0):
-        return torch.empty(shape, dtype=DTYPE, device=DEVICE).normal_(std=scale, generator=generator)
+        return torch.empty(shape, dtype=DTYPE, device=DEVICE).normal_(
+            std=scale, generator=generator
+        )
 
-    x, weight = normal(case.rows, case.width_in), normal(case.width_out, case.width_in, scale=case.width_in**-0.5)
+    x, weight = (
+        normal(case.rows, case.width_in),
+        normal(case.width_out, case.width_in, scale=case.width_in**-0.5),
+    )
     weight = (quantize_weight(weight), weight) if case.fp8 else weight
-    return (x, weight, normal(case.rows, case.width_out), normal(case.width_out), EPS) if "norm" in case.op else (x, weight)
+    return (
+        (x, weight, normal(case.rows, case.width_out), normal(case.width_out), EPS)
+        if "norm" in case.op
+        else (x, weight)
+    )
 
 
 def with_weight(call, which):
@@ -84,7 +99,9 @@ def with_weight(call, which):
 
 def fp8_check_for(reference):
     def check(result, buffer):
-        """Each operand loses 2.3% to fp8 (root mean square), and silu(gate) * up is of two products: up to 7.5%."""
+        """Each operand loses 2.3% to fp8 (root mean square), and silu(gate) * up is of two
+        products: up to 7.5%.
+        """
         x, (_, weight), *others = buffer
         wide = [t.float() if isinstance(t, torch.Tensor) else t for t in (x, weight, *others)]
         found = (r if isinstance(r, tuple) else (r,) for r in (result, reference(*wide)))
@@ -97,11 +114,19 @@ def fp8_check_for(reference):
 
 def check_for(reference):
     def check(result, buffer):
-        """At most twice what the library loses in this dtype, plus units in the last place of the largest value."""
+        """At most twice what the library loses in this dtype, plus units in the last place of the
+        largest value.
+        """
         wide = [x.float() if isinstance(x, torch.Tensor) else x for x in buffer]
-        found = (r if isinstance(r, tuple) else (r,) for r in (result, reference(*buffer), reference(*wide)))
+        found = (
+            r if isinstance(r, tuple) else (r,)
+            for r in (result, reference(*buffer), reference(*wide))
+        )
         for one, library, true in zip(*found, strict=True):
-            allowed = 2 * (library.float() - true).abs().max() + 4 * torch.finfo(DTYPE).eps * true.abs().max()
+            allowed = (
+                2 * (library.float() - true).abs().max()
+                + 4 * torch.finfo(DTYPE).eps * true.abs().max()
+            )
             error = (one.float() - true).abs().max()
             assert error <= allowed, f"off by {error:.3g}, allowed {allowed:.3g}"
 
@@ -109,10 +134,14 @@ def check_for(reference):
 
 
 def build(case: Case) -> Contest:
-    ours = {"linear": linear, "linear_swiglu": linear_swiglu, "linear_rms_norm": linear_rms_norm}[case.op]
+    ours = {"linear": linear, "linear_swiglu": linear_swiglu, "linear_rms_norm": linear_rms_norm}[
+        case.op
+    ]
     reference = {
-        "linear": linear_reference, "linear_swiglu": linear_swiglu_reference, "linear_rms_norm": linear_rms_norm_reference,
-    }[case.op]  # fmt: skip
+        "linear": linear_reference,
+        "linear_swiglu": linear_swiglu_reference,
+        "linear_rms_norm": linear_rms_norm_reference,
+    }[case.op]
     theirs = library(case.op)
     if case.fp8:
         competitors = {
@@ -130,7 +159,9 @@ def build(case: Case) -> Contest:
     moved = case.width_out * case.width_in * (1 if case.fp8 else DTYPE.itemsize)
     operations = 2 * case.rows * case.width_out * case.width_in
     check = (fp8_check_for if case.fp8 else check_for)(reference)
-    return Contest(case.op, str(case), competitors, lambda i: inputs(case, i), check, moved, operations)
+    return Contest(
+        case.op, str(case), competitors, lambda i: inputs(case, i), check, moved, operations
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,6 @@
-"""rms_norm (+ residual), swiglu and rope_to_cache at the widths of LLaDA-8B: a block's rows, and a refresh's."""
+"""rms_norm (+ residual), swiglu and rope_to_cache at the widths of LLaDA-8B: a block's rows, and a
+refresh's.
+"""
 
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +26,11 @@ class Case:
         return f"{self.op}, {self.rows} rows"
 
 
-CASES = [Case(op, rows) for op in ("rms_norm", "swiglu", "rope_to_cache") for rows in ((32, 2048) if ON_GPU else (8,))]
+CASES = [
+    Case(op, rows)
+    for op in ("rms_norm", "swiglu", "rope_to_cache")
+    for rows in ((32, 2048) if ON_GPU else (8,))
+]
 
 
 def inputs(case: Case, index: int):
@@ -40,7 +46,15 @@ def inputs(case: Case, index: int):
         return (normal(case.rows, 2 * INTERMEDIATE),)
     q, k, v = normal(1, case.rows, 3 * HEADS, DIM).split(HEADS, dim=2)
     start = torch.full((1,), 64, dtype=torch.int32, device=DEVICE)
-    return q, k, v, *tables(), start, normal(1, case.rows + 64, HEADS, DIM), normal(1, case.rows + 64, HEADS, DIM)
+    return (
+        q,
+        k,
+        v,
+        *tables(),
+        start,
+        normal(1, case.rows + 64, HEADS, DIM),
+        normal(1, case.rows + 64, HEADS, DIM),
+    )
 
 
 @cache
@@ -57,7 +71,9 @@ def check_for(op):
     reference = getattr(fastdllm_kernels, f"{op}_reference")
 
     def check(result, buffer):
-        """The reference's results, up to a unit in the last place of a rounding that went the other way."""
+        """The reference's results, up to a unit in the last place of a rounding that went the other
+        way.
+        """
         tolerance = 2 * torch.finfo(DTYPE).eps
         torch.testing.assert_close(result, reference(*buffer), rtol=tolerance, atol=tolerance)
 
@@ -65,7 +81,9 @@ def check_for(op):
 
 
 def build(case: Case) -> Contest:
-    ours, reference = (getattr(fastdllm_kernels, name) for name in (case.op, f"{case.op}_reference"))
+    ours, reference = (
+        getattr(fastdllm_kernels, name) for name in (case.op, f"{case.op}_reference")
+    )
     # The reference of rope_to_cache asks the host how many positions to write.
     in_a_graph = case.op != "rope_to_cache"
     competitors = {
@@ -74,10 +92,20 @@ def build(case: Case) -> Contest:
     }
     if ON_GPU and in_a_graph:
         competitors["torch.compile"] = Competitor(lambda b: compiled(case.op)(*b))
-    # Read and written once each: x, residual, y, sum; gate, up, y; q, k, v, both rotated, both cached.
-    values = {"rms_norm": 4 * HIDDEN, "swiglu": 3 * INTERMEDIATE, "rope_to_cache": 7 * HEADS * DIM}[case.op]
+    # Read and written once each: x, residual, y, sum; gate, up, y; q, k, v, both rotated, both
+    # cached.
+    values = {"rms_norm": 4 * HIDDEN, "swiglu": 3 * INTERMEDIATE, "rope_to_cache": 7 * HEADS * DIM}[
+        case.op
+    ]
     moved = case.rows * values * DTYPE.itemsize
-    return Contest(case.op, f"{case.rows} rows", competitors, lambda i: inputs(case, i), check_for(case.op), moved)
+    return Contest(
+        case.op,
+        f"{case.rows} rows",
+        competitors,
+        lambda i: inputs(case, i),
+        check_for(case.op),
+        moved,
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

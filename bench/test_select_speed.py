@@ -1,4 +1,6 @@
-"""confidence_select: from the logits of blocks to proposals, scores and commits. Only ours applies a rule and commits."""
+"""confidence_select: from the logits of blocks to proposals, scores and commits. Only ours applies
+a rule and commits.
+"""
 
 from dataclasses import dataclass
 from functools import cache
@@ -7,9 +9,16 @@ import pytest
 import torch
 from timing import DEVICE, ON_GPU, Competitor, Contest
 
-from fastdllm_kernels import Threshold, confidence_select, confidence_select_reference, token_confidence
+from fastdllm_kernels import (
+    Threshold,
+    confidence_select,
+    confidence_select_reference,
+    token_confidence,
+)
 
-NAMES = ["ours", "token_confidence", "published, float64", "float32 softmax", "reference"] + ["torch.compile"] * ON_GPU
+NAMES = ["ours", "token_confidence", "published, float64", "float32 softmax", "reference"] + [
+    "torch.compile"
+] * ON_GPU
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 MASK_ID = 5
 WIDTH = 32
@@ -38,11 +47,16 @@ CASES = REAL if ON_GPU else [Case(257, 32), Case(4096, 64)]
 
 def inputs(case: Case, index: int):
     generator = torch.Generator(DEVICE).manual_seed(index)
-    logits = torch.empty(case.positions, case.vocab, dtype=DTYPE, device=DEVICE).normal_(std=3, generator=generator)
-    logits[:, MASK_ID] = -10  # never the largest, so that those who know no mask id propose the same
+    logits = torch.empty(case.positions, case.vocab, dtype=DTYPE, device=DEVICE).normal_(
+        std=3, generator=generator
+    )
+    logits[
+        :, MASK_ID
+    ] = -10  # never the largest, so that those who know no mask id propose the same
     shape = case.positions // WIDTH, WIDTH
     tokens = torch.full(shape, MASK_ID, device=DEVICE)
-    # Named candidates: the tokens are committed in place, and the next replay must find as much to do.
+    # Named candidates: the tokens are committed in place, and the next replay must find as much to
+    # do.
     return logits, tokens, torch.ones(shape, dtype=torch.bool, device=DEVICE)
 
 
@@ -86,7 +100,9 @@ def check(result, buffer):
 def build(case: Case) -> Contest:
     competitors = {
         "ours": Competitor(select(confidence_select), theirs=False),
-        "token_confidence": Competitor(lambda b: token_confidence(b[0], mask_id=MASK_ID)[:2], theirs=False),
+        "token_confidence": Competitor(
+            lambda b: token_confidence(b[0], mask_id=MASK_ID)[:2], theirs=False
+        ),
         "reference": Competitor(select(confidence_select_reference)),
         "published, float64": Competitor(published),
         "float32 softmax": Competitor(lambda b: float32_softmax(b[0])),
@@ -94,7 +110,15 @@ def build(case: Case) -> Contest:
     if ON_GPU:
         competitors["torch.compile"] = Competitor(lambda b: compiled()(b[0]))
     moved = case.positions * case.vocab * DTYPE.itemsize
-    return Contest("confidence_select", str(case), competitors, lambda i: inputs(case, i), check, moved, reach=case.reach)
+    return Contest(
+        "confidence_select",
+        str(case),
+        competitors,
+        lambda i: inputs(case, i),
+        check,
+        moved,
+        reach=case.reach,
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

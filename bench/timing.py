@@ -1,4 +1,5 @@
-"""An honest clock for short GPU work: graph replays over rotated buffers, every competitor in the same run.
+"""An honest clock for short GPU work: graph replays over rotated buffers, every competitor in the
+same run.
 
 Three things make microbenchmarks of microseconds lie, and what is done about each:
 
@@ -9,7 +10,8 @@ caches      A kernel that reads what it read a moment ago is served by L2; in a 
 drift       Clocks and neighbours change from minute to minute. Competitors take turns, replay by replay, and the figure is
             the median.
 
-What one launch leaves unsaid stays in: the gap of about a microsecond that the GPU needs between two kernels.
+What one launch leaves unsaid stays in: the gap of about a microsecond that the GPU needs between
+two kernels.
 """
 
 import math
@@ -22,7 +24,9 @@ import torch
 
 REPLAYS, WARMUP, LEAST_LAUNCHES, MOST_BUFFERS = 20, 3, 8, 256
 GRAPH_SECONDS = 150e-6  # a graph shorter than this would show the start of the graph itself
-SECONDS = 0.3  # for all replays of one competitor: a slow one gets fewer, but never under LEAST_REPLAYS
+SECONDS = (
+    0.3  # for all replays of one competitor: a slow one gets fewer, but never under LEAST_REPLAYS
+)
 LEAST_REPLAYS = 5
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -32,8 +36,9 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 class Competitor:
     """`call(buffer)` does the work once and returns what is checked.
 
-    capturable: False where the host must look at results, so that no graph can hold it: it is timed call by call, and the
-    host's time counts. theirs: somebody else's code, which may be absent or refuse a shape; ours may not.
+    capturable: False where the host must look at results, so that no graph can hold it: it is timed
+    call by call, and the host's time counts. theirs: somebody else's code, which may be absent or
+    refuse a shape; ours may not.
     """
 
     call: Callable
@@ -43,10 +48,11 @@ class Competitor:
 
 @dataclass
 class Contest:
-    """One operation at one shape. bytes and operations: the least that must be moved and done, for the floor.
+    """One operation at one shape. bytes and operations: the least that must be moved and done, for
+    the floor.
 
-    buffer(i): the i-th independent set of inputs, all alike. footprint: bytes of one set. check(result, buffer) raises
-    AssertionError. reach: the target in microseconds, or None.
+    buffer(i): the i-th independent set of inputs, all alike. footprint: bytes of one set.
+    check(result, buffer) raises AssertionError. reach: the target in microseconds, or None.
     """
 
     op: str
@@ -79,12 +85,17 @@ class Outcome:
 def run(contest: Contest, timed: bool) -> dict[str, Outcome]:
     """Check every competitor, and where `timed` measure those that are right, in turns."""
     first = contest.buffer(0)
-    outcomes = {name: checked(contest, competitor, first) for name, competitor in contest.competitors.items()}
+    outcomes = {
+        name: checked(contest, competitor, first)
+        for name, competitor in contest.competitors.items()
+    }
     fit = [name for name, outcome in outcomes.items() if not (outcome.absent or outcome.wrong)]
     if timed and fit:
         footprint = contest.footprint or contest.bytes
         buffers = [first, *(contest.buffer(i) for i in range(1, buffers_needed(footprint)))]
-        for name, outcome in measure({name: contest.competitors[name] for name in fit}, buffers).items():
+        for name, outcome in measure(
+            {name: contest.competitors[name] for name in fit}, buffers
+        ).items():
             outcomes[name] = outcome
         del buffers
     del first
@@ -110,7 +121,9 @@ def checked(contest: Contest, competitor: Competitor, buffer) -> Outcome:
 
 
 def buffers_needed(footprint: int) -> int:
-    """How many sets of inputs exceed twice the L2 cache; at least LEAST_LAUNCHES (on a CPU 2: nothing is kept cold)."""
+    """How many sets of inputs exceed twice the L2 cache; at least LEAST_LAUNCHES (on a CPU 2:
+    nothing is kept cold).
+    """
     if not ON_GPU:
         return 2
     cold = 2 * torch.cuda.get_device_properties(DEVICE).L2_cache_size
@@ -118,7 +131,9 @@ def buffers_needed(footprint: int) -> int:
 
 
 def measure(competitors: dict[str, Competitor], buffers: list) -> dict[str, Outcome]:
-    """Seconds of a call for each competitor, `REPLAYS` samples (fewer where one is slow), taken in turns."""
+    """Seconds of a call for each competitor, `REPLAYS` samples (fewer where one is slow), taken in
+    turns.
+    """
     if not ON_GPU:
         return {name: _on_the_host(competitor, buffers) for name, competitor in competitors.items()}
     outcomes, graphs = {}, {}
@@ -133,7 +148,9 @@ def measure(competitors: dict[str, Competitor], buffers: list) -> dict[str, Outc
         except Exception as error:
             if not competitor.theirs:
                 raise
-            outcomes[name] = Outcome(absent=f"not capturable: {type(error).__name__}: {str(error).splitlines()[0][:160]}")
+            outcomes[name] = Outcome(
+                absent=f"not capturable: {type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            )
     for turn in range(REPLAYS):
         torch.cuda.synchronize()
         torch.cuda._sleep(4_000_000)  # about 2 ms of idling, in which the replays below are queued
@@ -142,12 +159,16 @@ def measure(competitors: dict[str, Competitor], buffers: list) -> dict[str, Outc
                 events.append(_timed(graph))
     torch.cuda.synchronize()
     for name, (_, _, events) in graphs.items():
-        outcomes[name].seconds = [a.elapsed_time(b) / 1e3 / outcomes[name].launches for a, b in events]
+        outcomes[name].seconds = [
+            a.elapsed_time(b) / 1e3 / outcomes[name].launches for a, b in events
+        ]
     return outcomes
 
 
 def _captured(call, buffers):
-    """(graph, its launches, how many replays the budget allows) of `call` over the buffers in rotation."""
+    """(graph, its launches, how many replays the budget allows) of `call` over the buffers in
+    rotation.
+    """
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -194,7 +215,9 @@ def _estimate(graph):
 
 
 def _one_by_one(call, buffers):
-    """What needs the host: LEAST_REPLAYS * LEAST_LAUNCHES calls in a row between two synchronisations each."""
+    """What needs the host: LEAST_REPLAYS * LEAST_LAUNCHES calls in a row between two
+    synchronisations each.
+    """
     samples = []
     for turn in range(WARMUP + LEAST_REPLAYS):
         torch.cuda.synchronize()
@@ -217,7 +240,9 @@ def _on_the_host(competitor, buffers):
 
 
 def ceilings() -> dict[str, float]:
-    """What this GPU does at best: bytes a second of a copy of 2 GB, operations a second of a bf16 product of 8192 cubed."""
+    """What this GPU does at best: bytes a second of a copy of 2 GB, operations a second of a bf16
+    product of 8192 cubed.
+    """
     source, target = torch.empty(2, 2**31, dtype=torch.uint8, device=DEVICE)
     copy = _best(lambda: target.copy_(source))
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
@@ -242,4 +267,7 @@ def _best(call):
 
 def floor_seconds(contest: Contest, limits: dict[str, float]) -> float:
     """The least time the bytes or the operations take at those ceilings."""
-    return max(contest.bytes / limits["bytes_per_second"], contest.operations / limits["operations_per_second"])
+    return max(
+        contest.bytes / limits["bytes_per_second"],
+        contest.operations / limits["operations_per_second"],
+    )

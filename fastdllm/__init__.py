@@ -1,4 +1,6 @@
-"""Fast-dLLM (arXiv 2505.22618) for LLaDA and Dream: block-wise caches and parallel decoding on Triton kernels."""
+"""Fast-dLLM (arXiv 2505.22618) for LLaDA and Dream: block-wise caches and parallel decoding on
+Triton kernels.
+"""
 
 from fastdllm_kernels import Factor, Quota, Threshold
 
@@ -10,6 +12,14 @@ from .patch import replace_attention, restore_attention
 __version__ = "0.1.0"
 
 __all__ = [
-    "CachePolicy", "Factor", "Generation", "Quota", "StepEvent", "Threshold", "generate", "load", "replace_attention",
+    "CachePolicy",
+    "Factor",
+    "Generation",
+    "Quota",
+    "StepEvent",
+    "Threshold",
+    "generate",
+    "load",
+    "replace_attention",
     "restore_attention",
 ]

@@ -1,7 +1,9 @@
-"""KVCache: one preallocated tensor of rotated keys and values, and the span that the next forward works on.
+"""KVCache: one preallocated tensor of rotated keys and values, and the span that the next forward
+works on.
 
-CachePolicy says what refreshes may leave out. The decoding loop owns the cache and opens a span before it calls the model;
-every BlockAttention reads that span. Spans live in small device tensors, because a CUDA graph bakes host integers in.
+CachePolicy says what refreshes may leave out. The decoding loop owns the cache and opens a span
+before it calls the model; every BlockAttention reads that span. Spans live in small device tensors,
+because a CUDA graph bakes host integers in.
 """
 
 from dataclasses import dataclass
@@ -15,15 +17,18 @@ from .config import ModelConfig
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """What refreshes leave out to save time, for some accuracy. By default nothing; a row never depends on its neighbours.
+    """What refreshes leave out to save time, for some accuracy. By default nothing; a row never
+    depends on its neighbours.
 
-    prompt_refreshes: the prompt's keys and values are computed anew at every n-th refresh of a row, counted from its first,
-    which always computes them; 0: at the first alone. The refreshes between compute and store only what comes after the
-    prompt (where outputs are shifted, from the prompt's last position on: its output is the first one generated), over the
-    prompt's keys and values as they were last stored. Other values than 1 need a cache.
+    prompt_refreshes: the prompt's keys and values are computed anew at every n-th refresh of a row,
+    counted from its first, which always computes them; 0: at the first alone. The refreshes between
+    compute and store only what comes after the prompt (where outputs are shifted, from the prompt's
+    last position on: its output is the first one generated), over the prompt's keys and values as
+    they were last stored. Other values than 1 need a cache.
 
-    suffix_blocks: the canvas that a forward sees and computes ends w blocks of masks after the active block, at
-    min(total, end + w * block_length); None: with the row's last mask. Cached steps see the same part as their refresh.
+    suffix_blocks: the canvas that a forward sees and computes ends w blocks of masks after the
+    active block, at min(total, end + w * block_length); None: with the row's last mask. Cached
+    steps see the same part as their refresh.
 
     Raises TypeError and ValueError, naming the field.
     """
@@ -39,10 +44,11 @@ class CachePolicy:
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows of different lengths one after another, [1, N, ...], instead of padded, [R, T, ...]: for what works on tokens alone.
+    """Rows of different lengths one after another, [1, N, ...], instead of padded, [R, T, ...]: for
+    what works on tokens alone.
 
-    row, offset: [N] int64, each token's row and its place in it. slot: [R, T] int64, where a row's tokens lie among the N;
-    past its end, its last one.
+    row, offset: [N] int64, each token's row and its place in it. slot: [R, T] int64, where a row's
+    tokens lie among the N; past its end, its last one.
     """
 
     row: torch.Tensor
@@ -51,9 +57,13 @@ class Packing:
 
     @classmethod
     def of(cls, length: torch.Tensor, width: int, tokens: int) -> "Packing":
-        """For rows of length [R] int64 on the device, the longest of `width`, `tokens` together; nothing is read back."""
+        """For rows of length [R] int64 on the device, the longest of `width`, `tokens` together;
+        nothing is read back.
+        """
         first, in_row = length.cumsum(0) - length, torch.arange(width, device=length.device)
-        row = torch.arange(len(length), device=length.device).repeat_interleave(length, output_size=tokens)
+        row = torch.arange(len(length), device=length.device).repeat_interleave(
+            length, output_size=tokens
+        )
         offset = torch.arange(tokens, device=length.device) - first[row]
         return cls(row, offset, first[:, None] + torch.minimum(in_row, length[:, None] - 1))
 
@@ -70,12 +80,14 @@ class Packing:
 class Span:
     """Where each row's tokens of one forward stand, and what they may attend to.
 
-    start, length, kv_len: [R] int32 on the device. Row r's tokens sit at positions start[r] .. + length[r] - 1 of a canvas of
-    kv_len[r] positions. `whole` says that they are the whole canvas (a refresh: fresh keys and values are stored, attention
-    is `full_attention`); otherwise keys and values outside them come from the cache, which is written where `stores` says so (a
-    refresh that keeps the prompt's). `ragged`: some row is shorter than the tensor is wide. `page_table` [R, 1] int32 names
-    the cache rows when the forward runs only some of them. `shared`: where all rows run, store, and have one start and one
-    kv_len, that kv_len as a number of the host; else 0. `packing`: how the tokens lie where they are not padded.
+    start, length, kv_len: [R] int32 on the device. Row r's tokens sit at positions start[r] .. +
+    length[r] - 1 of a canvas of kv_len[r] positions. `whole` says that they are the whole canvas (a
+    refresh: fresh keys and values are stored, attention is `full_attention`); otherwise keys and
+    values outside them come from the cache, which is written where `stores` says so (a refresh that
+    keeps the prompt's). `ragged`: some row is shorter than the tensor is wide. `page_table` [R, 1]
+    int32 names the cache rows when the forward runs only some of them. `shared`: where all rows
+    run, store, and have one start and one kv_len, that kv_len as a number of the host; else 0.
+    `packing`: how the tokens lie where they are not padded.
     """
 
     start: torch.Tensor
@@ -92,14 +104,24 @@ class Span:
 class KVCache:
     """Rotated keys and values of all layers: one tensor [layers, 2, B, S, HK, D].
 
-    rows B and capacity S (positions per row) are fixed; `bytes` is what it holds: 512 KiB a position for LLaDA-8B and
-    56 KiB for Dream-7B in bf16. With capacity 0 nothing is stored and only the span counts (decoding without a cache).
-    allocate: called as torch.zeros is; what its tensor holds is never read before a refresh has written it.
+    rows B and capacity S (positions per row) are fixed; `bytes` is what it holds: 512 KiB a
+    position for LLaDA-8B and 56 KiB for Dream-7B in bf16. With capacity 0 nothing is stored and
+    only the span counts (decoding without a cache). allocate: called as torch.zeros is; what its
+    tensor holds is never read before a refresh has written it.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, capacity: int, *, device, dtype, allocate=torch.zeros):
+    def __init__(
+        self, config: ModelConfig, rows: int, capacity: int, *, device, dtype, allocate=torch.zeros
+    ):
         self.data = allocate(
-            config.num_layers, 2, rows, capacity, config.num_kv_heads, config.head_dim, device=device, dtype=dtype
+            config.num_layers,
+            2,
+            rows,
+            capacity,
+            config.num_kv_heads,
+            config.head_dim,
+            device=device,
+            dtype=dtype,
         )
         self.span: Span | None = None
 
@@ -108,5 +130,7 @@ class KVCache:
         return self.data.numel() * self.data.element_size()
 
     def layer(self, index: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The keys and values of one layer: two views [B, S, HK, D], or two None where nothing is stored."""
+        """The keys and values of one layer: two views [B, S, HK, D], or two None where nothing is
+        stored.
+        """
         return (self.data[index, 0], self.data[index, 1]) if self.data.numel() else (None, None)

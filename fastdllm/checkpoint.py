@@ -1,7 +1,8 @@
-"""A folder or hub id -> model, and back. Nothing here knows a family: names and shapes come from its table.
+"""A folder or hub id -> model, and back. Nothing here knows a family: names and shapes come from
+its table.
 
-Weights go from the mapped file straight into their place in the fused parameter, on the target device and in the target
-dtype: beside the model itself, host memory holds one tensor at a time.
+Weights go from the mapped file straight into their place in the fused parameter, on the target
+device and in the target dtype: beside the model itself, host memory holds one tensor at a time.
 """
 
 import json
@@ -27,20 +28,25 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 def load(path_or_id, *, device=None, dtype=None, weights=None) -> DiffusionTransformer:
     """Load a LLaDA or Dream checkpoint for inference.
 
-    path_or_id: a folder with config.json and safetensors (one model.safetensors, or shards with their index), or a hub id,
-    which huggingface_hub downloads. device: default the GPU when there is one. dtype: float32, float16 or bfloat16; default
-    that of the stored weights. weights: "fp8" quantises every weight matrix (but the embedding, and a head tied to it) as it
-    is read, and the rows that are multiplied by it: half the bytes of bfloat16, for an accuracy that one measures; in float32
-    it gains nothing. The model comes in eval mode, its parameters not requiring gradients.
+    path_or_id: a folder with config.json and safetensors (one model.safetensors, or shards with
+    their index), or a hub id, which huggingface_hub downloads. device: default the GPU when there
+    is one. dtype: float32, float16 or bfloat16; default that of the stored weights. weights: "fp8"
+    quantises every weight matrix (but the embedding, and a head tied to it) as it is read, and the
+    rows that are multiplied by it: half the bytes of bfloat16, for an accuracy that one measures;
+    in float32 it gains nothing. The model comes in eval mode, its parameters not requiring
+    gradients.
 
-    Raises FileNotFoundError for a folder without a model, ValueError for a checkpoint that does not fit (every missing,
-    unexpected and mis-shaped key in one message; configuration keys that would change the maths; pickled, truncated or NaN
-    weights; an unknown model_type), TypeError for arguments of another type.
+    Raises FileNotFoundError for a folder without a model, ValueError for a checkpoint that does not
+    fit (every missing, unexpected and mis-shaped key in one message; configuration keys that would
+    change the maths; pickled, truncated or NaN weights; an unknown model_type), TypeError for
+    arguments of another type.
     """
     if not isinstance(path_or_id, (str, Path)):
         raise TypeError(f"path_or_id: expected a path or a hub id, got {type(path_or_id).__name__}")
     if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"dtype: expected torch.float32, torch.float16 or torch.bfloat16, got {dtype!r}")
+        raise ValueError(
+            f"dtype: expected torch.float32, torch.float16 or torch.bfloat16, got {dtype!r}"
+        )
     if weights not in (None, "fp8"):
         raise ValueError(f"weights: expected None or 'fp8', got {weights!r}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -64,12 +70,15 @@ def load(path_or_id, *, device=None, dtype=None, weights=None) -> DiffusionTrans
 
 
 def save(model: DiffusionTransformer, folder) -> None:
-    """Write config.json and model.safetensors with the family's published names (unfused), the inverse of `load`.
+    """Write config.json and model.safetensors with the family's published names (unfused), the
+    inverse of `load`.
 
     ValueError for fp8 weights: save the model that they were made of.
     """
     if any(isinstance(module, Fp8Linear) for module in model.modules()):
-        raise ValueError("model: expected weights as they are published, got fp8 weights; save what they were made of")
+        raise ValueError(
+            "model: expected weights as they are published, got fp8 weights; save what they were made of"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     family = FAMILIES[model.config.family]
@@ -86,10 +95,18 @@ def _folder(path_or_id) -> Path:
         raise ValueError(f"path_or_id: expected a folder or a hub id, got the file {folder}")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"path_or_id: {folder} holds no config.json, so it is not a model")
+            raise FileNotFoundError(
+                f"path_or_id: {folder} holds no config.json, so it is not a model"
+            )
         return folder
-    if not isinstance(path_or_id, str) or path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"path_or_id: no folder {path_or_id}, and a hub id has the form owner/name")
+    if (
+        not isinstance(path_or_id, str)
+        or path_or_id.count("/") != 1
+        or path_or_id.startswith((".", "/", "~"))
+    ):
+        raise FileNotFoundError(
+            f"path_or_id: no folder {path_or_id}, and a hub id has the form owner/name"
+        )
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(path_or_id, allow_patterns=["*.json", "*.safetensors"]))
@@ -123,7 +140,9 @@ def _shards(folder: Path) -> list[Path]:
     if missing:
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if pickles:
-            raise ValueError(f"{folder}: pickled weights are refused ({', '.join(pickles)}); convert them to safetensors")
+            raise ValueError(
+                f"{folder}: pickled weights are refused ({', '.join(pickles)}); convert them to safetensors"
+            )
         raise FileNotFoundError(f"{folder}: missing {', '.join(missing)}")
     return shards
 
@@ -133,12 +152,16 @@ def _places(model, published_names) -> dict[str, torch.Tensor]:
     places = {}
     for ours, theirs in published_names.items():
         parameter = attrgetter(ours)(model)
-        places.update(zip(theirs, parameter.split(fused_rows(model.config, ours, parameter)), strict=True))
+        places.update(
+            zip(theirs, parameter.split(fused_rows(model.config, ours, parameter)), strict=True)
+        )
     return places
 
 
 def fused_rows(config, name: str, parameter) -> list[int]:
-    """How many rows of our parameter `name` each published tensor fills, in order: q, k, v or gate, up or all."""
+    """How many rows of our parameter `name` each published tensor fills, in order: q, k, v or gate,
+    up or all.
+    """
     if ".qkv." in name:
         kv = config.num_kv_heads * config.head_dim
         return [config.num_heads * config.head_dim, kv, kv]
@@ -158,7 +181,9 @@ def _stored(shards):
 
 
 def _check_keys(shards, places) -> torch.dtype:
-    """Compare every stored key and shape with `places` before a byte is copied; returns the stored dtype."""
+    """Compare every stored key and shape with `places` before a byte is copied; returns the stored
+    dtype.
+    """
     shapes, dtypes = {}, {}
     for file, name in _stored(shards):
         stored = file.get_slice(name)
@@ -167,7 +192,11 @@ def _check_keys(shards, places) -> torch.dtype:
     wrong = [f"missing {name}" for name in wanted if name not in shapes]
     wrong += [f"unexpected {name}" for name in shapes if name not in wanted]
     both = [name for name in wanted if name in shapes]
-    wrong += [f"{name} has shape {shapes[name]}, expected {wanted[name]}" for name in both if shapes[name] != wanted[name]]
+    wrong += [
+        f"{name} has shape {shapes[name]}, expected {wanted[name]}"
+        for name in both
+        if shapes[name] != wanted[name]
+    ]
     if wrong:
         raise ValueError(f"checkpoint: {len(wrong)} keys do not fit: {'; '.join(wrong)}")
     wrong = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in DTYPES]
@@ -179,5 +208,7 @@ def _check_keys(shards, places) -> torch.dtype:
 def _fill(shards, places) -> None:
     for file, name in _stored(shards):
         place = places[name].copy_(file.get_tensor(name))
-        if not torch.isfinite(getattr(place, "scale", place)).all():  # of fp8 weights the scales: a row's is NaN if one is
+        if not torch.isfinite(
+            getattr(place, "scale", place)
+        ).all():  # of fp8 weights the scales: a row's is NaN if one is
             raise ValueError(f"checkpoint: {name} holds NaN or infinity")

@@ -1,7 +1,7 @@
 """The command line: `fastdllm generate`, `fastdllm eval` and `fastdllm info`.
 
-Exit codes: 0; 1 when something fails (a model that cannot be loaded); 2 when the call is wrong; 130 when interrupted.
-An error is one line on standard error, with a traceback only under --debug.
+Exit codes: 0; 1 when something fails (a model that cannot be loaded); 2 when the call is wrong; 130
+when interrupted. An error is one line on standard error, with a traceback only under --debug.
 """
 
 import argparse
@@ -37,7 +37,9 @@ class UsageError(Exception):
 def main(argv=None) -> int:
     """Run the command line on `argv` (default: the process's arguments); returns the exit code."""
     args = argparse.Namespace(debug=False)
-    with suppress(AttributeError):  # a stream that cannot write some letter (or a mask) shows its escape instead
+    with suppress(
+        AttributeError
+    ):  # a stream that cannot write some letter (or a mask) shows its escape instead
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _parser().parse_args(argv, namespace=args)
@@ -48,7 +50,9 @@ def main(argv=None) -> int:
         return end.code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has enough; keep the interpreter from flushing into the closed pipe
+    except (
+        BrokenPipeError
+    ):  # the reader has enough; keep the interpreter from flushing into the closed pipe
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -62,7 +66,9 @@ def main(argv=None) -> int:
 def generate(args):
     """Decode the prompts and show each run; with --compare, a vanilla run of each before."""
     setting = _setting(args)
-    vanilla = Setting("none", fastdllm.Quota(args.block_length), "vanilla: cache none, one token a step")
+    vanilla = Setting(
+        "none", fastdllm.Quota(args.block_length), "vanilla: cache none, one token a step"
+    )
     prompts = _prompts(args)
     model, tokenizer = load(args.model, args.device, args.dtype)
     plain = args.json or args.no_color or os.environ.get("NO_COLOR") or not sys.stdout.isatty()
@@ -109,16 +115,33 @@ def info(args):
 def _parser():
     parser = _Parser(prog="fastdllm", description=fastdllm.__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    about = commands.add_parser("info", help="show versions, device and backend", allow_abbrev=False)
+    about = commands.add_parser(
+        "info", help="show versions, device and backend", allow_abbrev=False
+    )
     task = commands.add_parser("eval", help="run lm-eval on a task", allow_abbrev=False)
-    command = commands.add_parser("generate", help="decode a prompt and show how", allow_abbrev=False)
+    command = commands.add_parser(
+        "generate", help="decode a prompt and show how", allow_abbrev=False
+    )
     for parser_of, run in ((about, info), (task, evaluate), (command, generate)):
         parser_of.set_defaults(command=run)
-        parser_of.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        parser_of.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error"
+        )
         if run is not evaluate:
-            parser_of.add_argument("--json", action="store_true", help="print JSON objects and nothing else, one a prompt")
-    task.add_argument("task", metavar="TASK", help="a task of lm-eval, several with commas, or a task's YAML file")
-    task.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="lm-eval's arguments: --model_args ...")
+            parser_of.add_argument(
+                "--json",
+                action="store_true",
+                help="print JSON objects and nothing else, one a prompt",
+            )
+    task.add_argument(
+        "task", metavar="TASK", help="a task of lm-eval, several with commas, or a task's YAML file"
+    )
+    task.add_argument(
+        "arguments",
+        nargs=argparse.REMAINDER,
+        metavar="...",
+        help="lm-eval's arguments: --model_args ...",
+    )
     at_least_0 = _value(float, lambda value: 0 <= value < float("inf"), "a number >= 0")
     above_0 = _value(float, lambda value: 0 < value < float("inf"), "a number > 0")
     at_least_1 = _value(int, lambda value: value >= 1, "an integer >= 1")
@@ -127,23 +150,48 @@ def _parser():
     add = command.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="the prompt; absent or '-': standard input")
     add("--demo", action="store_true", help="decode the embedded problems")
-    add("--model", default=EMBEDDED[0], help=f"{' or '.join(EMBEDDED)} (embedded), a folder or a hub id (%(default)s)")
+    add(
+        "--model",
+        default=EMBEDDED[0],
+        help=f"{' or '.join(EMBEDDED)} (embedded), a folder or a hub id (%(default)s)",
+    )
     add("--cache", choices=CACHES, default="dual", help="keys and values to reuse (%(default)s)")
     rule = command.add_mutually_exclusive_group()
-    rule.add_argument("--threshold", type=at_least_0, default=0.9, help="commit what is this sure (%(default)s)")
-    rule.add_argument("--factor", type=above_0, help="commit the n surest with (n + 1)(1 - confidence) <= FACTOR")
+    rule.add_argument(
+        "--threshold", type=at_least_0, default=0.9, help="commit what is this sure (%(default)s)"
+    )
+    rule.add_argument(
+        "--factor", type=above_0, help="commit the n surest with (n + 1)(1 - confidence) <= FACTOR"
+    )
     rule.add_argument("--steps", type=at_least_1, help="spread each block over so many steps")
     add("--block-length", type=at_least_1, default=32, help="tokens per block (%(default)s)")
     add("--gen-length", type=at_least_1, default=128, help="tokens to decode (%(default)s)")
-    add("--temperature", type=at_least_0, default=0.0, help="0 takes the best token, above samples (%(default)s)")
+    add(
+        "--temperature",
+        type=at_least_0,
+        default=0.0,
+        help="0 takes the best token, above samples (%(default)s)",
+    )
     add("--top-p", type=share, help="sample from this much of the probability")
     add("--top-k", type=at_least_1, help="sample from so many tokens")
     add("--seed", type=seed, help="of the sampling: same seed, same tokens")
-    add("--compare", action="store_true", help="decode one token a step without a cache first, and compare")
-    add("--no-color", action="store_true", help="plain text, no frames (also: NO_COLOR, or no terminal)")
+    add(
+        "--compare",
+        action="store_true",
+        help="decode one token a step without a cache first, and compare",
+    )
+    add(
+        "--no-color",
+        action="store_true",
+        help="plain text, no frames (also: NO_COLOR, or no terminal)",
+    )
     add("--raw", action="store_true", help="do not apply the tokenizer's chat template")
     add("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on a GPU")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: float32 on a CPU, bfloat16 on a GPU",
+    )
     return parser
 
 
@@ -170,7 +218,10 @@ def _prompts(args):
     if args.demo:
         if args.prompt is not None:
             raise UsageError("--demo brings its own prompts: leave PROMPT out")
-        return [part.strip("\n") for part in (ASSETS / "demo.txt").read_text(encoding="utf-8").split("\n---\n")]
+        return [
+            part.strip("\n")
+            for part in (ASSETS / "demo.txt").read_text(encoding="utf-8").split("\n---\n")
+        ]
     prompt = args.prompt
     if prompt in (None, "-"):
         if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
@@ -211,7 +262,8 @@ def _tokenizer(source, family):
     logging.set_verbosity_error()  # it would warn that it does not know the model's type
     options = {"local_files_only": Path(source).is_dir(), "trust_remote_code": False}
     if family == "Dream" and not (Path(source) / "tokenizer.json").is_file():
-        # Dream publishes Qwen2's tokenizer as Python code, which is not run here: the files beside it are Qwen2's.
+        # Dream publishes Qwen2's tokenizer as Python code, which is not run here: the files beside
+        # it are Qwen2's.
         options["tokenizer_type"] = "qwen2"
     return AutoTokenizer.from_pretrained(source, **options)
 
@@ -228,24 +280,49 @@ def _decode(args, model, ids, setting, on_step=None):
     names = ("gen_length", "block_length", "temperature", "top_p", "top_k", "seed")
     options = {name: getattr(args, name) for name in names}
     try:
-        return fastdllm.generate(model, [ids], cache=setting.cache, rule=setting.rule, on_step=on_step, **options)
-    except (TypeError, ValueError) as error:  # what it refuses came from the command line, but for NaN in the logits
-        raise (RuntimeError if str(error).startswith("logits") else UsageError)(str(error)) from error
+        return fastdllm.generate(
+            model, [ids], cache=setting.cache, rule=setting.rule, on_step=on_step, **options
+        )
+    except (
+        TypeError,
+        ValueError,
+    ) as error:  # what it refuses came from the command line, but for NaN in the logits
+        raise (RuntimeError if str(error).startswith("logits") else UsageError)(
+            str(error)
+        ) from error
 
 
 def _run(args, model, tokenizer, view, ids, setting):
-    """Decode one prompt in `view` and return what it came to; only tokens before the first end-of-text count."""
+    """Decode one prompt in `view` and return what it came to; only tokens before the first
+    end-of-text count.
+    """
     if args.compare:
         view.line(setting.words, "cyan")
     stop_ids = model.config.stop_ids
     with view.frames(tokenizer, len(ids), args.gen_length, stop_ids) as frames:
         generation = _decode(args, model, ids, setting, frames and frames.on_step)
-    written = list(takewhile(lambda token: token not in stop_ids, generation.tokens[0][len(ids) :].tolist()))
+    written = list(
+        takewhile(lambda token: token not in stop_ids, generation.tokens[0][len(ids) :].tolist())
+    )
     refreshes, cached_steps = int(generation.refreshes[0]), int(generation.cached_steps[0])
     seconds = generation.seconds - (frames.seconds if frames else 0)
-    text, tokens, forwards = tokenizer.decode(written, skip_special_tokens=True), len(written), refreshes + cached_steps
-    run = {"text": text, "tokens": tokens, "forwards": forwards, "refreshes": refreshes, "cached_steps": cached_steps}
-    run |= {"tokens_per_forward": tokens / forwards, "tokens_per_second": tokens / seconds, "seconds": seconds}
+    text, tokens, forwards = (
+        tokenizer.decode(written, skip_special_tokens=True),
+        len(written),
+        refreshes + cached_steps,
+    )
+    run = {
+        "text": text,
+        "tokens": tokens,
+        "forwards": forwards,
+        "refreshes": refreshes,
+        "cached_steps": cached_steps,
+    }
+    run |= {
+        "tokens_per_forward": tokens / forwards,
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+    }
     view.answer(text, frames)
     view.line(display.summary(run), "dim")
     return run

@@ -1,7 +1,7 @@
 """What `fastdllm generate` shows: the canvas while it is denoised, and the lines that sum a run up.
 
-A `View` prints text only (a pipe, a file, --no-color), or draws frames on a console of rich, which is imported only then. It
-knows nothing of how a run is made.
+A `View` prints text only (a pipe, a file, --no-color), or draws frames on a console of rich, which
+is imported only then. It knows nothing of how a run is made.
 """
 
 import re
@@ -12,12 +12,15 @@ from time import perf_counter
 MASK = "░"
 STOP = "·"
 FRAME_SECONDS = 1 / 30
-# A committed token's colour by its score, the first floor that it reaches; named colours, which every terminal maps.
+# A committed token's colour by its score, the first floor that it reaches; named colours, which
+# every terminal maps.
 COLOURS = ((0.9, "green"), (0.7, "yellow"), (0.5, "dark_orange"))
 
 
 def colour_of(score):
-    """The colour of a token committed with this score (a float; NaN and anything below the last floor is red)."""
+    """The colour of a token committed with this score (a float; NaN and anything below the last
+    floor is red).
+    """
     return next((colour for floor, colour in COLOURS if score >= floor), "red")
 
 
@@ -29,7 +32,9 @@ def terminal():
 
 
 class View:
-    """What a run prints: text only, or with a rich `console` also frames while it goes on; `quiet`: nothing at all."""
+    """What a run prints: text only, or with a rich `console` also frames while it goes on; `quiet`:
+    nothing at all.
+    """
 
     def __init__(self, console=None, quiet=False):
         self.console, self.quiet = console, quiet
@@ -41,31 +46,41 @@ class View:
         if self.console is None:
             print(text, flush=True)
         else:
-            self.console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
+            self.console.print(
+                text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True
+            )
 
     @contextmanager
     def frames(self, tokenizer, prompt_length, gen_length, stop_ids):
-        """Draw a run that goes on inside, wiped at the end; yields Frames, or None: nothing to call at every step."""
+        """Draw a run that goes on inside, wiped at the end; yields Frames, or None: nothing to call
+        at every step.
+        """
         if self.console is None:
             yield None
             return
         from rich.live import Live
 
         frames = Frames(tokenizer, prompt_length, gen_length, stop_ids)
-        with Live(frames.render(), console=self.console, auto_refresh=False, transient=True) as live:
+        with Live(
+            frames.render(), console=self.console, auto_refresh=False, transient=True
+        ) as live:
             frames.draw = lambda: live.update(frames.render(), refresh=True)
             yield frames
 
     def answer(self, text, frames):
-        """Print a finished run's text, in colours if there are frames whose tokens, decoded one by one, spell it."""
+        """Print a finished run's text, in colours if there are frames whose tokens, decoded one by
+        one, spell it.
+        """
         coloured = frames and frames.text()
         self.line(coloured if coloured and coloured.plain == text else text)
 
 
 class Frames:
-    """The generated part of one row's canvas as it fills; `on_step` goes to generate, `seconds` is the time spent here.
+    """The generated part of one row's canvas as it fills; `on_step` goes to generate, `seconds` is
+    the time spent here.
 
-    `pieces` holds (text, colour) per position after the prompt, (None, colour) at a stop and None at a mask.
+    `pieces` holds (text, colour) per position after the prompt, (None, colour) at a stop and None
+    at a mask.
     """
 
     def __init__(self, tokenizer, prompt_length, gen_length, stop_ids):
@@ -79,7 +94,9 @@ class Frames:
         """Take in a StepEvent; draw unless the last frame is younger than FRAME_SECONDS."""
         began = perf_counter()
         places = (event.positions - self.prompt_length).tolist()
-        for place, token, score in zip(places, event.token_ids.tolist(), event.scores.tolist(), strict=True):
+        for place, token, score in zip(
+            places, event.token_ids.tolist(), event.scores.tolist(), strict=True
+        ):
             piece = None if token in self.stop_ids else self.tokenizer.decode([token])
             self.pieces[place] = (piece, "dim" if piece is None else colour_of(score))
         self.fresh.update(places)
@@ -91,7 +108,9 @@ class Frames:
         self.seconds += perf_counter() - began
 
     def render(self):
-        """The whole canvas as a rich Text: masks dim, tokens in their colours, the newest bold, a status line below."""
+        """The whole canvas as a rich Text: masks dim, tokens in their colours, the newest bold, a
+        status line below.
+        """
         from rich.text import Text
 
         frame = Text()
@@ -104,7 +123,9 @@ class Frames:
         """The tokens before the first stop as a rich Text in their colours."""
         from rich.text import Text
 
-        return Text.assemble(*takewhile(lambda piece: piece is not None and piece[0] is not None, self.pieces))
+        return Text.assemble(
+            *takewhile(lambda piece: piece is not None and piece[0] is not None, self.pieces)
+        )
 
 
 def summary(run):
@@ -116,8 +137,12 @@ def summary(run):
 
 
 def compared(vanilla, fast):
-    """What two runs of one prompt say of each other: same text, same last number, how many times fewer and faster."""
-    numbers = [re.findall(r"-?\d+(?:\.\d+)?", run["text"].replace(",", ""))[-1:] for run in (vanilla, fast)]
+    """What two runs of one prompt say of each other: same text, same last number, how many times
+    fewer and faster.
+    """
+    numbers = [
+        re.findall(r"-?\d+(?:\.\d+)?", run["text"].replace(",", ""))[-1:] for run in (vanilla, fast)
+    ]
     return {
         "same_text": vanilla["text"] == fast["text"],
         "same_final_number": numbers[0] == numbers[1] != [],

@@ -1,4 +1,6 @@
-"""fp8 in place of a model's weight matrices: half the bytes of bf16 to hold, and to read in every cached step."""
+"""fp8 in place of a model's weight matrices: half the bytes of bf16 to hold, and to read in every
+cached step.
+"""
 
 import torch
 from torch import nn
@@ -9,7 +11,9 @@ from .model import DiffusionTransformer
 
 
 class Fp8Linear(nn.Module):
-    """nn.Linear for inference whose weight is an Fp8Weight: a scale for each output, the rows of x quantised as they come."""
+    """nn.Linear for inference whose weight is an Fp8Weight: a scale for each output, the rows of x
+    quantised as they come.
+    """
 
     def __init__(self, product: nn.Linear):
         super().__init__()
@@ -35,7 +39,9 @@ class Fp8Linear(nn.Module):
 
 
 def quantize(model: DiffusionTransformer) -> DiffusionTransformer:
-    """Put an Fp8Linear in place of every nn.Linear, in place and one at a time; a head tied to the embedding stays."""
+    """Put an Fp8Linear in place of every nn.Linear, in place and one at a time; a head tied to the
+    embedding stays.
+    """
     for parent in list(model.modules()):
         for name, product in list(parent.named_children()):
             if isinstance(product, nn.Linear) and product.weight is not model.embedding.weight:

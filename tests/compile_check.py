@@ -1,4 +1,5 @@
-"""Compile kernels for GPUs that are not there, and look at what came out: shared memory, registers, spills.
+"""Compile kernels for GPUs that are not there, and look at what came out: shared memory, registers,
+spills.
 
 How a test uses it (tests/test_compile_<op>.py), arch being 80, 90 or 100:
 
@@ -16,10 +17,11 @@ How a test uses it (tests/test_compile_<op>.py), arch being 80, 90 or 100:
     def test_compiles(arch):
         compile_check.assert_fits(compile_check.compile_launches(__file__, "launches", arch))
 
-`launches` runs in a child process, because one with TRITON_INTERPRET=1 (see conftest.py) has interpreted kernels only.
-There a stand-in driver answers for the chip, and every launch, `kernel[grid](...)` or `.warmup(...)`, compiles, is recorded
-and runs nothing; equal launches count once. Tensors may be on the meta device, so real sizes cost nothing. A launcher that
-asks torch.cuda for properties must be handed them instead (config functions are pure: pass what the chip has, see
+`launches` runs in a child process, because one with TRITON_INTERPRET=1 (see conftest.py) has
+interpreted kernels only. There a stand-in driver answers for the chip, and every launch,
+`kernel[grid](...)` or `.warmup(...)`, compiles, is recorded and runs nothing; equal launches count
+once. Tensors may be on the meta device, so real sizes cost nothing. A launcher that asks torch.cuda
+for properties must be handed them instead (config functions are pure: pass what the chip has, see
 MULTIPROCESSORS). Results are kept in triton's own cache, so a second run is fast.
 """
 
@@ -42,9 +44,11 @@ MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled kernel: bytes of shared memory, registers a thread, and bytes of stack and local memory (spills).
+    """One compiled kernel: bytes of shared memory, registers a thread, and bytes of stack and local
+    memory (spills).
 
-    serialised: what the assembler says where it makes every asynchronous product wait for the one before it (Hopper), or "".
+    serialised: what the assembler says where it makes every asynchronous product wait for the one
+    before it (Hopper), or "".
     """
 
     name: str
@@ -58,13 +62,21 @@ class Compiled:
 
 
 def compile_launches(file, function, arch) -> list[Compiled]:
-    """Run `function(arch)` of the Python file `file` in a child that compiles its launches; returns what it compiled.
+    """Run `function(arch)` of the Python file `file` in a child that compiles its launches; returns
+    what it compiled.
 
     AssertionError with the child's output when something does not compile or nothing was launched.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "compiled.json"
-        command = [sys.executable, __file__, os.fspath(file), function, str(arch), os.fspath(result)]
+        command = [
+            sys.executable,
+            __file__,
+            os.fspath(file),
+            function,
+            str(arch),
+            os.fspath(result),
+        ]
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         said = f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
@@ -75,16 +87,22 @@ def compile_launches(file, function, arch) -> list[Compiled]:
 
 
 def problems(compiled: list[Compiled]) -> list[str]:
-    """One line for every kernel that spills registers or needs more shared memory than its chip has."""
+    """One line for every kernel that spills registers or needs more shared memory than its chip
+    has.
+    """
     found = []
     for kernel in compiled:
         what = f"{kernel.name} on sm_{kernel.arch} with {kernel.configuration}"
         if kernel.stack or kernel.local:
-            found.append(f"{what}: spills ({kernel.stack} bytes of stack, {kernel.local} of local memory)")
+            found.append(
+                f"{what}: spills ({kernel.stack} bytes of stack, {kernel.local} of local memory)"
+            )
         if kernel.serialised:
             found.append(f"{what}: {kernel.serialised}")
         if kernel.shared > SHARED_LIMIT[kernel.arch]:
-            found.append(f"{what}: {kernel.shared} bytes of shared memory, the limit is {SHARED_LIMIT[kernel.arch]}")
+            found.append(
+                f"{what}: {kernel.shared} bytes of shared memory, the limit is {SHARED_LIMIT[kernel.arch]}"
+            )
     return found
 
 
@@ -95,7 +113,9 @@ def assert_fits(compiled: list[Compiled]) -> None:
 
 
 class _StandInDriver:
-    """What triton asks of a driver before it launches: the chip, and which device and stream are current."""
+    """What triton asks of a driver before it launches: the chip, and which device and stream are
+    current.
+    """
 
     def __init__(self, arch):
         from triton.backends.compiler import GPUTarget
@@ -113,7 +133,9 @@ class _StandInDriver:
 
 
 def _record(arch):
-    """Turn every launch in this process into a compilation for `arch`; returns the dict that collects the kernels."""
+    """Turn every launch in this process into a compilation for `arch`; returns the dict that
+    collects the kernels.
+    """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -124,7 +146,10 @@ def _record(arch):
         try:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         except Exception:
-            print(f"while compiling {self.__name__} with {_configuration(self, args, kwargs)}", file=sys.stderr)
+            print(
+                f"while compiling {self.__name__} with {_configuration(self, args, kwargs)}",
+                file=sys.stderr,
+            )
             raise
         kernels.setdefault(id(kernel), (kernel, self.__name__, _configuration(self, args, kwargs)))
         return kernel
@@ -134,7 +159,9 @@ def _record(arch):
 
 
 def _configuration(kernel, args, kwargs):
-    """The arguments that choose a configuration, as text: dtypes of tensors, constants, warps and stages."""
+    """The arguments that choose a configuration, as text: dtypes of tensors, constants, warps and
+    stages.
+    """
     given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
     shown = {name: getattr(value, "dtype", value) for name, value in given.items()}
     return ", ".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in shown.items())
@@ -148,19 +175,31 @@ def _resources(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return tuple(int(re.search(rf"{name}:(\d+)", text).group(1)) for name in ("REG", "STACK", "LOCAL"))
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return tuple(
+        int(re.search(rf"{name}:(\d+)", text).group(1)) for name in ("REG", "STACK", "LOCAL")
+    )
 
 
 def _serialised(ptx, arch):
-    from triton.backends.nvidia.compiler import get_ptxas  # the one that triton itself takes for the chip
+    from triton.backends.nvidia.compiler import (
+        get_ptxas,
+    )  # the one that triton itself takes for the chip
 
     if arch != 90:
         return ""
     with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
         file.write(ptx.encode())
         file.flush()
-        command = [get_ptxas(arch).path, "--gpu-name=sm_90a", file.name, "--output-file", f"{file.name}.cubin"]
+        command = [
+            get_ptxas(arch).path,
+            "--gpu-name=sm_90a",
+            file.name,
+            "--output-file",
+            f"{file.name}.cubin",
+        ]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         Path(f"{file.name}.cubin").unlink()
     return next((line for line in text.splitlines() if "serialized" in line), "")
@@ -178,7 +217,18 @@ def _main(file, function, arch, result):
     for kernel, name, configuration in kernels.values():
         registers, stack, local = _resources(kernel.asm["cubin"])
         serialised = _serialised(kernel.asm["ptx"], int(arch))
-        compiled.append(Compiled(name, configuration, int(arch), kernel.metadata.shared, registers, stack, local, serialised))
+        compiled.append(
+            Compiled(
+                name,
+                configuration,
+                int(arch),
+                kernel.metadata.shared,
+                registers,
+                stack,
+                local,
+                serialised,
+            )
+        )
     Path(result).write_text(json.dumps([asdict(entry) for entry in compiled]))
 
 

@@ -1,10 +1,13 @@
-"""Where the tests run: compiled on a GPU when there is one, else in Triton's interpreter on the CPU."""
+"""Where the tests run: compiled on a GPU when there is one, else in Triton's interpreter on the
+CPU.
+"""
 
 import os
 
 import torch
 
-# Read when a kernel is decorated, so it must stand before anything imports triton (transformers does).
+# Read when a kernel is decorated, so it must stand before anything imports triton (transformers
+# does).
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -14,7 +17,9 @@ from hypothesis import settings  # noqa: E402
 from fastdllm_kernels import backend  # noqa: E402
 
 torch.set_num_threads(1)
-settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples in every run
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None
+)  # the same examples in every run
 settings.load_profile("repeatable")
 
 ON_GPU = torch.cuda.is_available()

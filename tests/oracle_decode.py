@@ -1,8 +1,10 @@
-"""The decoding of one row, stated plainly and slowly: greedy, no batches, no kernels, lists and dicts.
+"""The decoding of one row, stated plainly and slowly: greedy, no batches, no kernels, lists and
+dicts.
 
-A *source* stands for the model: ``source(tokens, positions, store) -> (outputs, store)``, where ``tokens`` are those at
-the canvas ``positions`` and the store holds whatever keys and values an earlier call computed for the rest of the
-canvas. Rules are tuples: ("threshold", tau), ("factor", f), ("quota", steps), ("dream", steps).
+A *source* stands for the model: ``source(tokens, positions, store) -> (outputs, store)``, where
+``tokens`` are those at the canvas ``positions`` and the store holds whatever keys and values an
+earlier call computed for the rest of the canvas. Rules are tuples: ("threshold", tau), ("factor",
+f), ("quota", steps), ("dream", steps).
 """
 
 import math
@@ -22,7 +24,9 @@ def model_source(state, config):
 
 
 def scripted_source(logits_of):
-    """A source whose output at a position is ``logits_of(position)`` [V], whatever the canvas holds."""
+    """A source whose output at a position is ``logits_of(position)`` [V], whatever the canvas
+    holds.
+    """
 
     def source(tokens, positions, store):
         return torch.stack([logits_of(int(position)) for position in positions]), store
@@ -32,7 +36,9 @@ def scripted_source(logits_of):
 
 @dataclass
 class Row:
-    """What came of one row. ``slack`` is the smallest distance at which some decision would have gone the other way."""
+    """What came of one row. ``slack`` is the smallest distance at which some decision would have
+    gone the other way.
+    """
 
     tokens: list
     steps: list = field(default_factory=list)  # (kind, {position: token}) per forward
@@ -52,7 +58,9 @@ class Row:
 
 
 def propose(logits, mask_id, score):
-    """Logits [V] -> (token, score, slack): the mask is barred from the proposal and stays in the softmax sum."""
+    """Logits [V] -> (token, score, slack): the mask is barred from the proposal and stays in the
+    softmax sum.
+    """
     logits = logits.double()
     probabilities = torch.softmax(logits, dim=-1)
     allowed = [token for token in range(len(logits)) if token != mask_id]
@@ -65,7 +73,9 @@ def propose(logits, mask_id, score):
     if score == "confidence":
         value = probabilities[token].item()
     elif score == "margin":
-        value = probabilities[token].item() - max(probabilities[other].item() for other in allowed if other != token)
+        value = probabilities[token].item() - max(
+            probabilities[other].item() for other in allowed if other != token
+        )
     elif score == "entropy":
         value = sum(p * math.log(p) for p in probabilities.tolist() if p > 0)
     else:
@@ -79,7 +89,9 @@ def ranked(scores):
 
 
 def dream_count(masks, step, steps):
-    """How many of the masks left Dream's schedule commits at this step; how far that is from one more or fewer."""
+    """How many of the masks left Dream's schedule commits at this step; how far that is from one
+    more or fewer.
+    """
     if step >= steps - 1:
         return masks, math.inf
     now = 1 + (0.001 - 1) * step / steps
@@ -132,19 +144,40 @@ def finished_by_stop(canvas, prompt_length, mask_id, stop_ids):
 
 
 def prompt_alone(store, kept, length):
-    """A store for a canvas of that length with the first positions of another; NaN where a forward must bring its own."""
-    empty = [torch.full((len(keys), length - kept, keys.shape[2]), math.nan, dtype=keys.dtype) for keys, _ in store]
-    return [tuple(torch.cat([held[:, :kept], rest], dim=1) for held in layer) for layer, rest in zip(store, empty, strict=True)]
+    """A store for a canvas of that length with the first positions of another; NaN where a forward
+    must bring its own.
+    """
+    empty = [
+        torch.full((len(keys), length - kept, keys.shape[2]), math.nan, dtype=keys.dtype)
+        for keys, _ in store
+    ]
+    return [
+        tuple(torch.cat([held[:, :kept], rest], dim=1) for held in layer)
+        for layer, rest in zip(store, empty, strict=True)
+    ]
 
 
 def decode_row(
-    source, prompt, *, mask_id, gen_length, block_length, cache, rule, score="confidence", shift=0, stop_ids=(),
-    prompt_refreshes=1, suffix_blocks=None,
-):  # fmt: skip
-    """Decodes one prompt (a list of ids) greedily. shift 1: the logits of position i are output i - 1.
+    source,
+    prompt,
+    *,
+    mask_id,
+    gen_length,
+    block_length,
+    cache,
+    rule,
+    score="confidence",
+    shift=0,
+    stop_ids=(),
+    prompt_refreshes=1,
+    suffix_blocks=None,
+):
+    """Decodes one prompt (a list of ids) greedily. shift 1: the logits of position i are output i -
+    1.
 
-    prompt_refreshes n: of the refreshes, numbers 0, n, 2n ... run over the canvas (n 0: number 0 alone), the others from
-    `shift` positions before the prompt's end on. suffix_blocks w: the canvas ends w blocks after the active one.
+    prompt_refreshes n: of the refreshes, numbers 0, n, 2n ... run over the canvas (n 0: number 0
+    alone), the others from `shift` positions before the prompt's end on. suffix_blocks w: the
+    canvas ends w blocks after the active one.
     """
     prompt_length, length = len(prompt), len(prompt) + gen_length
     canvas = list(prompt) + [mask_id] * gen_length
@@ -161,7 +194,9 @@ def decode_row(
             full = cache == "none" or step == 0
             if not full:
                 positions, known = list(range(start, end if cache == "dual" else seen)), store
-            elif row.refreshes == 0 or (prompt_refreshes > 0 and row.refreshes % prompt_refreshes == 0):
+            elif row.refreshes == 0 or (
+                prompt_refreshes > 0 and row.refreshes % prompt_refreshes == 0
+            ):
                 positions, known = list(range(seen)), None
             else:
                 kept = prompt_length - shift
@@ -171,13 +206,21 @@ def decode_row(
                 store = new_store
             commits = {}
             if shift and cache != "none" and full:
-                # A cached step never sees the output before the block: the refresh settles the first position.
-                commits[start], _, slack = propose(outputs[positions.index(start - 1)], mask_id, "confidence")
+                # A cached step never sees the output before the block: the refresh settles the
+                # first position.
+                commits[start], _, slack = propose(
+                    outputs[positions.index(start - 1)], mask_id, "confidence"
+                )
                 if rule[0] == "quota":
                     plan = [1, *even_plan(end - start - 1, max(1, rule[1] - 1))]
             else:
-                proposals = {p: propose(outputs[positions.index(max(p - shift, 0))], mask_id, score) for p in masked}
-                chosen, slack = choose(rule, {p: proposal[1] for p, proposal in proposals.items()}, step, plan)
+                proposals = {
+                    p: propose(outputs[positions.index(max(p - shift, 0))], mask_id, score)
+                    for p in masked
+                }
+                chosen, slack = choose(
+                    rule, {p: proposal[1] for p, proposal in proposals.items()}, step, plan
+                )
                 for position in chosen:
                     commits[position] = proposals[position][0]
                     slack = min(slack, proposals[position][2])

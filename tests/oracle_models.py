@@ -1,8 +1,10 @@
-"""LLaDA's and Dream's architectures stated plainly: double precision, one row at a time, one head at a time.
+"""LLaDA's and Dream's architectures stated plainly: double precision, one row at a time, one head
+at a time.
 
-Nothing here is shared with the product: a checkpoint's own key names and its config.json go in, logits come out. The
-decoder oracle also needs a model whose keys and values can be kept and reused, so the one forward below takes a
-*store*: for every layer the keys and values of the whole canvas, of which only the given positions are recomputed.
+Nothing here is shared with the product: a checkpoint's own key names and its config.json go in,
+logits come out. The decoder oracle also needs a model whose keys and values can be kept and reused,
+so the one forward below takes a *store*: for every layer the keys and values of the whole canvas,
+of which only the given positions are recomputed.
 """
 
 import torch
@@ -18,9 +20,13 @@ def rotate_half(x):
 
 
 def rotate(x, positions, theta):
-    """x [n, D] at canvas positions [n]: the half-split rotation, angle = position * theta ** (-2 i / D)."""
+    """x [n, D] at canvas positions [n]: the half-split rotation, angle = position * theta ** (-2 i
+    / D).
+    """
     dim = x.shape[-1]
-    frequencies = torch.tensor([theta ** (-2.0 * i / dim) for i in range(dim // 2)], dtype=torch.float64)
+    frequencies = torch.tensor(
+        [theta ** (-2.0 * i / dim) for i in range(dim // 2)], dtype=torch.float64
+    )
     angles = positions.double()[:, None] * frequencies[None, :]
     angles = torch.cat([angles, angles], dim=-1)
     return x * angles.cos() + rotate_half(x) * angles.sin()
@@ -103,7 +109,9 @@ def shape_of(config):
 
 
 def attention(q, keys, values, heads, kv_heads):
-    """q [n, heads * D]; keys, values [kv_heads, L, D]: every query sees every key. One head after the other."""
+    """q [n, heads * D]; keys, values [kv_heads, L, D]: every query sees every key. One head after
+    the other.
+    """
     outputs = []
     dim = keys.shape[-1]
     for head in range(heads):
@@ -116,9 +124,9 @@ def attention(q, keys, values, heads, kv_heads):
 def forward_row(state, config, tokens, positions=None, store=None):
     """Raw outputs [n, V] fp32 of the tokens [n] that sit at positions [n] of a canvas.
 
-    store, when given, holds per layer (keys, values) [kv_heads, L, D] of the whole canvas; the given positions' own
-    keys and values are computed fresh and stand in for the stored ones. Returns (outputs, new store); the old store is
-    left as it was.
+    store, when given, holds per layer (keys, values) [kv_heads, L, D] of the whole canvas; the
+    given positions' own keys and values are computed fresh and stand in for the stored ones.
+    Returns (outputs, new store); the old store is left as it was.
     """
     shape = shape_of(config)
     names = shape["names"]
@@ -135,7 +143,9 @@ def forward_row(state, config, tokens, positions=None, store=None):
         k = linear(normed, state, prefix + names["k"]).view(count, kv_heads, dim)
         v = linear(normed, state, prefix + names["v"]).view(count, kv_heads, dim)
         q = torch.stack([rotate(q[:, h], positions, shape["theta"]) for h in range(heads)], dim=1)
-        k = torch.stack([rotate(k[:, h], positions, shape["theta"]) for h in range(kv_heads)], dim=0)
+        k = torch.stack(
+            [rotate(k[:, h], positions, shape["theta"]) for h in range(kv_heads)], dim=0
+        )
         v = v.transpose(0, 1)
         if store is None:
             keys, values = k, v
@@ -168,7 +178,9 @@ def dream_logits(state, config, tokens):
 
 
 def logits(state, config, tokens):
-    return (llada_logits if config["model_type"] == "llada" else dream_logits)(state, config, tokens)
+    return (llada_logits if config["model_type"] == "llada" else dream_logits)(
+        state, config, tokens
+    )
 
 
 # What the published config.json files carry, with the numbers of the 8B and 7B checkpoints.
@@ -262,7 +274,9 @@ DREAM_7B = {
 
 
 def key_shapes(config):
-    """Every key of a published checkpoint of this config -> its shape, written out from the table of names."""
+    """Every key of a published checkpoint of this config -> its shape, written out from the table
+    of names.
+    """
     shape = shape_of(config)
     names = shape["names"]
     width, mlp = shape["width"], shape["mlp"]
@@ -286,11 +300,15 @@ def key_shapes(config):
 
 
 def random_state(config, seed, scale=0.25):
-    """A random state dict of published names; norm weights are spread around 1 so that a dropped one shows."""
+    """A random state dict of published names; norm weights are spread around 1 so that a dropped
+    one shows.
+    """
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in key_shapes(config).items():
         values = torch.randn(shape, generator=generator)
         is_norm = len(shape) == 1 and not name.endswith(".bias")
-        state[name] = 1.0 + 0.3 * values if is_norm else values * (1.0 if name.endswith(".bias") else scale)
+        state[name] = (
+            1.0 + 0.3 * values if is_norm else values * (1.0 if name.endswith(".bias") else scale)
+        )
     return state

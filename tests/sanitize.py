@@ -1,6 +1,8 @@
-"""One small case of every kernel, for compute-sanitizer: `compute-sanitizer --tool memcheck python tests/sanitize.py`.
+"""One small case of every kernel, for compute-sanitizer: `compute-sanitizer --tool memcheck python
+tests/sanitize.py`.
 
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor its own allocation, so that a step past its end is seen.
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor its own allocation, so that a step past its end
+is seen.
 """
 
 import torch
@@ -20,22 +22,39 @@ def numbers(*values):
 
 
 def attention():
-    """Split and whole passes, ragged rows, a group of 7, pages, rotation, a width that no tile divides."""
+    """Split and whole passes, ragged rows, a group of 7, pages, rotation, a width that no tile
+    divides.
+    """
     for heads, kv_heads, dim, slots in ((4, 4, 128, 300), (7, 1, 64, 90), (2, 2, 96, 513)):
         q, k, v = normal(2, 9, heads, dim), normal(2, 9, kv_heads, dim), normal(2, 9, kv_heads, dim)
         caches = normal(2, slots, kv_heads, dim), normal(2, slots, kv_heads, dim)
         tables = torch.randn(2, slots, dim // 2, device=DEVICE).unbind(0)
         spans = numbers(0, slots - 9), numbers(slots, slots)
-        ops.block_attention(q, k, v, *caches, *spans, block_len=numbers(9, 5), cos=tables[0], sin=tables[1], return_lse=True)
+        ops.block_attention(
+            q,
+            k,
+            v,
+            *caches,
+            *spans,
+            block_len=numbers(9, 5),
+            cos=tables[0],
+            sin=tables[1],
+            return_lse=True,
+        )
         pages = torch.arange(2 * -(-slots // 16), dtype=torch.int32, device=DEVICE).view(2, -1)
         paged = [normal(pages.numel(), 16, kv_heads, dim) for _ in caches]
         ops.block_attention(q, k, v, *paged, *spans, page_table=pages)
-        # Forms that the op does not take for such small shapes, and the portable kernel, which it leaves aside on a Hopper.
+        # Forms that the op does not take for such small shapes, and the portable kernel, which it
+        # leaves aside on a Hopper.
         rest = (None, None, numbers(9, 5), *tables, 0.1, torch.empty_like(q), None)
         if ops.backend.chip_of(q.device).hopper and dim != 96:
             from fastdllm_kernels.attention_hopper import Config, launch
 
-            for form in (Config(2, 64, 4, splits=2), Config(1, 64, 3, programs=1), Config(2, 64, 3, apart=True)):
+            for form in (
+                Config(2, 64, 4, splits=2),
+                Config(1, 64, 3, programs=1),
+                Config(2, 64, 3, apart=True),
+            ):
                 launch(q, k, v, *caches, *spans, *rest, form)
         attention_triton.launch(q, k, v, *caches, *spans, *rest)
 
@@ -44,8 +63,12 @@ def selection():
     logits, tokens = normal(2, 9, 5003), torch.full((2, 9), 7, device=DEVICE)
     rules = ops.Threshold(0.5), ops.Factor(1.0), ops.Quota(4), ops.Quota(4, "dream")
     for rule, score in zip(rules, ops.SCORES, strict=True):
-        ops.confidence_select(logits, tokens.clone(), mask_id=7, rule=rule, score=score, temperature=0.7, seed=1)
-    ops.token_confidence(logits.flatten(0, 1), return_logsumexp=True, return_entropy=True, return_margin=True)
+        ops.confidence_select(
+            logits, tokens.clone(), mask_id=7, rule=rule, score=score, temperature=0.7, seed=1
+        )
+    ops.token_confidence(
+        logits.flatten(0, 1), return_logsumexp=True, return_entropy=True, return_margin=True
+    )
     ops.token_confidence_partials(logits.flatten(0, 1), vocab_start=2)
 
 
@@ -59,7 +82,17 @@ def layers():
     ops.swiglu(normal(9, 270))
     q, k, v = normal(2, 9, 4, 64), normal(2, 9, 2, 64), normal(2, 9, 2, 64)
     cos, sin = torch.randn(2, 40, 32, device=DEVICE).unbind(0)
-    ops.rope_to_cache(q, k, v, cos, sin, numbers(0, 31), normal(2, 40, 2, 64), normal(2, 40, 2, 64), length=numbers(9, 4))
+    ops.rope_to_cache(
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        numbers(0, 31),
+        normal(2, 40, 2, 64),
+        normal(2, 40, 2, 64),
+        length=numbers(9, 4),
+    )
 
 
 if __name__ == "__main__":

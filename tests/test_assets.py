@@ -1,4 +1,6 @@
-"""The two small trained models that ship with the package: they load, and solve problems in a few forwards."""
+"""The two small trained models that ship with the package: they load, and solve problems in a few
+forwards.
+"""
 
 import re
 import sys
@@ -18,13 +20,18 @@ PROBLEMS = 12
 
 @pytest.fixture(scope="module", params=NAMES)
 def solved(request):
-    """(model, test problems, a function that decodes them all with given options and returns texts and the Generation)."""
+    """(model, test problems, a function that decodes them all with given options and returns texts
+    and the Generation).
+    """
     sys.path.insert(0, str(ROOT / "bench" / "quality"))
     from problems import make_problem
     from tokenizer import prompt_of
 
     folder = ASSETS / request.param
-    model, tokenizer = fastdllm.load(folder, device="cpu", dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        fastdllm.load(folder, device="cpu", dtype=torch.float32),
+        AutoTokenizer.from_pretrained(folder),
+    )
     problems = [make_problem(index, "test") for index in range(PROBLEMS)]
     prompts = [tokenizer(prompt_of(problem)).input_ids for problem in problems]
 
@@ -37,7 +44,10 @@ def solved(request):
 
 
 def right(problems, texts):
-    return sum(text.strip().endswith(f"#### {problem.final}") for problem, text in zip(problems, texts, strict=True))
+    return sum(
+        text.strip().endswith(f"#### {problem.final}")
+        for problem, text in zip(problems, texts, strict=True)
+    )
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
@@ -45,7 +55,9 @@ def test_unseen_problems_are_solved_in_few_forwards(solved, cache):
     model, problems, decode = solved
     texts, done = decode(cache=cache)
     assert right(problems, texts) >= PROBLEMS - 1
-    assert done.nfe.float().mean() < 24, "a worked answer of 70 tokens should take a few forwards, not one a token"
+    assert done.nfe.float().mean() < 24, (
+        "a worked answer of 70 tokens should take a few forwards, not one a token"
+    )
     if cache != "none":
         assert (done.refreshes <= 128 // 32).all()
 

@@ -1,8 +1,9 @@
-"""block_attention: the reference and the kernel against a naive fp64 loop, and against what PyTorch's own SDPA loses.
+"""block_attention: the reference and the kernel against a naive fp64 loop, and against what
+PyTorch's own SDPA loses.
 
-Shapes say what they reach: T around the tiles (1, 4, 31, 32, 33, 64), empty prefix, empty suffix, ragged rows, left
-offsets, groups 1, 4, 7, 8, every head dimension, strided and paged caches. Whatever a row must not see holds NaN or
-infinity; outputs hold NaN before the call.
+Shapes say what they reach: T around the tiles (1, 4, 31, 32, 33, 64), empty prefix, empty suffix,
+ragged rows, left offsets, groups 1, 4, 7, 8, every head dimension, strided and paged caches.
+Whatever a row must not see holds NaN or infinity; outputs hold NaN before the call.
 """
 
 import math
@@ -22,18 +23,40 @@ H200 = Chip(132, 232448, overlap=True)
 SPANS = ("block_start", "kv_len", "kv_start", "block_len")
 
 
-def inputs(dtype, device, *, T=4, H=2, HK=2, D=64, S=48, block_start=(20,), kv_len=None, kv_start=None, block_len=None,
-           page=0, rotation=None, layout="plain", seed=0):  # fmt: skip
-    """Arguments of block_attention by name; every cached slot and fresh row that must have no influence is poisoned."""
+def inputs(
+    dtype,
+    device,
+    *,
+    T=4,
+    H=2,
+    HK=2,
+    D=64,
+    S=48,
+    block_start=(20,),
+    kv_len=None,
+    kv_start=None,
+    block_len=None,
+    page=0,
+    rotation=None,
+    layout="plain",
+    seed=0,
+):
+    """Arguments of block_attention by name; every cached slot and fresh row that must have no
+    influence is poisoned.
+    """
     B, random = len(block_start), torch.Generator().manual_seed(seed)
     fused = torch.randn(B, T, (H + 2 * HK) * D, generator=random).to(device, dtype)
     q, k, v = (x.unflatten(-1, (-1, D)) for x in fused.split([H * D, HK * D, HK * D], dim=-1))
     caches = [torch.randn(B, S, HK, D, generator=random).to(device, dtype) for _ in range(2)]
-    given = dict(block_start=block_start, kv_len=kv_len or (S,) * B, kv_start=kv_start, block_len=block_len)
+    given = dict(
+        block_start=block_start, kv_len=kv_len or (S,) * B, kv_start=kv_start, block_len=block_len
+    )
     for b in range(B):
         seen, length = visible(given, b, S, T)
         for cache in caches:
-            cache[b, [slot for slot in range(S) if slot not in seen]] = math.nan if b % 2 else math.inf
+            cache[b, [slot for slot in range(S) if slot not in seen]] = (
+                math.nan if b % 2 else math.inf
+            )
         q[b, length:], k[b, length:], v[b, length:] = math.nan, math.nan, math.inf
     if layout == "heads first":
         caches = [cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in caches]
@@ -41,35 +64,61 @@ def inputs(dtype, device, *, T=4, H=2, HK=2, D=64, S=48, block_start=(20,), kv_l
         caches[1] = caches[1].transpose(1, 2).contiguous().transpose(1, 2)
     elif layout == "plain":
         q, k, v = (x.contiguous() for x in (q, k, v))
-    spans = {name: None if given[name] is None else torch.tensor(given[name], dtype=torch.int32, device=device)
-             for name in SPANS}  # fmt: skip
+    spans = {
+        name: None
+        if given[name] is None
+        else torch.tensor(given[name], dtype=torch.int32, device=device)
+        for name in SPANS
+    }
     table = None
     if page:
         caches, table = paged(caches, page, random)
     cos = sin = None
     if rotation:
         angles = torch.rand(S + 2 * T, D // 2, generator=random) * 100
-        cos, sin = (x.to(device, torch.float32 if rotation == "fp32" else dtype) for x in (angles.cos(), angles.sin()))
-    return dict(q=q, k=k, v=v, k_cache=caches[0], v_cache=caches[1], page_table=table, cos=cos, sin=sin, **spans)
+        cos, sin = (
+            x.to(device, torch.float32 if rotation == "fp32" else dtype)
+            for x in (angles.cos(), angles.sin())
+        )
+    return dict(
+        q=q,
+        k=k,
+        v=v,
+        k_cache=caches[0],
+        v_cache=caches[1],
+        page_table=table,
+        cos=cos,
+        sin=sin,
+        **spans,
+    )
 
 
 def visible(given, b, S, T):
     """(cached slots that row b sees, the length of its block)."""
-    start, length = given["block_start"][b], T if given["block_len"] is None else given["block_len"][b]
+    start, length = (
+        given["block_start"][b],
+        T if given["block_len"] is None else given["block_len"][b],
+    )
     first = 0 if given["kv_start"] is None else given["kv_start"][b]
     slots = [*range(first, start), *range(start + length, given["kv_len"][b])]
     return [slot for slot in slots if slot < S], length
 
 
 def paged(caches, page, random):
-    """The caches cut into shuffled pages among others full of NaN, and the page table; entries past the end are wild."""
+    """The caches cut into shuffled pages among others full of NaN, and the page table; entries past
+    the end are wild.
+    """
     B, S, HK, D = caches[0].shape
     count = -(-S // page)
     order = torch.randperm(B * count + 3, generator=random)
     pools = []
     for cache in caches:
-        pool = torch.full((B * count + 3, page, HK, D), math.nan, dtype=cache.dtype, device=cache.device)
-        padded = torch.full((B, count * page, HK, D), math.nan, dtype=cache.dtype, device=cache.device)
+        pool = torch.full(
+            (B * count + 3, page, HK, D), math.nan, dtype=cache.dtype, device=cache.device
+        )
+        padded = torch.full(
+            (B, count * page, HK, D), math.nan, dtype=cache.dtype, device=cache.device
+        )
         padded[:, :S] = cache
         pool[order[: B * count].to(cache.device)] = padded.view(B * count, page, HK, D)
         pools.append(pool)
@@ -79,10 +128,15 @@ def paged(caches, page, random):
 
 
 def oracle(x, scale=None):
-    """(out, lse) in fp64 by a loop over rows and heads, and what SDPA gives for the same keys in the inputs' dtype."""
+    """(out, lse) in fp64 by a loop over rows and heads, and what SDPA gives for the same keys in
+    the inputs' dtype.
+    """
     B, T, H, D = x["q"].shape
     HK, scale = x["k"].shape[2], D**-0.5 if scale is None else scale
-    out, lse = torch.zeros(B, T, H, D, dtype=torch.float64), torch.full((B, T, H), -math.inf, dtype=torch.float64)
+    out, lse = (
+        torch.zeros(B, T, H, D, dtype=torch.float64),
+        torch.full((B, T, H), -math.inf, dtype=torch.float64),
+    )
     library = torch.zeros(B, T, H, D, dtype=x["q"].dtype)
     given = {name: None if x[name] is None else x[name].tolist() for name in SPANS}
     caches = [x[name] if x["page_table"] is None else None for name in ("k_cache", "v_cache")]
@@ -92,14 +146,18 @@ def oracle(x, scale=None):
         if x["page_table"] is not None:
             size = x["k_cache"].shape[1]
             at = [(int(x["page_table"][b, slot // size]), slot % size) for slot in slots]
-            cached = [torch.stack([x[name][i, j] for i, j in at]) if at else x[name][0, :0]
-                      for name in ("k_cache", "v_cache")]  # fmt: skip
+            cached = [
+                torch.stack([x[name][i, j] for i, j in at]) if at else x[name][0, :0]
+                for name in ("k_cache", "v_cache")
+            ]
         else:
             cached = [cache[b, slots] for cache in caches]
         q, k, v = (x[name][b : b + 1, :length] for name in "qkv")
         rounded = [q, k]
         if x["cos"] is not None:
-            angles = [table[given["block_start"][b] :][:length][None] for table in (x["cos"], x["sin"])]
+            angles = [
+                table[given["block_start"][b] :][:length][None] for table in (x["cos"], x["sin"])
+            ]
             rounded = [rotate(y, *angles) for y in (q, k)]
             q, k = (rotate(y.double(), *(angle.double() for angle in angles)) for y in (q, k))
         if not slots and not length:
@@ -111,17 +169,24 @@ def oracle(x, scale=None):
             lse[b, :length, head] = torch.logsumexp(scores, -1).cpu()
             out[b, :length, head] = (torch.softmax(scores, -1) @ values).cpu()
         keys, values = torch.cat([cached[0], rounded[1][0]]), torch.cat([cached[1], v[0]])
-        heads_first = [y.transpose(-3, -2)[None] if y.ndim == 3 else y.transpose(1, 2) for y in (rounded[0], keys, values)]
+        heads_first = [
+            y.transpose(-3, -2)[None] if y.ndim == 3 else y.transpose(1, 2)
+            for y in (rounded[0], keys, values)
+        ]
         heads_first[1:] = [y.repeat_interleave(H // HK, dim=1) for y in heads_first[1:]]
         if scale <= 0:  # the library's kernels take neither
             heads_first[0] = -heads_first[0]
-        result = torch.nn.functional.scaled_dot_product_attention(*heads_first, scale=max(abs(scale), 1e-6))
+        result = torch.nn.functional.scaled_dot_product_attention(
+            *heads_first, scale=max(abs(scale), 1e-6)
+        )
         library[b, :length] = result.transpose(1, 2)[0].cpu()
     return out, lse, library
 
 
 def assert_close(x, out, lse, scale=None):
-    """At most twice SDPA's error in the same dtype, plus a few units in the last place of the largest element."""
+    """At most twice SDPA's error in the same dtype, plus a few units in the last place of the
+    largest element.
+    """
     true_out, true_lse, library = oracle(x, scale)
     ulp = torch.finfo(out.dtype).eps
     allowed = 2 * (library.double() - true_out).abs().max() + 4 * ulp * true_out.abs().max()
@@ -131,12 +196,16 @@ def assert_close(x, out, lse, scale=None):
     assert (lse.cpu() == -math.inf).equal(empty)
     # The log-sum-exp inherits the rounding of the rotated queries and keys, in units of the scores.
     loss = 8 * ulp if x["cos"] is not None else 64 * torch.finfo(torch.float32).eps
-    torch.testing.assert_close(lse.cpu().double()[~empty], true_lse[~empty], rtol=loss, atol=4 * loss)
+    torch.testing.assert_close(
+        lse.cpu().double()[~empty], true_lse[~empty], rtol=loss, atol=4 * loss
+    )
     assert not out.cpu()[empty].any()
 
 
 def run(x, chosen=None, scale=None, kernel=attention_triton):
-    """The op on x with poisoned outputs, through the public call or, with a Config, through the kernel's launcher."""
+    """The op on x with poisoned outputs, through the public call or, with a Config, through the
+    kernel's launcher.
+    """
     out = torch.full(x["q"].shape, math.nan, dtype=x["q"].dtype, device=x["q"].device)
     if chosen is None:
         result, lse = block_attention(**x, scale=scale, return_lse=True, out=out)
@@ -167,7 +236,9 @@ CASES = {
     "no cache at all": dict(T=5, S=0, block_start=(0,), kv_len=(5,)),
     "ragged rows": dict(block_start=(0, 7, 44, 20), kv_len=(48, 11, 48, 30), rotation="own"),
     "left offsets": dict(block_start=(9, 20, 30), kv_start=(9, 3, 29), kv_len=(13, 48, 40)),
-    "block lengths": dict(T=33, S=90, block_start=(20, 1, 50, 7), block_len=(33, 1, 0, 20), kv_len=(90, 90, 70, 9)),
+    "block lengths": dict(
+        T=33, S=90, block_start=(20, 1, 50, 7), block_len=(33, 1, 0, 20), kv_len=(90, 90, 70, 9)
+    ),
     "slices of one product": dict(H=4, HK=2, layout="fused", rotation="own"),
     "heads first": dict(H=4, HK=2, layout="heads first", block_start=(20, 9)),
     "unlike caches": dict(layout="unlike", block_start=(20, 9), kv_start=(1, 2)),
@@ -204,14 +275,28 @@ TILES = {
 @pytest.mark.parametrize("page", [0, 16])
 @pytest.mark.parametrize("chosen", TILES.values(), ids=TILES)
 def test_configurations(chosen, page, dtype, device, triton_backend):
-    x = inputs(dtype, device, T=9, H=4, HK=2, S=90, block_start=(40, 0, 81), kv_len=(77, 90, 90), kv_start=(2, 0, 60),
-               block_len=(9, 3, 9), page=page, rotation="own" if page else "fp32")  # fmt: skip
+    x = inputs(
+        dtype,
+        device,
+        T=9,
+        H=4,
+        HK=2,
+        S=90,
+        block_start=(40, 0, 81),
+        kv_len=(77, 90, 90),
+        kv_start=(2, 0, 60),
+        block_len=(9, 3, 9),
+        page=page,
+        rotation="own" if page else "fp32",
+    )
     assert_close(x, *run(x, chosen))
 
 
 @pytest.mark.parametrize("chosen", [Config(16, 16, 4, 2), Config(16, 16, 4, 2, splits=3)])
 def test_own_keys_of_many_tiles_without_rotation(chosen, dtype, device):
-    x = inputs(dtype, device, T=70, H=1, HK=1, S=90, block_start=(5,), block_len=(66,), layout="fused")
+    x = inputs(
+        dtype, device, T=70, H=1, HK=1, S=90, block_start=(5,), block_len=(66,), layout="fused"
+    )
     assert_close(x, *run(x, chosen))
 
 
@@ -240,12 +325,24 @@ def test_out_may_be_strided(device, triton_backend):
 def test_halves_merge_to_the_whole(dtype, device, triton_backend):
     x = inputs(dtype, device, T=16, H=4, HK=2, S=16, block_start=(16,), kv_len=(32,))
     whole, whole_lse = run(x)
-    alone = {**x, "block_start": torch.zeros_like(x["block_start"]), "kv_len": torch.full_like(x["kv_len"], 16)}
-    (first, first_lse), (second, second_lse) = run({**alone, "k": x["k_cache"], "v": x["v_cache"]}), run(alone)
+    alone = {
+        **x,
+        "block_start": torch.zeros_like(x["block_start"]),
+        "kv_len": torch.full_like(x["kv_len"], 16),
+    }
+    (first, first_lse), (second, second_lse) = (
+        run({**alone, "k": x["k_cache"], "v": x["v_cache"]}),
+        run(alone),
+    )
     lse = torch.logaddexp(first_lse, second_lse)
-    merged = first.float() * (first_lse - lse).exp()[..., None] + second.float() * (second_lse - lse).exp()[..., None]
+    merged = (
+        first.float() * (first_lse - lse).exp()[..., None]
+        + second.float() * (second_lse - lse).exp()[..., None]
+    )
     torch.testing.assert_close(lse, whole_lse)
-    torch.testing.assert_close(merged.to(dtype), whole, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(
+        merged.to(dtype), whole, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps
+    )
 
 
 def test_nothing_is_written_but_the_result(device, triton_backend):
@@ -287,7 +384,9 @@ class TestConfig:
     """The configuration function: pure, and each branch where it should be."""
 
     def test_splits_fill_the_gpu(self):
-        assert config(1, 32, 32, 32, 128, 512, 2, H200).splits == 4  # 128 programs, one a multiprocessor
+        assert (
+            config(1, 32, 32, 32, 128, 512, 2, H200).splits == 4
+        )  # 128 programs, one a multiprocessor
         assert config(8, 32, 28, 4, 128, 2048, 2, H200).splits == 2  # 256, two on each
         assert config(8, 32, 32, 32, 128, 2048, 2, H200).splits == 1
         assert config(1, 32, 28, 4, 128, 256, 2, H200).splits == 1
@@ -302,8 +401,13 @@ class TestConfig:
             assert not (chosen.rotate_first and chosen.splits > 1)  # two launches at most
 
     def test_tiles_follow_the_work(self):
-        assert {config(1, T, 8, 8, 128, 2048, 2, H200).TILE_ROWS for T in (1, 32, 64, 100, 5000)} == {64}
-        keys = [config(B, 32, 32, 32, 128, slots, 2, H200).TILE_KEYS for B, slots in ((1, 512), (1, 1024), (8, 2048))]
+        assert {
+            config(1, T, 8, 8, 128, 2048, 2, H200).TILE_ROWS for T in (1, 32, 64, 100, 5000)
+        } == {64}
+        keys = [
+            config(B, 32, 32, 32, 128, slots, 2, H200).TILE_KEYS
+            for B, slots in ((1, 512), (1, 1024), (8, 2048))
+        ]
         assert keys == [64, 32, 32]
         assert config(8, 32, 28, 4, 128, 2048, 2, H200).TILE_KEYS == 64
 
@@ -312,7 +416,9 @@ class TestConfig:
         for D in (64, 128, 256):
             for itemsize in (2, 4):
                 chosen = config(4, 512, 32, 32, D, 2048, itemsize, small)
-                buffers = (chosen.TILE_ROWS + 2 * chosen.num_stages * chosen.TILE_KEYS) * D * itemsize
+                buffers = (
+                    (chosen.TILE_ROWS + 2 * chosen.num_stages * chosen.TILE_KEYS) * D * itemsize
+                )
                 assert buffers <= small.shared and chosen.TILE_ROWS >= 16 and chosen.TILE_KEYS >= 16
 
 
@@ -321,7 +427,11 @@ class TestConfig:
 
 def real(device, B, H, HK, slots, T=32, dtype=torch.bfloat16, **changes):
     starts = tuple((slots // 2 + 37 * b) % (slots - T + 1) for b in range(B))
-    return inputs(dtype, device, **{**dict(T=T, H=H, HK=HK, D=128, S=slots, block_start=starts, rotation="own"), **changes})
+    return inputs(
+        dtype,
+        device,
+        **{**dict(T=T, H=H, HK=HK, D=128, S=slots, block_start=starts, rotation="own"), **changes},
+    )
 
 
 @pytest.mark.gpu
@@ -349,7 +459,9 @@ def test_a_graph_replays_with_other_spans(heads, page, device, triton_backend):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, lse = block_attention(**x, return_lse=True)
-    other = real(device, 2, *heads, 1024, page=page, block_start=(0, 900), kv_len=(40, 1024), seed=1)
+    other = real(
+        device, 2, *heads, 1024, page=page, block_start=(0, 900), kv_len=(40, 1024), seed=1
+    )
     for name, value in other.items():
         if value is not None:
             x[name].copy_(value)
@@ -382,4 +494,3 @@ def test_a_thousand_launches_give_the_same_bits(heads, device, triton_backend):
     for _ in range(1000):
         out, lse = block_attention(**x, return_lse=True)
         assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
-

@@ -1,4 +1,6 @@
-"""attention_hopper: the portable kernel's cases in every form of program, on a Hopper; elsewhere only what is pure."""
+"""attention_hopper: the portable kernel's cases in every form of program, on a Hopper; elsewhere
+only what is pure.
+"""
 
 import math
 
@@ -16,7 +18,8 @@ from fastdllm_kernels.attention_hopper import Config, config  # noqa: E402
 from fastdllm_kernels.backend import Chip  # noqa: E402
 
 on_hopper = pytest.mark.skipif(
-    not (torch.cuda.is_available() and backend.chip_of(torch.device("cuda", 0)).hopper), reason="needs a Hopper GPU"
+    not (torch.cuda.is_available() and backend.chip_of(torch.device("cuda", 0)).hopper),
+    reason="needs a Hopper GPU",
 )
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 FORMS = {
@@ -44,27 +47,32 @@ SPANS = {
     "the block alone": dict(S=32, block_start=(0,)),
     "a few keys": dict(S=70, block_start=(3, 20), kv_len=(36, 70)),
     "left offsets": dict(S=300, block_start=(90, 200), kv_start=(77, 3)),
-    "block lengths": dict(S=300, block_start=(20, 1, 250), block_len=(32, 0, 7), kv_len=(300, 40, 257)),
+    "block lengths": dict(
+        S=300, block_start=(20, 1, 250), block_len=(32, 0, 7), kv_len=(300, 40, 257)
+    ),
 }
 
 
 H200 = Chip(132, 232448, overlap=True, hopper=True)
 
 
-@pytest.mark.parametrize("B, T, heads, keys, consumers, stages, splits", [
-    (1, 32, (32, 32), 2048, 1, 6, 3),
-    (1, 32, (32, 32), 4096, 1, 6, 4),
-    (1, 32, (28, 4), 4096, 1, 6, 8),
-    (1, 32, (28, 4), 512, 1, 6, 6),
-    (8, 32, (28, 4), 512, 1, 6, 1),
-    (8, 32, (28, 4), 1024, 2, 3, 1),
-    (4, 32, (28, 4), 2048, 1, 6, 2),
-    (8, 32, (32, 8), 2048, 1, 6, 1),
-    (32, 32, (28, 4), 1024, 1, 3, 1),
-    (8, 32, (32, 32), 2048, 1, 3, 1),
-    (1, 32, (32, 32), 256, 1, 6, 1),
-    (1, 2048, (32, 32), 2048, 2, 3, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "B, T, heads, keys, consumers, stages, splits",
+    [
+        (1, 32, (32, 32), 2048, 1, 6, 3),
+        (1, 32, (32, 32), 4096, 1, 6, 4),
+        (1, 32, (28, 4), 4096, 1, 6, 8),
+        (1, 32, (28, 4), 512, 1, 6, 6),
+        (8, 32, (28, 4), 512, 1, 6, 1),
+        (8, 32, (28, 4), 1024, 2, 3, 1),
+        (4, 32, (28, 4), 2048, 1, 6, 2),
+        (8, 32, (32, 8), 2048, 1, 6, 1),
+        (32, 32, (28, 4), 1024, 1, 3, 1),
+        (8, 32, (32, 32), 2048, 1, 3, 1),
+        (1, 32, (32, 32), 256, 1, 6, 1),
+        (1, 2048, (32, 32), 2048, 2, 3, 1),
+    ],
+)
 def test_the_measured_configurations_are_picked(B, T, heads, keys, consumers, stages, splits):
     chosen = config(B, T, *heads, 128, keys, 2, H200)
     assert (chosen.CONSUMERS, chosen.num_stages, chosen.splits) == (consumers, stages, splits)
@@ -75,22 +83,30 @@ def test_the_measured_configurations_are_picked(B, T, heads, keys, consumers, st
 def test_the_ring_fits(T, keys):
     for B, heads in ((1, (8, 8)), (1, (8, 1)), (8, (28, 4)), (64, (28, 4))):
         chosen = config(B, T, *heads, 128, keys, 2, H200)
-        rows, slots = 64 * chosen.CONSUMERS, 2 * chosen.num_stages * chosen.TILE_KEYS * (2 if chosen.apart else 1)
+        rows, slots = (
+            64 * chosen.CONSUMERS,
+            2 * chosen.num_stages * chosen.TILE_KEYS * (2 if chosen.apart else 1),
+        )
         assert (rows + slots) * 128 * 2 + 1024 <= H200.shared
         assert not (chosen.rotate_first and chosen.splits > 1), "two launches at most"
 
 
-@pytest.mark.parametrize("dtype, D, pages, misplaced, expected", [
-    (torch.bfloat16, 128, 0, 0, attention_hopper),
-    (torch.float16, 64, 1, 0, attention_hopper),
-    (torch.float32, 128, 0, 0, attention_triton),
-    (torch.bfloat16, 96, 0, 0, attention_triton),
-    (torch.bfloat16, 128, 2, 0, attention_triton),
-    (torch.bfloat16, 128, 0, 1, attention_triton),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, D, pages, misplaced, expected",
+    [
+        (torch.bfloat16, 128, 0, 0, attention_hopper),
+        (torch.float16, 64, 1, 0, attention_hopper),
+        (torch.float32, 128, 0, 0, attention_triton),
+        (torch.bfloat16, 96, 0, 0, attention_triton),
+        (torch.bfloat16, 128, 2, 0, attention_triton),
+        (torch.bfloat16, 128, 0, 1, attention_triton),
+    ],
+)
 def test_the_kernel_that_runs_on_a_hopper(dtype, D, pages, misplaced, expected, monkeypatch):
     fresh = torch.empty(2, 8, 4, D, dtype=dtype)
-    cache = torch.empty(2 * 32 * 4 * D + misplaced, dtype=dtype)[misplaced:].view(2, 32, 4, D)  # one element off 16 bytes
+    cache = torch.empty(2 * 32 * 4 * D + misplaced, dtype=dtype)[misplaced:].view(
+        2, 32, 4, D
+    )  # one element off 16 bytes
     table = torch.zeros(2, pages, dtype=torch.int32) if pages else None
     arguments = (fresh, fresh, fresh, cache, cache, table, fresh, fresh)
     assert attention._kernel(*arguments) is attention_triton, "here"
@@ -108,7 +124,10 @@ def taken(x):
 @on_hopper
 @HALVES
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("form", ["1 consumer, several tiles", "2 consumers, 2 splits", "2 consumers, long tiles", "apart"])
+@pytest.mark.parametrize(
+    "form",
+    ["1 consumer, several tiles", "2 consumers, 2 splits", "2 consumers, long tiles", "apart"],
+)
 def test_the_portable_kernels_cases(form, case, dtype):
     x = inputs(dtype, "cuda", **case)
     if not taken(x):
@@ -122,41 +141,76 @@ def test_the_portable_kernels_cases(form, case, dtype):
 @pytest.mark.parametrize("span", SPANS.values(), ids=SPANS)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_forms_and_spans(form, span, heads, rotation):
-    x = inputs(torch.bfloat16, "cuda", T=32, H=heads[0], HK=heads[1], D=128, rotation=rotation, layout="fused", **span)
+    x = inputs(
+        torch.bfloat16,
+        "cuda",
+        T=32,
+        H=heads[0],
+        HK=heads[1],
+        D=128,
+        rotation=rotation,
+        layout="fused",
+        **span,
+    )
     assert_close(x, *run(x, form, kernel=attention_hopper))
 
 
 @on_hopper
 @pytest.mark.parametrize("T", [1, 4, 31, 33, 64, 100, 300])
 @pytest.mark.parametrize("D", [64, 128])
-@pytest.mark.parametrize("form", [
-    "1 consumer, several tiles", "2 consumers", "2 consumers, several long tiles", "apart", "apart, 3 splits",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "form",
+    [
+        "1 consumer, several tiles",
+        "2 consumers",
+        "2 consumers, several long tiles",
+        "apart",
+        "apart, 3 splits",
+    ],
+)
 def test_block_lengths(form, D, T):
-    x = inputs(torch.bfloat16, "cuda", T=T, H=4, HK=2, D=D, S=T + 200, block_start=(60, 0), rotation="fp32")
+    x = inputs(
+        torch.bfloat16, "cuda", T=T, H=4, HK=2, D=D, S=T + 200, block_start=(60, 0), rotation="fp32"
+    )
     assert_close(x, *run(x, FORMS[form], kernel=attention_hopper))
 
 
 @on_hopper
 @pytest.mark.parametrize("D", [64, 128])
-@pytest.mark.parametrize("form", [
-    Config(2, 128, 3, programs=3), Config(1, 64, 3, programs=2), Config(2, 64, 5), FORMS["apart"],
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "form",
+    [
+        Config(2, 128, 3, programs=3),
+        Config(1, 64, 3, programs=2),
+        Config(2, 64, 5),
+        FORMS["apart"],
+    ],
+    ids=str,
+)
 def test_whole_sequences_without_a_cache(form, D):
-    x = inputs(torch.bfloat16, "cuda", T=300, H=4, HK=2, D=D, S=0, block_start=(0, 0), kv_len=(300, 300))
+    x = inputs(
+        torch.bfloat16, "cuda", T=300, H=4, HK=2, D=D, S=0, block_start=(0, 0), kv_len=(300, 300)
+    )
     assert_close(x, *run(x, form, kernel=attention_hopper))
 
 
 @on_hopper
 def test_a_refresh_of_whole_rows_takes_this_kernel(monkeypatch):
-    q, k, v = (torch.randn(2, 200, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2))
+    q, k, v = (
+        torch.randn(2, 200, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2)
+    )
     start = torch.zeros(2, dtype=torch.int32, device="cuda")
     expected = full_attention(q, k, v, None)
     monkeypatch.delattr(torch.nn.functional, "scaled_dot_product_attention")
     out = full_attention(q, k, v, Span(start, start + 200, start + 200, whole=True, ragged=False))
     torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
     with pytest.raises(AttributeError):  # and has no gradient
-        full_attention(q.requires_grad_(), k, v, Span(start, start + 200, start + 200, whole=True, ragged=False))
+        full_attention(
+            q.requires_grad_(),
+            k,
+            v,
+            Span(start, start + 200, start + 200, whole=True, ragged=False),
+        )
 
 
 @on_hopper
@@ -168,7 +222,9 @@ def test_scale(scale):
 
 @on_hopper
 def test_rows_of_a_table_and_a_strided_result():
-    x = inputs(torch.bfloat16, "cuda", T=8, H=4, HK=2, S=90, block_start=(20, 40), rotation="own", page=90)
+    x = inputs(
+        torch.bfloat16, "cuda", T=8, H=4, HK=2, S=90, block_start=(20, 40), rotation="own", page=90
+    )
     x["page_table"] = x["page_table"][:, :1]
     assert taken(x)
     for form in (Config(1, 64, 3), Config(2, 64, 5, splits=2)):
@@ -181,9 +237,15 @@ def test_rows_of_a_table_and_a_strided_result():
 
 @on_hopper
 @pytest.mark.parametrize("heads", [(32, 32), (28, 4)])
-@pytest.mark.parametrize("form", [
-    "1 consumer, 3 splits", "1 consumer, several tiles", "2 consumers, several long tiles", "apart",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "form",
+    [
+        "1 consumer, 3 splits",
+        "1 consumer, several tiles",
+        "2 consumers, several long tiles",
+        "apart",
+    ],
+)
 def test_a_thousand_launches_give_the_same_bits(form, heads):
     x = real("cuda", 2, *heads, 1024)
     expected, expected_lse = run(x, FORMS[form], kernel=attention_hopper)

@@ -44,7 +44,10 @@ def test_a_path_may_be_a_string_or_a_path_and_the_model_is_ready_for_inference(t
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wanted", [None, torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(tmp_path, stored, wanted):
-    state = {name: tensor.to(stored) for name, tensor in oracle_models.random_state(tiny.DREAM, 0).items()}
+    state = {
+        name: tensor.to(stored)
+        for name, tensor in oracle_models.random_state(tiny.DREAM, 0).items()
+    }
     model = fastdllm.load(tiny.write(tmp_path, tiny.DREAM, state), device="cpu", dtype=wanted)
     assert model.dtype == (wanted or stored)
     assert {parameter.dtype for parameter in model.parameters()} == {wanted or stored}
@@ -56,7 +59,9 @@ def test_dtypes(tmp_path, stored, wanted):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_writes_back_every_byte_under_the_published_names(tmp_path, family, dtype):
     config = tiny.FAMILIES[family]
-    state = {name: tensor.to(dtype) for name, tensor in oracle_models.random_state(config, 4).items()}
+    state = {
+        name: tensor.to(dtype) for name, tensor in oracle_models.random_state(config, 4).items()
+    }
     model = fastdllm.load(tiny.write(tmp_path / "a", config, state), device="cpu")
     fastdllm.checkpoint.save(model, tmp_path / "b")
     saved = load_file(tmp_path / "b" / "model.safetensors")
@@ -72,7 +77,9 @@ def test_save_writes_back_every_byte_under_the_published_names(tmp_path, family,
         assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "c" / file).read_bytes()
 
 
-@pytest.mark.parametrize("tied", [{**tiny.LLADA, "weight_tying": True}, {**tiny.DREAM, "tie_word_embeddings": True}])
+@pytest.mark.parametrize(
+    "tied", [{**tiny.LLADA, "weight_tying": True}, {**tiny.DREAM, "tie_word_embeddings": True}]
+)
 def test_a_tied_head_is_one_weight_on_both_sides_of_saving(tmp_path, tied):
     model, state = tiny.build(tmp_path / "a", tied)
     assert model.lm_head.weight.data_ptr() == model.embedding.weight.data_ptr()
@@ -122,9 +129,10 @@ def test_the_end_of_a_turn_stops_a_text_too(tmp_path, family, text):
     assert fastdllm.load(tmp_path, device="cpu").config.stop_ids == (config["eos_token_id"], 36)
 
 
-# Peak memory. A process reads the kernel's high-water mark of its resident pages (VmHWM, reset just before loading
-# through clear_refs). That number counts the pages of the mapped shards too, although they are not memory the process
-# owns, so it is an upper bound: a loader that keeps a second copy, or all shards mapped at once, cannot stay below it.
+# Peak memory. A process reads the kernel's high-water mark of its resident pages (VmHWM, reset just
+# before loading through clear_refs). That number counts the pages of the mapped shards too,
+# although they are not memory the process owns, so it is an upper bound: a loader that keeps a
+# second copy, or all shards mapped at once, cannot stay below it.
 MEASURE = """
 import gc, sys
 import torch
@@ -145,7 +153,9 @@ print(before, field("VmHWM"), sum(p.numel() * p.element_size() for p in model.pa
 """
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs"
+)
 def test_peak_memory_stays_near_the_model_and_one_shard(tmp_path):
     config = {
         **tiny.LLADA,
@@ -164,7 +174,10 @@ def test_peak_memory_stays_near_the_model_and_one_shard(tmp_path):
     del state
     small = tiny.write(tmp_path / "small", tiny.LLADA, oracle_models.random_state(tiny.LLADA, 0))
     output = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(folder), str(small)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", MEASURE, str(folder), str(small)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert output.returncode == 0, output.stderr
     before, peak, model = map(int, output.stdout.split())
@@ -284,7 +297,11 @@ def test_a_key_that_would_change_the_maths_is_refused_by_name(tmp_path, family, 
 def test_a_sliding_window_counts_only_where_it_is_used(tmp_path):
     state = oracle_models.random_state(tiny.DREAM, 0)
     fastdllm.load(tiny.write(tmp_path, {**tiny.DREAM, "sliding_window": 64}, state), device="cpu")
-    message = refusal(tiny.write(tmp_path, {**tiny.DREAM, "sliding_window": 64, "use_sliding_window": True}, state))
+    message = refusal(
+        tiny.write(
+            tmp_path, {**tiny.DREAM, "sliding_window": 64, "use_sliding_window": True}, state
+        )
+    )
     assert "sliding_window" in message
 
 
@@ -324,7 +341,9 @@ def test_a_missing_shard_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["model.transformer.blocks.1.v_proj.weight", "model.transformer.ln_f.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.transformer.blocks.1.v_proj.weight", "model.transformer.ln_f.weight"]
+)
 def test_weights_that_are_not_finite_are_named(tmp_path, name, value):
     state = oracle_models.random_state(tiny.LLADA, 0)
     state[name].view(-1)[-1] = value

@@ -1,4 +1,6 @@
-"""cli.py and display.py: what a user types, and what comes back on which stream with which exit code."""
+"""cli.py and display.py: what a user types, and what comes back on which stream with which exit
+code.
+"""
 
 import io
 import json
@@ -41,7 +43,11 @@ def write_tokenizer(folder, **settings):
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(["<mask>", "<end>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "mask_token": "<mask>"}
+    settings |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<end>",
+        "mask_token": "<mask>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
@@ -49,10 +55,24 @@ def write_tokenizer(folder, **settings):
 def folder(tmp_path_factory):
     """A random LLaDA of two layers with a tokenizer of characters."""
     config = ModelConfig(
-        family="llada", hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8, intermediate_size=48,
-        vocab_size=len(LETTERS) + 2, max_positions=320, rope_theta=10000.0, rms_norm_eps=1e-5, mask_id=MASK_ID,
-        stop_ids=(STOP_ID,), qkv_bias=False, tie_embeddings=False, logit_shift=0, rope_in_fp32=True,
-    )  # fmt: skip
+        family="llada",
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=8,
+        intermediate_size=48,
+        vocab_size=len(LETTERS) + 2,
+        max_positions=320,
+        rope_theta=10000.0,
+        rms_norm_eps=1e-5,
+        mask_id=MASK_ID,
+        stop_ids=(STOP_ID,),
+        qkv_bias=False,
+        tie_embeddings=False,
+        logit_shift=0,
+        rope_in_fp32=True,
+    )
     folder = tmp_path_factory.mktemp("models") / "random"
     checkpoint.save(initialize(DiffusionTransformer(config), seed=3, std=0.4), folder)
     write_tokenizer(folder)
@@ -69,15 +89,24 @@ def chat_folder(folder):
 
 @pytest.fixture
 def call(folder, capsys, monkeypatch):
-    """call("generate", ..., stdin=text) -> (exit code, stdout, stderr) of the random model on a short canvas."""
+    """call("generate", ..., stdin=text) -> (exit code, stdout, stderr) of the random model on a
+    short canvas.
+    """
     monkeypatch.delenv("NO_COLOR", raising=False)
 
     def call(command, *words, stdin="", stdout=None):
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         monkeypatch.setattr(sys, "stdout", stdout or sys.stdout)
         if command == "generate":
-            defaults = {"--model": folder, "--device": "cpu", "--gen-length": 12, "--block-length": 6}
-            words += tuple(str(x) for pair in defaults.items() if pair[0] not in words for x in pair)
+            defaults = {
+                "--model": folder,
+                "--device": "cpu",
+                "--gen-length": 12,
+                "--block-length": 6,
+            }
+            words += tuple(
+                str(x) for pair in defaults.items() if pair[0] not in words for x in pair
+            )
         return (cli.main([command, *map(str, words)]), *capsys.readouterr())
 
     return call
@@ -110,7 +139,10 @@ BAD_CALLS = [
     (["generate", "hi", "--factor", "0"], "--factor: expected a number > 0"),
     (["generate", "hi", "--factor", "inf"], "--factor"),
     (["generate", "hi", "--steps", "0"], "--steps"),
-    (["generate", "hi", "--threshold", "0.5", "--factor", "1"], "not allowed with argument --threshold"),
+    (
+        ["generate", "hi", "--threshold", "0.5", "--factor", "1"],
+        "not allowed with argument --threshold",
+    ),
     (["generate", "hi", "--factor", "1", "--steps", "2"], "not allowed with argument --factor"),
     (["generate", "hi", "--temperature", "-1"], "--temperature"),
     (["generate", "hi", "--top-p", "1.5"], "--top-p: expected a number in (0, 1]"),
@@ -138,7 +170,9 @@ def assert_one_line(err, says):
 @pytest.mark.parametrize(("argv", "says"), BAD_CALLS, ids=lambda value: " ".join(value)[:60])
 def test_a_wrong_call_is_one_line_and_exit_code_2(argv, says, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    monkeypatch.setattr(fastdllm, "load", lambda *_, **__: pytest.fail("the call should be refused before"))
+    monkeypatch.setattr(
+        fastdllm, "load", lambda *_, **__: pytest.fail("the call should be refused before")
+    )
     assert cli.main(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -152,7 +186,9 @@ def test_what_generate_refuses_is_a_wrong_call(call):
 
 
 def test_nan_in_the_logits_is_a_failure_and_not_a_wrong_call(call, monkeypatch):
-    monkeypatch.setattr(DiffusionTransformer, "head", lambda self, hidden: self.lm_head(hidden) * float("nan"))
+    monkeypatch.setattr(
+        DiffusionTransformer, "head", lambda self, hidden: self.lm_head(hidden) * float("nan")
+    )
     code, out, err = call("generate", "hi")
     assert (code, out) == (1, "")
     assert_one_line(err, "NaN")
@@ -195,9 +231,17 @@ def broken(folder, how):
 
 @pytest.mark.parametrize(
     "how",
-    ["nothing there", "a file", "no config", "config of another model", "config that is no JSON", "no weights",
-     "truncated weights", "no tokenizer"],
-)  # fmt: skip
+    [
+        "nothing there",
+        "a file",
+        "no config",
+        "config of another model",
+        "config that is no JSON",
+        "no weights",
+        "truncated weights",
+        "no tokenizer",
+    ],
+)
 def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_code_1(how, folder, tmp_path, call):
     model = broken(shutil.copytree(folder, tmp_path / "model"), how)
     code, out, err = call("generate", "hi", "--model", model)
@@ -215,7 +259,9 @@ def test_a_backend_that_does_not_exist_is_one_line(call, monkeypatch):
 def test_debug_shows_the_traceback_above_the_line(call):
     code, _, err = call("generate", "hi", "--model", "./nowhere", "--debug")
     assert code == 1
-    assert err.startswith("Traceback") and err.splitlines()[-1].startswith("fastdllm: error: cannot load ./nowhere")
+    assert err.startswith("Traceback") and err.splitlines()[-1].startswith(
+        "fastdllm: error: cannot load ./nowhere"
+    )
 
 
 def test_help_is_no_error(capsys):
@@ -258,11 +304,22 @@ def test_json_is_one_object_with_every_number(call):
     assert run["prompt"] == "one" and run["setting"] == "Fast-dLLM: cache prefix, 3 steps a block"
     assert len(run["text"]) == run["tokens"] == 12
     assert (run["forwards"], run["refreshes"], run["cached_steps"]) == (6, 2, 4)
-    assert run["tokens_per_forward"] == 2 and run["tokens_per_second"] == pytest.approx(12 / run["seconds"])
+    assert run["tokens_per_forward"] == 2 and run["tokens_per_second"] == pytest.approx(
+        12 / run["seconds"]
+    )
     assert set(run) == {
-        "prompt", "model", "setting", "text", "tokens", "forwards", "refreshes", "cached_steps", "tokens_per_forward",
-        "tokens_per_second", "seconds",
-    }  # fmt: skip
+        "prompt",
+        "model",
+        "setting",
+        "text",
+        "tokens",
+        "forwards",
+        "refreshes",
+        "cached_steps",
+        "tokens_per_forward",
+        "tokens_per_second",
+        "seconds",
+    }
 
 
 @pytest.mark.parametrize(
@@ -287,7 +344,10 @@ def test_options_reach_generate(options, words, call, monkeypatch):
     assert seen["gen_length"] == 12 and seen["block_length"] == 6 and seen["dtype"] == torch.float32
     assert (seen["temperature"], seen["top_p"], seen["top_k"], seen["seed"]) == (0.5, 0.8, 20, 4)
     assert type(seen["rule"]).__name__.lower() in words.replace("steps", "quota")
-    assert seen["prompts"] == [[2 + LETTERS.index(letter) for letter in "hi"]] and seen["on_step"] is None
+    assert (
+        seen["prompts"] == [[2 + LETTERS.index(letter) for letter in "hi"]]
+        and seen["on_step"] is None
+    )
 
 
 def test_tokens_after_the_first_end_of_text_do_not_count(call, monkeypatch):
@@ -298,14 +358,23 @@ def test_tokens_after_the_first_end_of_text_do_not_count(call, monkeypatch):
     )
     monkeypatch.setattr(fastdllm, "generate", lambda *_, **__: generation)
     run = written("hi", call=call)
-    assert (run["text"], run["tokens"], run["tokens_per_forward"], run["tokens_per_second"]) == (" 42", 3, 1.5, 6)
+    assert (run["text"], run["tokens"], run["tokens_per_forward"], run["tokens_per_second"]) == (
+        " 42",
+        3,
+        1.5,
+        6,
+    )
 
 
 def test_the_prompt_may_come_from_standard_input(call):
     wanted = written("two\nlines", call=call)["text"]
     for words in ((), ("-",)):
         code, out, _ = call("generate", *words, "--json", stdin="two\nlines\n")
-        assert code == 0 and json.loads(out)["prompt"] == "two\nlines" and json.loads(out)["text"] == wanted
+        assert (
+            code == 0
+            and json.loads(out)["prompt"] == "two\nlines"
+            and json.loads(out)["text"] == wanted
+        )
 
 
 def test_a_seed_fixes_the_sampled_text(call):
@@ -319,22 +388,40 @@ def test_compare_shows_vanilla_first_and_ends_in_one_line(call):
     assert (code, err) == (0, "")
     vanilla, fast = SUMMARY.findall(out)
     assert vanilla == ("12", "12", "12", "0") and fast == ("12", "2", "2", "0")
-    assert out.index("vanilla: cache none, one token a step") < out.index("Fast-dLLM: cache dual, threshold 0")
-    assert re.search(r"\n(same|different) [\w ,]+, 6\.0x fewer forwards, [\d.]+x (faster|slower)\n", out)
+    assert out.index("vanilla: cache none, one token a step") < out.index(
+        "Fast-dLLM: cache dual, threshold 0"
+    )
+    assert re.search(
+        r"\n(same|different) [\w ,]+, 6\.0x fewer forwards, [\d.]+x (faster|slower)\n", out
+    )
 
 
 def test_compare_as_json(call):
     run = written("one", "--compare", "--cache", "none", "--steps", 6, call=call)
     assert run["same_text"] is True and run["vanilla"]["text"] == run["text"]
-    assert run["fewer_forwards"] == 1 and run["faster"] == run["vanilla"]["seconds"] / run["seconds"]
+    assert (
+        run["fewer_forwards"] == 1 and run["faster"] == run["vanilla"]["seconds"] / run["seconds"]
+    )
 
 
 @pytest.mark.parametrize(
     ("vanilla", "fast", "line"),
     [
-        (("#### 1,200", 8, 2.0), ("#### 1,200", 2, 4.0), "same answer, 4.0x fewer forwards, 2.0x slower"),
-        (("so 1,200", 2, 3.0), ("#### 1200.", 4, 2.0), "same final number, other words, 2.0x more forwards, 1.5x faster"),
-        (("#### 12", 2, 1.0), ("#### -12", 2, 1.0), "different answer, 1.0x fewer forwards, 1.0x faster"),
+        (
+            ("#### 1,200", 8, 2.0),
+            ("#### 1,200", 2, 4.0),
+            "same answer, 4.0x fewer forwards, 2.0x slower",
+        ),
+        (
+            ("so 1,200", 2, 3.0),
+            ("#### 1200.", 4, 2.0),
+            "same final number, other words, 2.0x more forwards, 1.5x faster",
+        ),
+        (
+            ("#### 12", 2, 1.0),
+            ("#### -12", 2, 1.0),
+            "different answer, 1.0x fewer forwards, 1.0x faster",
+        ),
         (("yes", 2, 1.0), ("no", 2, 1.0), "different answer, 1.0x fewer forwards, 1.0x faster"),
     ],
 )
@@ -357,7 +444,13 @@ def test_a_tokenizer_published_as_code_is_read_and_never_run(tmp_path):
     byte_level = ByteLevelBPETokenizer()
     byte_level.train_from_iterator(["two plus two"], vocab_size=270)
     byte_level.save_model(str(tmp_path))
-    mask = {"content": "<|mask|>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
+    mask = {
+        "content": "<|mask|>",
+        "special": True,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+    }
     mask["single_word"] = False
     settings = {
         "tokenizer_class": "DreamTokenizer",
@@ -365,7 +458,9 @@ def test_a_tokenizer_published_as_code_is_read_and_never_run(tmp_path):
         "added_tokens_decoder": {str(byte_level.get_vocab_size()): mask},
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tmp_path / "config.json").write_text('{"model_type": "Dream", "auto_map": {"AutoConfig": "code.Config"}}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "Dream", "auto_map": {"AutoConfig": "code.Config"}}'
+    )
     (tmp_path / "tokenization_dream.py").write_text("raise SystemExit('the code ran')")
     tokenizer = cli._tokenizer(str(tmp_path), "Dream")
     ids = tokenizer("two plus<|mask|>").input_ids
@@ -392,7 +487,9 @@ def test_a_terminal_gets_coloured_frames_then_the_text(terminal, call):
 def test_a_terminal_without_colour_gets_plain_text(switch, terminal, call, monkeypatch):
     if switch == "NO_COLOR":
         monkeypatch.setenv("NO_COLOR", "1")
-    code, _, _ = call("generate", "one", *([switch] if switch.startswith("-") else []), stdout=terminal)
+    code, _, _ = call(
+        "generate", "one", *([switch] if switch.startswith("-") else []), stdout=terminal
+    )
     shown = terminal.getvalue()
     assert code == 0 and "12" in shown and ANSI not in shown and display.MASK not in shown
 
@@ -401,18 +498,31 @@ def test_frames_follow_what_is_committed():
     from rich.console import Console
 
     screen = io.StringIO()
-    view = display.View(Console(file=screen, force_terminal=True, width=60, color_system="standard"))
+    view = display.View(
+        Console(file=screen, force_terminal=True, width=60, color_system="standard")
+    )
     tokenizer = SimpleNamespace(decode=lambda ids: "".join("?$ab"[i] for i in ids))
     with view.frames(tokenizer, prompt_length=3, gen_length=4, stop_ids=(1,)) as frames:
         assert frames.render().plain == display.MASK * 4 + "\nforward 0"
         step = SimpleNamespace(
-            step=0, kind="refresh", positions=torch.tensor([4, 5]), token_ids=torch.tensor([3, 1]),
+            step=0,
+            kind="refresh",
+            positions=torch.tensor([4, 5]),
+            token_ids=torch.tensor([3, 1]),
             scores=torch.tensor([0.95, 0.2]),
-        )  # fmt: skip
+        )
         frames.on_step(step)
-        assert frames.render().plain == f"{display.MASK}b{display.STOP}{display.MASK}\nforward 1 (refresh)"
+        assert (
+            frames.render().plain
+            == f"{display.MASK}b{display.STOP}{display.MASK}\nforward 1 (refresh)"
+        )
         assert "\x1b[1;32mb" in screen.getvalue()  # just committed: bold; sure: green
-        step.step, step.kind, step.positions, step.token_ids = 1, "cached", torch.tensor([3]), torch.tensor([2])
+        step.step, step.kind, step.positions, step.token_ids = (
+            1,
+            "cached",
+            torch.tensor([3]),
+            torch.tensor([2]),
+        )
         step.scores = torch.tensor([0.3])
         frames.on_step(step)
     assert frames.text().plain == "ab" and frames.seconds > 0
@@ -426,7 +536,14 @@ def test_frames_follow_what_is_committed():
 
 @pytest.mark.parametrize(
     ("score", "colour"),
-    [(1.0, "green"), (0.9, "green"), (0.89, "yellow"), (0.5, "dark_orange"), (0.1, "red"), (float("nan"), "red")],
+    [
+        (1.0, "green"),
+        (0.9, "green"),
+        (0.89, "yellow"),
+        (0.5, "dark_orange"),
+        (0.1, "red"),
+        (float("nan"), "red"),
+    ],
 )
 def test_colours_follow_the_score(score, colour):
     assert display.colour_of(score) == colour
@@ -457,13 +574,19 @@ def test_info_for_people_and_for_programs(call):
     assert code == 0 and lines["torch"] == facts["versions"]["torch"] == metadata.version("torch")
     assert lines["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert lines["fastdllm"] == fastdllm.__version__ and lines["backend"] == facts["backend"]
-    assert {"Dream", "llada"} <= set(facts["families"]) and lines["families"] == ", ".join(facts["families"])
+    assert {"Dream", "llada"} <= set(facts["families"]) and lines["families"] == ", ".join(
+        facts["families"]
+    )
     if not torch.cuda.is_available():
         assert facts["device"] == "CPU" and facts["backend"].startswith("reference (")
 
 
 def test_python_m_fastdllm():
     done = subprocess.run(
-        [sys.executable, "-m", "fastdllm", "info", "--json"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "fastdllm", "info", "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0 and "torch" in json.loads(done.stdout)["versions"]

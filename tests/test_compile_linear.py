@@ -1,4 +1,6 @@
-"""The products compile for every chip without spills and within its shared memory, at the shapes that models have."""
+"""The products compile for every chip without spills and within its shared memory, at the shapes
+that models have.
+"""
 
 import compile_check
 import pytest
@@ -22,12 +24,20 @@ def launches(arch):
     from fastdllm_kernels.backend import Chip
     from fastdllm_kernels.linear_triton import launch_linear, linear_config
 
-    chip = Chip(compile_check.MULTIPROCESSORS[arch], compile_check.SHARED_LIMIT[arch], overlap=arch >= 90)
-    cases = [(*shape, torch.bfloat16) for shape in SHAPES] + [(*shape, torch.float32) for shape in SHAPES[:3]]
+    chip = Chip(
+        compile_check.MULTIPROCESSORS[arch], compile_check.SHARED_LIMIT[arch], overlap=arch >= 90
+    )
+    cases = [(*shape, torch.bfloat16) for shape in SHAPES] + [
+        (*shape, torch.float32) for shape in SHAPES[:3]
+    ]
     for rows, width_in, width_out, gated, splittable, dtype in cases:
         x, weight, bias = (
             torch.empty(shape, dtype=dtype, device="meta")
-            for shape in ((rows, width_in), (width_out * (2 if gated else 1), width_in), (width_out,))
+            for shape in (
+                (rows, width_in),
+                (width_out * (2 if gated else 1), width_in),
+                (width_out,),
+            )
         )
         chosen = linear_config(rows, width_in, width_out, gated, splittable, dtype.itemsize, chip)
         launch_linear(x, weight, None if gated or splittable else bias, gated, chosen)
@@ -39,13 +49,25 @@ def fp8_launches(arch):
     from fastdllm_kernels.linear_triton import launch_linear, linear_config, quantize_rows
 
     chip = Chip(compile_check.MULTIPROCESSORS[arch], compile_check.SHARED_LIMIT[arch], overlap=True)
-    for rows, width_in, width_out, gated, splittable in [shape for shape in SHAPES if shape[1] % 16 == 0]:
+    for rows, width_in, width_out, gated, splittable in [
+        shape for shape in SHAPES if shape[1] % 16 == 0
+    ]:
         outputs = width_out * (2 if gated else 1)
         x = torch.empty(rows, width_in, dtype=torch.bfloat16, device="meta")
         data = torch.empty(outputs, width_in, dtype=torch.float8_e4m3fn, device="meta")
         weight = Fp8Weight(data, torch.empty(outputs, device="meta"))
-        bias = None if gated or splittable else torch.empty(width_out, dtype=torch.bfloat16, device="meta")
-        launch_linear(x, weight, bias, gated, linear_config(rows, width_in, width_out, gated, splittable, 1, chip))
+        bias = (
+            None
+            if gated or splittable
+            else torch.empty(width_out, dtype=torch.bfloat16, device="meta")
+        )
+        launch_linear(
+            x,
+            weight,
+            bias,
+            gated,
+            linear_config(rows, width_in, width_out, gated, splittable, 1, chip),
+        )
     quantize_rows(torch.empty(32, 18944, dtype=torch.float32, device="meta"))
 
 

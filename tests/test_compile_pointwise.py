@@ -1,4 +1,6 @@
-"""Every configuration of the pointwise kernels compiles for A100, H100/H200 and B200 without spilling."""
+"""Every configuration of the pointwise kernels compiles for A100, H100/H200 and B200 without
+spilling.
+"""
 
 import compile_check
 import pytest
@@ -14,8 +16,14 @@ def empty(*shape, dtype=torch.bfloat16):
 def launches(arch):
     from fastdllm_kernels import pointwise_triton as kernels
 
-    # The models' widths, the widest single tile in the largest dtype, the loop, and a width that divides nothing.
-    for width, dtype in ((4096, torch.bfloat16), (16384, torch.float32), (20000, torch.float32), (33, torch.float16)):
+    # The models' widths, the widest single tile in the largest dtype, the loop, and a width that
+    # divides nothing.
+    for width, dtype in (
+        (4096, torch.bfloat16),
+        (16384, torch.float32),
+        (20000, torch.float32),
+        (33, torch.float16),
+    ):
         x = empty(32, width, dtype=dtype)
         kernels.rms_norm(x, empty(width, dtype=dtype), 1e-5, x)
     kernels.rms_norm(empty(32, 4096), empty(4096), 1e-5)
@@ -43,13 +51,19 @@ def a_kernel_that_spills(arch):
 
     x = empty(32, 8192, dtype=torch.float32)
     constants = {"TILE": 8192, "ONE_TILE": True, "PARTS": 1, "OVERLAP": False}
-    kernels.rms_norm_kernel.warmup(x, x, x, x, x, 8192, 8192, 0, 8192, 1e-5, **constants, num_warps=1, grid=(32,))
+    kernels.rms_norm_kernel.warmup(
+        x, x, x, x, x, 8192, 8192, 0, 8192, 1e-5, **constants, num_warps=1, grid=(32,)
+    )
 
 
 @pytest.mark.parametrize("arch", compile_check.ARCHITECTURES)
 def test_compiles_without_spills(arch):
     compiled = compile_check.compile_launches(__file__, "launches", arch)
-    assert {kernel.name for kernel in compiled} == {"rms_norm_kernel", "swiglu_kernel", "rope_to_cache_kernel"}
+    assert {kernel.name for kernel in compiled} == {
+        "rms_norm_kernel",
+        "swiglu_kernel",
+        "rope_to_cache_kernel",
+    }
     compile_check.assert_fits(compiled)
 
 

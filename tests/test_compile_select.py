@@ -1,4 +1,6 @@
-"""confidence_select's kernels compile for every chip without spills, in every configuration that can be picked."""
+"""confidence_select's kernels compile for every chip without spills, in every configuration that
+can be picked.
+"""
 
 import os
 
@@ -12,12 +14,18 @@ RULES = ("threshold", "factor", "quota_even", "quota_dream")
 
 
 def cases():
-    """(B, T, V, dtype, rule, score, temperature): each kernel body once, and the corners of the configuration."""
+    """(B, T, V, dtype, rule, score, temperature): each kernel body once, and the corners of the
+    configuration.
+    """
     bf16 = torch.bfloat16
-    yield from ((1, 32, V, bf16, rule, score, 0.0) for rule, score in zip(RULES, SCORES, strict=True))
+    yield from (
+        (1, 32, V, bf16, rule, score, 0.0) for rule, score in zip(RULES, SCORES, strict=True)
+    )
     yield 1, 32, V, bf16, "threshold", "confidence", 0.5
     yield 1, 32, V, bf16, "quota_dream", "margin", 0.5
-    yield from ((rows, 32, V, bf16, "threshold", "confidence", 0.0) for rows in (8, 32))  # more tiles a program
+    yield from (
+        (rows, 32, V, bf16, "threshold", "confidence", 0.0) for rows in (8, 32)
+    )  # more tiles a program
     yield 1, 256, V, torch.float32, "factor", "margin", 0.0  # ranks over the widest usual block
     yield 1, 2048, 1024, torch.float16, "quota_even", "entropy", 0.0  # and over the widest of all
     yield 4, 1, 257, bf16, "threshold", "confidence", 0.0  # loads that cannot be wide
@@ -34,24 +42,58 @@ def launches(arch):
     from fastdllm_kernels.backend import Chip
     from fastdllm_kernels.select_triton import launch_confidence, launch_select, select_config
 
-    chip = Chip(compile_check.MULTIPROCESSORS[arch], compile_check.SHARED_LIMIT[arch], overlap=arch >= 90)
+    chip = Chip(
+        compile_check.MULTIPROCESSORS[arch], compile_check.SHARED_LIMIT[arch], overlap=arch >= 90
+    )
 
     def empty(*shape, dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     for rows, width, vocab, dtype, rule, score, temperature in cases():
         config = select_config(rows * width, vocab, chip, temperature > 0)
-        tokens, values = empty(rows, width, dtype=torch.int64), empty(rows, width, dtype=torch.float32)
+        tokens, values = (
+            empty(rows, width, dtype=torch.int64),
+            empty(rows, width, dtype=torch.float32),
+        )
         flags, left = empty(rows, width, dtype=torch.bool), empty(rows, dtype=torch.int32)
         each = {"dtype": torch.int64} if score in ("margin", "random") else None
         vector = empty(rows, **each) if each else None
         launch_select(
-            empty(rows, width, vocab, dtype=dtype), tokens, flags if each else None, 5, rule, None, 0.5, score, temperature,
-            vector, 7, vocab, vector, tokens, values, flags, left, config,
+            empty(rows, width, vocab, dtype=dtype),
+            tokens,
+            flags if each else None,
+            5,
+            rule,
+            None,
+            0.5,
+            score,
+            temperature,
+            vector,
+            7,
+            vocab,
+            vector,
+            tokens,
+            values,
+            flags,
+            left,
+            config,
         )
     for score in (None, "confidence", "random"):
         config = select_config(64, V, chip)
-        launch_confidence(empty(64, V, dtype=torch.bfloat16), 5, score, 0.0, None, 7, None, V, 0, False, False, config)
+        launch_confidence(
+            empty(64, V, dtype=torch.bfloat16),
+            5,
+            score,
+            0.0,
+            None,
+            7,
+            None,
+            V,
+            0,
+            False,
+            False,
+            config,
+        )
 
 
 @pytest.mark.parametrize("arch", compile_check.ARCHITECTURES)

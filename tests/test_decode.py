@@ -20,9 +20,12 @@ from fastdllm.cache import KVCache, Span
 
 CACHES = ("none", "prefix", "dual")
 SCORES = ("confidence", "margin", "entropy")
-NEAR_TIE = 1e-4  # below this, rounding may decide: fp32 logits of these models are good to about 1e-5
+NEAR_TIE = (
+    1e-4  # below this, rounding may decide: fp32 logits of these models are good to about 1e-5
+)
 
-# Numbers near the middle of what the tiny models' scores are, so that a step commits now one token and now several.
+# Numbers near the middle of what the tiny models' scores are, so that a step commits now one token
+# and now several.
 RULES = {
     "llada": {
         "threshold": {"confidence": 0.22, "margin": 0.08, "entropy": -2.85},
@@ -70,7 +73,10 @@ def oracle_rows(family, prompts, layers=2, **options):
     _, config, source = case(family, layers)
     shift = 0 if family == "llada" else 1
     mask_id = config["mask_token_id"]
-    return [oracle_decode.decode_row(source, p.tolist(), mask_id=mask_id, shift=shift, **options) for p in prompts]
+    return [
+        oracle_decode.decode_row(source, p.tolist(), mask_id=mask_id, shift=shift, **options)
+        for p in prompts
+    ]
 
 
 def clear_case(family, lengths, **options):
@@ -98,7 +104,9 @@ class Recorder:
         found = []
         for event in self.events:
             of_row = event.rows == row
-            commits = dict(zip(event.positions[of_row].tolist(), event.token_ids[of_row].tolist(), strict=True))
+            commits = dict(
+                zip(event.positions[of_row].tolist(), event.token_ids[of_row].tolist(), strict=True)
+            )
             if commits:
                 found.append((event.kind, commits))
         return found
@@ -119,7 +127,12 @@ def check_against_oracle(result, rows, recorder):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_tokens_and_forwards_equal_the_oracles(family, cache, kind, score):
     rule = (kind, RULES[family][kind][score])
-    options = {"gen_length": 11, "block_length": 4, "cache": cache, "score": score}  # the last block is short
+    options = {
+        "gen_length": 11,
+        "block_length": 4,
+        "cache": cache,
+        "score": score,
+    }  # the last block is short
     prompts, rows = clear_case(family, (3, 6), rule=rule, **options)
     recorder = Recorder()
     result = fastdllm.generate(
@@ -140,7 +153,9 @@ def test_the_cases_above_commit_now_one_token_and_now_several(family, score):
         assert 1 in sizes and max(sizes) > 1, (kind, sizes)
 
 
-@pytest.mark.parametrize("gen_length, block_length", [(1, 1), (5, 1), (1, 8), (7, 7), (5, 32), (13, 6), (12, 4)])
+@pytest.mark.parametrize(
+    "gen_length, block_length", [(1, 1), (5, 1), (1, 8), (7, 7), (5, 32), (13, 6), (12, 4)]
+)
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_lengths_of_every_kind(family, cache, gen_length, block_length):
@@ -148,7 +163,9 @@ def test_lengths_of_every_kind(family, cache, gen_length, block_length):
     options = {"gen_length": gen_length, "block_length": block_length, "cache": cache}
     prompts, rows = clear_case(family, (1, 4), rule=rule, **options)
     recorder = Recorder()
-    result = fastdllm.generate(case(family)[0], prompts, rule=Threshold(0.4), stop_ids=(), on_step=recorder, **options)
+    result = fastdllm.generate(
+        case(family)[0], prompts, rule=Threshold(0.4), stop_ids=(), on_step=recorder, **options
+    )
     check_against_oracle(result, rows, recorder)
 
 
@@ -227,10 +244,17 @@ def alone(model, prompts, row, **options):
 
 @settings(derandomize=True, deadline=None, max_examples=120)
 @given(**batches, score=st.sampled_from(SCORES), stop=st.booleans())
-def test_a_row_of_a_batch_is_the_row_alone(family, lengths, seed, gen_length, block_length, cache, rule, score, stop):
+def test_a_row_of_a_batch_is_the_row_alone(
+    family, lengths, seed, gen_length, block_length, cache, rule, score, stop
+):
     model, config, _ = case(family)
     prompts = random_prompts(config, lengths, seed)
-    options = {"gen_length": gen_length, "block_length": block_length, "cache": cache, "score": score}
+    options = {
+        "gen_length": gen_length,
+        "block_length": block_length,
+        "cache": cache,
+        "score": score,
+    }
     stops = (7, 8, 9) if stop else ()
     together = fastdllm.generate(model, prompts, rule=product_rule(rule), stop_ids=stops, **options)
     for row in range(len(prompts)):
@@ -245,7 +269,11 @@ def test_a_row_of_a_batch_is_the_row_alone(family, lengths, seed, gen_length, bl
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)
-@given(**batches, score=st.sampled_from([*SCORES, "random"]), temperature=st.sampled_from([0.0, 0.5, 1.0]))
+@given(
+    **batches,
+    score=st.sampled_from([*SCORES, "random"]),
+    temperature=st.sampled_from([0.0, 0.5, 1.0]),
+)
 def test_row_r_of_a_seeded_batch_is_the_row_alone_with_seed_plus_r(
     family, lengths, seed, gen_length, block_length, cache, rule, score, temperature
 ):
@@ -272,7 +300,10 @@ def test_each_row_of_a_batch_may_have_its_own_rule():
     prompts = random_prompts(config, (3, 5, 2), 1)
     options = {"gen_length": 9, "block_length": 4, "stop_ids": ()}
     for mixed, single in (
-        (Threshold(torch.tensor([0.2, 0.4, 2.0])), [Threshold(0.2), Threshold(0.4), Threshold(2.0)]),
+        (
+            Threshold(torch.tensor([0.2, 0.4, 2.0])),
+            [Threshold(0.2), Threshold(0.4), Threshold(2.0)],
+        ),
         (Quota(torch.tensor([1, 2, 4])), [Quota(1), Quota(2), Quota(4)]),
     ):
         together = fastdllm.generate(model, prompts, rule=mixed, **options)
@@ -286,9 +317,21 @@ def test_each_row_of_a_batch_may_have_its_own_rule():
 def test_rows_of_different_lengths_are_fed_without_padding(cache, monkeypatch):
     model, *_ = case("llada")
     fed, hidden_states = [], model.hidden_states
-    monkeypatch.setattr(model, "hidden_states", lambda tokens, at: fed.append(tokens.shape) or hidden_states(tokens, at))
+    monkeypatch.setattr(
+        model,
+        "hidden_states",
+        lambda tokens, at: fed.append(tokens.shape) or hidden_states(tokens, at),
+    )
     prompts = [torch.arange(length) for length in (3, 30)]
-    fastdllm.generate(model, prompts, gen_length=8, block_length=8, cache=cache, rule=fastdllm.Quota(2), stop_ids=())
+    fastdllm.generate(
+        model,
+        prompts,
+        gen_length=8,
+        block_length=8,
+        cache=cache,
+        rule=fastdllm.Quota(2),
+        stop_ids=(),
+    )
     assert fed[0] == (1, 3 + 8 + 30 + 8)
     assert fed[1] == {"none": (1, 49), "prefix": (2, 8), "dual": (2, 8)}[cache]
 
@@ -302,16 +345,22 @@ def test_a_tensor_of_prompts_is_a_list_of_its_rows():
     two = fastdllm.generate(model, list(prompts), **options)
     three = fastdllm.generate(model, prompts.tolist(), **options)
     for row in range(3):
-        assert torch.equal(one.tokens[row], two.tokens[row]) and torch.equal(one.tokens[row], three.tokens[row])
+        assert torch.equal(one.tokens[row], two.tokens[row]) and torch.equal(
+            one.tokens[row], three.tokens[row]
+        )
         assert torch.equal(one.tokens[row][:5], prompts[row])
     assert torch.equal(prompts, kept)
 
 
 def test_what_a_generation_holds():
     model, config, _ = case("llada")
-    result = fastdllm.generate(model, random_prompts(config, (2, 6), 0), gen_length=5, block_length=3, stop_ids=())
+    result = fastdllm.generate(
+        model, random_prompts(config, (2, 6), 0), gen_length=5, block_length=3, stop_ids=()
+    )
     assert [tokens.shape for tokens in result.tokens] == [(7,), (11,)]
-    assert all(tokens.dtype == torch.int64 and tokens.device.type == "cpu" for tokens in result.tokens)
+    assert all(
+        tokens.dtype == torch.int64 and tokens.device.type == "cpu" for tokens in result.tokens
+    )
     assert list(result.prompt_lengths) == [2, 6]
     for counts in (result.nfe, result.refreshes, result.cached_steps):
         assert counts.dtype == torch.int64 and counts.shape == (2,)
@@ -323,7 +372,9 @@ def test_what_a_generation_holds():
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
-@given(**batches, score=st.sampled_from([*SCORES, "random"]), temperature=st.sampled_from([0.0, 1.0]))
+@given(
+    **batches, score=st.sampled_from([*SCORES, "random"]), temperature=st.sampled_from([0.0, 1.0])
+)
 def test_every_step_commits_and_no_mask_is_left(
     family, lengths, seed, gen_length, block_length, cache, rule, score, temperature
 ):
@@ -351,7 +402,9 @@ def test_every_step_commits_and_no_mask_is_left(
         assert (result.tokens[row][start:] != mask_id).all()
         steps = recorder.steps(row)
         positions = [position for _, commits in steps for position in commits]
-        assert sorted(positions) == list(range(start, start + gen_length)), "each position is committed once"
+        assert sorted(positions) == list(range(start, start + gen_length)), (
+            "each position is committed once"
+        )
         blocks = [(position - start) // block_length for position in positions]
         assert blocks == sorted(blocks), "blocks are decoded left to right"
         if rule[0] != "dream":
@@ -363,24 +416,35 @@ def test_every_step_commits_and_no_mask_is_left(
 
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(**batches)
-def test_the_events_rebuild_the_tokens(family, lengths, seed, gen_length, block_length, cache, rule):
+def test_the_events_rebuild_the_tokens(
+    family, lengths, seed, gen_length, block_length, cache, rule
+):
     model, config, _ = case(family)
     prompts = random_prompts(config, lengths, seed)
     recorder = Recorder()
-    options = {"gen_length": gen_length, "block_length": block_length, "cache": cache, "rule": product_rule(rule)}
+    options = {
+        "gen_length": gen_length,
+        "block_length": block_length,
+        "cache": cache,
+        "rule": product_rule(rule),
+    }
     result = fastdllm.generate(model, prompts, stop_ids=(7, 8, 9), on_step=recorder, **options)
     canvas = [prompt.tolist() + [config["mask_token_id"]] * gen_length for prompt in prompts]
     assert [event.step for event in recorder.events] == list(range(len(recorder.events)))
     for event in recorder.events:
         assert event.kind in ("refresh", "cached")
-        assert event.rows.shape == event.positions.shape == event.token_ids.shape == event.scores.shape
+        assert (
+            event.rows.shape == event.positions.shape == event.token_ids.shape == event.scores.shape
+        )
         assert event.rows.ndim == 1 and event.rows.device.type == "cpu"
         for row, position, token in zip(event.rows, event.positions, event.token_ids, strict=True):
             assert canvas[row][position] == config["mask_token_id"]
             canvas[row][position] = token.item()
         assert torch.isfinite(event.scores).all()
     for row, prompt in enumerate(prompts):
-        stopped = oracle_decode.finished_by_stop(canvas[row], len(prompt), config["mask_token_id"], (7, 8, 9))
+        stopped = oracle_decode.finished_by_stop(
+            canvas[row], len(prompt), config["mask_token_id"], (7, 8, 9)
+        )
         if stopped is not None:
             canvas[row][stopped:] = [canvas[row][stopped]] * (len(canvas[row]) - stopped)
         assert canvas[row] == result.tokens[row].tolist()
@@ -415,7 +479,9 @@ def test_a_cached_step_on_an_unchanged_canvas_gives_the_refreshs_logits(family, 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_cached_step_on_a_changed_canvas_equals_the_oracles(family):
-    """Other tokens in the block, stale keys around it: what an approximate cache must compute, to the letter."""
+    """Other tokens in the block, stale keys around it: what an approximate cache must compute, to
+    the letter.
+    """
     model, config, source = case(family)
     (tokens,) = random_prompts(config, (20,), 4)
     changed = tokens.clone()
@@ -435,31 +501,49 @@ def test_a_cached_step_on_a_changed_canvas_equals_the_oracles(family):
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)
-@given(**{name: batches[name] for name in ("lengths", "seed", "gen_length", "block_length", "rule")})
+@given(
+    **{name: batches[name] for name in ("lengths", "seed", "gen_length", "block_length", "rule")}
+)
 def test_with_one_layer_no_cache_is_stale(lengths, seed, gen_length, block_length, rule):
-    """One layer's keys depend on their own token alone, so for LLaDA every cache decodes exactly as none does."""
+    """One layer's keys depend on their own token alone, so for LLaDA every cache decodes exactly as
+    none does.
+    """
     check_equal_caches("llada", 1, CACHES, lengths, seed, gen_length, block_length, rule)
 
 
 @settings(derandomize=True, deadline=None, max_examples=20)
-@given(**{name: batches[name] for name in ("lengths", "seed", "gen_length", "block_length", "rule")})
+@given(
+    **{name: batches[name] for name in ("lengths", "seed", "gen_length", "block_length", "rule")}
+)
 def test_with_one_layer_dreams_two_caches_agree(lengths, seed, gen_length, block_length, rule):
-    """They differ from none even so: the refresh commits the block's first position, whatever its score."""
-    check_equal_caches("dream", 1, ("prefix", "dual"), lengths, seed, gen_length, block_length, rule)
+    """They differ from none even so: the refresh commits the block's first position, whatever its
+    score.
+    """
+    check_equal_caches(
+        "dream", 1, ("prefix", "dual"), lengths, seed, gen_length, block_length, rule
+    )
 
 
 @settings(derandomize=True, deadline=None, max_examples=30)
 @given(**{name: batches[name] for name in ("family", "lengths", "seed", "gen_length", "rule")})
 def test_with_one_block_the_two_caches_agree(family, lengths, seed, gen_length, rule):
-    """A block that reaches the canvas's end has no suffix to be stale. (The prompt's keys still are, against none.)"""
-    check_equal_caches(family, 2, ("prefix", "dual"), lengths, seed, gen_length, gen_length + 3, rule)
+    """A block that reaches the canvas's end has no suffix to be stale. (The prompt's keys still
+    are, against none.)
+    """
+    check_equal_caches(
+        family, 2, ("prefix", "dual"), lengths, seed, gen_length, gen_length + 3, rule
+    )
 
 
 @settings(derandomize=True, deadline=None, max_examples=30)
 @given(**{name: batches[name] for name in ("family", "lengths", "seed", "gen_length", "rule")})
 def test_with_blocks_of_one_token_every_cache_is_none(family, lengths, seed, gen_length, rule):
-    """Every step is a refresh, and the position that Dream's refresh commits is the only one there is."""
-    assume(rule[0] != "dream" or rule[1] == 1)  # that schedule alone may start a block with an empty step
+    """Every step is a refresh, and the position that Dream's refresh commits is the only one there
+    is.
+    """
+    assume(
+        rule[0] != "dream" or rule[1] == 1
+    )  # that schedule alone may start a block with an empty step
     check_equal_caches(family, 2, CACHES, lengths, seed, gen_length, 1, rule)
 
 
@@ -468,13 +552,17 @@ def check_equal_caches(family, layers, caches, lengths, seed, gen_length, block_
     prompts = random_prompts(config, lengths, seed)
     options = {"gen_length": gen_length, "block_length": block_length}
     results = [
-        fastdllm.generate(model, prompts, cache=cache, rule=product_rule(rule), stop_ids=(), **options)
+        fastdllm.generate(
+            model, prompts, cache=cache, rule=product_rule(rule), stop_ids=(), **options
+        )
         for cache in caches
     ]
     for result in results[1:]:
         for row in range(len(prompts)):
             if not torch.equal(result.tokens[row], results[0].tokens[row]):
-                (stated,) = oracle_rows(family, [prompts[row]], layers, rule=rule, cache=caches[0], **options)
+                (stated,) = oracle_rows(
+                    family, [prompts[row]], layers, rule=rule, cache=caches[0], **options
+                )
                 assume(stated.slack > NEAR_TIE)
         assert all(map(torch.equal, result.tokens, results[0].tokens))
         assert torch.equal(result.nfe, results[0].nfe)
@@ -487,7 +575,9 @@ def test_with_the_prompt_in_several_layers_a_cache_is_an_approximation():
     for seed in range(6):
         prompts = random_prompts(config, (8,), seed)
         options = {"gen_length": 12, "block_length": 12, "rule": Threshold(2.0), "stop_ids": ()}
-        none, dual = (fastdllm.generate(model, prompts, cache=cache, **options) for cache in ("none", "dual"))
+        none, dual = (
+            fastdllm.generate(model, prompts, cache=cache, **options) for cache in ("none", "dual")
+        )
         differ += not torch.equal(none.tokens[0], dual.tokens[0])
     assert differ
 
@@ -527,7 +617,9 @@ class Scripted:
 
 
 def confident(*probabilities, vocab=10):
-    """Logits per position whose token (its position modulo 8) has that probability, the rest shared."""
+    """Logits per position whose token (its position modulo 8) has that probability, the rest
+    shared.
+    """
     rows = torch.zeros(len(probabilities), vocab, dtype=torch.float64)
     for position, p in enumerate(probabilities):
         rows[position] = math.log((1 - p) / (vocab - 1))
@@ -535,16 +627,35 @@ def confident(*probabilities, vocab=10):
     return rows
 
 
-@pytest.mark.parametrize("cache, refreshes, cached", [("none", 5, 0), ("prefix", 2, 3), ("dual", 2, 3)])
+@pytest.mark.parametrize(
+    "cache, refreshes, cached", [("none", 5, 0), ("prefix", 2, 3), ("dual", 2, 3)]
+)
 def test_forwards_of_a_script(cache, refreshes, cached):
-    # Prompt 1; block 1: two sure, then .6, then .5 (3 forwards); block 2: all but one sure (2 forwards).
+    # Prompt 1; block 1: two sure, then .6, then .5 (3 forwards); block 2: all but one sure (2
+    # forwards).
     model = Scripted(confident(0.5, 0.95, 0.5, 0.99, 0.6, 0.95, 0.97, 0.2, 0.93))
     recorder = Recorder()
     result = fastdllm.generate(
-        model, [[3]], gen_length=8, block_length=4, cache=cache, rule=Threshold(0.9), on_step=recorder
+        model,
+        [[3]],
+        gen_length=8,
+        block_length=4,
+        cache=cache,
+        rule=Threshold(0.9),
+        on_step=recorder,
     )
-    assert (result.refreshes.item(), result.cached_steps.item(), result.nfe.item()) == (refreshes, cached, 5)
-    assert [sorted(commits) for _, commits in recorder.steps(0)] == [[1, 3], [4], [2], [5, 6, 8], [7]]
+    assert (result.refreshes.item(), result.cached_steps.item(), result.nfe.item()) == (
+        refreshes,
+        cached,
+        5,
+    )
+    assert [sorted(commits) for _, commits in recorder.steps(0)] == [
+        [1, 3],
+        [4],
+        [2],
+        [5, 6, 8],
+        [7],
+    ]
     assert result.tokens[0].tolist() == [3, 1, 2, 3, 4, 5, 6, 7, 0]
 
 
@@ -561,7 +672,13 @@ def test_forwards_of_a_shifted_script(cache, committed):
     model = Scripted(confident(0.95, 0.5, 0.99, 0.6, 0.95, 0.97, 0.2, 0.93, 0.5), family="dream")
     recorder = Recorder()
     result = fastdllm.generate(
-        model, [[3]], gen_length=8, block_length=4, cache=cache, rule=Threshold(0.9), on_step=recorder
+        model,
+        [[3]],
+        gen_length=8,
+        block_length=4,
+        cache=cache,
+        rule=Threshold(0.9),
+        on_step=recorder,
     )
     assert [sorted(commits) for _, commits in recorder.steps(0)] == committed
     assert result.nfe.item() == len(committed)
@@ -571,7 +688,9 @@ def test_forwards_of_a_shifted_script(cache, committed):
 def test_a_dream_refresh_commits_the_first_position_however_unsure_it_is():
     model = Scripted(confident(0.2, 0.99, 0.99, 0.99, 0.99), family="dream")
     recorder = Recorder()
-    fastdllm.generate(model, [[3]], gen_length=4, block_length=4, rule=Threshold(0.9), on_step=recorder)
+    fastdllm.generate(
+        model, [[3]], gen_length=4, block_length=4, rule=Threshold(0.9), on_step=recorder
+    )
     assert [sorted(commits) for _, commits in recorder.steps(0)] == [[1], [2, 3, 4]]
 
 
@@ -585,7 +704,12 @@ def test_dreams_quota_counts_on_from_the_refresh():
     ):
         recorder = Recorder()
         fastdllm.generate(
-            Scripted(script, "dream"), [[1, 2]], gen_length=9, block_length=9, rule=rule, on_step=recorder
+            Scripted(script, "dream"),
+            [[1, 2]],
+            gen_length=9,
+            block_length=9,
+            rule=rule,
+            on_step=recorder,
         )
         assert [len(commits) for _, commits in recorder.steps(0)] == counts
 
@@ -619,7 +743,12 @@ def test_a_threshold_above_one_goes_in_order_of_confidence():
     probabilities = [0.5, 0.31, 0.77, 0.52, 0.9, 0.3, 0.65, 0.4]
     recorder = Recorder()
     result = fastdllm.generate(
-        Scripted(confident(*probabilities)), [[1]], gen_length=7, block_length=7, rule=Threshold(1.5), on_step=recorder
+        Scripted(confident(*probabilities)),
+        [[1]],
+        gen_length=7,
+        block_length=7,
+        rule=Threshold(1.5),
+        on_step=recorder,
     )
     order = sorted(range(1, 8), key=lambda position: -probabilities[position])
     assert [list(commits) for _, commits in recorder.steps(0)] == [[position] for position in order]
@@ -629,17 +758,29 @@ def test_a_threshold_above_one_goes_in_order_of_confidence():
 def test_scores_that_tie_go_from_left_to_right():
     recorder = Recorder()
     model = Scripted(confident(0.5).expand(6, -1))  # equal rows: equal to the last bit
-    fastdllm.generate(model, [[1]], gen_length=5, block_length=5, rule=Threshold(2.0), on_step=recorder)
-    assert [list(commits) for _, commits in recorder.steps(0)] == [[position] for position in range(1, 6)]
+    fastdllm.generate(
+        model, [[1]], gen_length=5, block_length=5, rule=Threshold(2.0), on_step=recorder
+    )
+    assert [list(commits) for _, commits in recorder.steps(0)] == [
+        [position] for position in range(1, 6)
+    ]
 
 
 def test_logits_that_tie_go_to_the_lowest_id():
     model = Scripted(torch.zeros(5, 10))
-    assert fastdllm.generate(model, [[1]], gen_length=4, block_length=4).tokens[0].tolist() == [1, 0, 0, 0, 0]
+    assert fastdllm.generate(model, [[1]], gen_length=4, block_length=4).tokens[0].tolist() == [
+        1,
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_what_each_cache_feeds_the_model():
-    """none: the canvas, every time; prefix: the block and what follows; dual: the block. None after the last mask."""
+    """none: the canvas, every time; prefix: the block and what follows; dual: the block. None after
+    the last mask.
+    """
     probabilities = [0.5, 0.95, 0.5, 0.95, 0.6]
     spans = {
         "none": [(0, 5), (0, 5)] * 2,
@@ -650,7 +791,9 @@ def test_what_each_cache_feeds_the_model():
         model = Scripted(confident(*probabilities))
         fastdllm.generate(model, [[7]], gen_length=4, block_length=2, cache=cache)
         assert [(start, len(tokens)) for start, tokens in model.seen] == wanted
-        assert model.seen[2][1] == [7, 1, 2, 9, 9], "the second block's first forward sees the first, finished"
+        assert model.seen[2][1] == [7, 1, 2, 9, 9], (
+            "the second block's first forward sees the first, finished"
+        )
 
 
 @pytest.mark.parametrize("mask_id", [0, 5, 9])
@@ -663,7 +806,9 @@ def test_a_mask_is_never_proposed_even_where_nothing_else_has_a_chance(mask_id):
         assert event.step < 10, "a committed mask is a mask again: decoding would never end"
 
     model = Scripted(script, mask_id=mask_id)
-    result = fastdllm.generate(model, [[1]], gen_length=4, block_length=4, stop_ids=(), on_step=give_up)
+    result = fastdllm.generate(
+        model, [[1]], gen_length=4, block_length=4, stop_ids=(), on_step=give_up
+    )
     assert (result.tokens[0][1:] != mask_id).all()
     assert result.tokens[0][2] == 3
 
@@ -692,13 +837,18 @@ def test_nan_outside_the_candidates_is_nobodys_business():
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_stop_counts_once_everything_before_it_is_committed(cache):
-    # Position 3 says the stop id (its own number) at once; 1 comes with it; 2 is slow, so the row must wait for it.
+    # Position 3 says the stop id (its own number) at once; 1 comes with it; 2 is slow, so the row
+    # must wait for it.
     model = Scripted(confident(0.5, 0.95, 0.4, 0.95, 0.45, 0.3, 0.99, 0.99))
     recorder = Recorder()
-    result = fastdllm.generate(model, [[0]], gen_length=7, block_length=5, cache=cache, stop_ids=(3,), on_step=recorder)
+    result = fastdllm.generate(
+        model, [[0]], gen_length=7, block_length=5, cache=cache, stop_ids=(3,), on_step=recorder
+    )
     assert [sorted(commits) for _, commits in recorder.steps(0)] == [[1, 3], [4], [2]]
     assert result.nfe.item() == 3
-    assert result.tokens[0].tolist() == [0, 1, 2, 3, 3, 3, 3, 3], "what was committed after the stop is filled over"
+    assert result.tokens[0].tolist() == [0, 1, 2, 3, 3, 3, 3, 3], (
+        "what was committed after the stop is filled over"
+    )
 
 
 def test_a_stop_in_the_prompt_stops_nothing():
@@ -710,13 +860,17 @@ def test_a_stop_in_the_prompt_stops_nothing():
 def test_each_stop_id_fills_with_itself():
     model = Scripted(confident(*[0.95] * 6))
     for stop in (2, 4):
-        result = fastdllm.generate(model, [[0]], gen_length=5, block_length=2, stop_ids=(2, 4) if stop == 2 else (4, 5))
+        result = fastdllm.generate(
+            model, [[0]], gen_length=5, block_length=2, stop_ids=(2, 4) if stop == 2 else (4, 5)
+        )
         assert result.tokens[0].tolist() == [min(position, stop) for position in range(6)]
 
 
 def test_a_stopped_row_waits_for_nobody_and_holds_nobody_up():
     model = Scripted(confident(*[0.95] * 12))
-    result = fastdllm.generate(model, [[0], [0, 1, 2, 3]], gen_length=8, block_length=2, stop_ids=(2,))
+    result = fastdllm.generate(
+        model, [[0], [0, 1, 2, 3]], gen_length=8, block_length=2, stop_ids=(2,)
+    )
     assert result.nfe.tolist() == [1, 4]
     assert result.tokens[0].tolist() == [0, 1] + [2] * 7
     assert result.tokens[1].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 2]
@@ -731,7 +885,11 @@ def test_a_users_rule_sees_scores_candidates_and_steps():
     calls = []
 
     def leftmost(scores, candidates, step):
-        assert scores.dtype == torch.float32 and candidates.dtype == torch.bool and step.dtype == torch.int64
+        assert (
+            scores.dtype == torch.float32
+            and candidates.dtype == torch.bool
+            and step.dtype == torch.int64
+        )
         assert scores.shape == candidates.shape and step.shape == scores.shape[:1]
         assert candidates.any(1).all()
         assert torch.isfinite(scores[candidates]).all()
@@ -744,7 +902,9 @@ def test_a_users_rule_sees_scores_candidates_and_steps():
         model, prompts, gen_length=7, block_length=3, rule=leftmost, stop_ids=(), on_step=recorder
     )
     for row, start in enumerate((2, 5)):
-        assert [list(commits) for _, commits in recorder.steps(row)] == [[start + offset] for offset in range(7)]
+        assert [list(commits) for _, commits in recorder.steps(row)] == [
+            [start + offset] for offset in range(7)
+        ]
     assert result.nfe.tolist() == [7, 7]
     assert calls == [[step, step] for step in (0, 1, 2, 0, 1, 2, 0)]
 
@@ -800,7 +960,10 @@ def offered(temperature, kept=range(7)):
         ({"temperature": 2.0}, range(7)),
         ({"temperature": 1.0, "top_k": 3}, [0, 6, 1]),
         ({"temperature": 2.0, "top_k": 2}, [0, 6]),
-        ({"temperature": 1.0, "top_p": 0.7}, [0, 6, 1]),  # .42, .26, .16: the third is needed to reach .7
+        (
+            {"temperature": 1.0, "top_p": 0.7},
+            [0, 6, 1],
+        ),  # .42, .26, .16: the third is needed to reach .7
         ({"temperature": 1.0, "top_p": 1.0, "top_k": 8}, range(7)),
     ],
 )
@@ -818,7 +981,8 @@ def test_draws_follow_the_softmax(family, options, kept):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize(
-    "options", [{"temperature": 0.0}, {"top_k": 1, "temperature": 1.0}, {"top_p": 1e-6, "temperature": 1.0}]
+    "options",
+    [{"temperature": 0.0}, {"top_k": 1, "temperature": 1.0}, {"top_p": 1e-6, "temperature": 1.0}],
 )
 def test_a_single_choice_is_the_greedy_one(family, options):
     ids, _ = draws(LOGITS, 50, family, seed=3, **options)
@@ -856,7 +1020,9 @@ def test_a_seed_repeats_and_another_seed_does_not(family):
     model, config, _ = case(family)
     prompts = random_prompts(config, (3, 4), 0)
     options = {"gen_length": 12, "block_length": 4, "temperature": 1.0, "stop_ids": ()}
-    one, two, other = (fastdllm.generate(model, prompts, seed=seed, **options) for seed in (1, 1, 2))
+    one, two, other = (
+        fastdllm.generate(model, prompts, seed=seed, **options) for seed in (1, 1, 2)
+    )
     assert all(map(torch.equal, one.tokens, two.tokens))
     assert not all(map(torch.equal, one.tokens, other.tokens))
 
@@ -886,7 +1052,14 @@ def test_neighbouring_positions_and_steps_draw_independently():
     model = Scripted(script)
     flat = [
         fastdllm.generate(
-            model, [[0]], gen_length=64, block_length=block, temperature=1.0, seed=1, rule=Quota(1), stop_ids=()
+            model,
+            [[0]],
+            gen_length=64,
+            block_length=block,
+            temperature=1.0,
+            seed=1,
+            rule=Quota(1),
+            stop_ids=(),
         ).tokens[0][1:]
         for block in (64, 1)
     ]
@@ -916,7 +1089,9 @@ def test_random_scores_shuffle_the_order_of_the_commits():
 def other_work(model):
     """What a listener or a rule may do with the model at any time, and what it gives."""
     tokens = torch.arange(1, 25).view(2, 12) % 50
-    return model.logits(tokens), fastdllm.generate(model, [[5, 6], [7]], gen_length=6, block_length=3).tokens
+    return model.logits(tokens), fastdllm.generate(
+        model, [[5, 6], [7]], gen_length=6, block_length=3
+    ).tokens
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -954,8 +1129,17 @@ def test_threads_may_share_a_model(cache):
     logits = other_work(model)[0]
     with ThreadPoolExecutor(len(prompts) + 1) as pool:
         plain = pool.submit(lambda: [torch.equal(other_work(model)[0], logits) for _ in range(20)])
-        together = pool.map(lambda prompt: [fastdllm.generate(model, [prompt], **options).tokens[0] for _ in range(5)], prompts)
-    assert all(torch.equal(tokens, expected) for many, expected in zip(together, alone, strict=True) for tokens in many)
+        together = pool.map(
+            lambda prompt: [
+                fastdllm.generate(model, [prompt], **options).tokens[0] for _ in range(5)
+            ],
+            prompts,
+        )
+    assert all(
+        torch.equal(tokens, expected)
+        for many, expected in zip(together, alone, strict=True)
+        for tokens in many
+    )
     assert all(plain.result())
 
 
@@ -974,8 +1158,12 @@ def test_autocast_and_another_default_device_do_no_harm(cache):
         cast = fastdllm.generate(model, [[1, 2, 3], [4, 5, 6, 7]], **options)
     plain = fastdllm.generate(model, [[1, 2, 3], [4, 5, 6, 7]], **options)
     with torch.device("meta"):
-        elsewhere = fastdllm.generate(model, [[1, 2, 3], [4, 5, 6, 7]], on_step=lambda event: event, **options)
-    assert cast.nfe.tolist() == plain.nfe.tolist() and not any((row == config["mask_token_id"]).any() for row in cast.tokens)
+        elsewhere = fastdllm.generate(
+            model, [[1, 2, 3], [4, 5, 6, 7]], on_step=lambda event: event, **options
+        )
+    assert cast.nfe.tolist() == plain.nfe.tolist() and not any(
+        (row == config["mask_token_id"]).any() for row in cast.tokens
+    )
     assert all(map(torch.equal, elsewhere.tokens, plain.tokens)) and plain != elsewhere
 
 
@@ -984,7 +1172,9 @@ def test_the_smallest_temperature_is_the_greedy_choice(family):
     model, config, _ = case(family)
     options = {"gen_length": 8, "block_length": 8, "rule": Quota(1)}
     greedy = fastdllm.generate(model, random_prompts(config, (4,), 1), **options)
-    nearly = fastdllm.generate(model, random_prompts(config, (4,), 1), temperature=1e-39, top_p=0.9, seed=1, **options)
+    nearly = fastdllm.generate(
+        model, random_prompts(config, (4,), 1), temperature=1e-39, top_p=0.9, seed=1, **options
+    )
     assert torch.equal(nearly.tokens[0], greedy.tokens[0])
 
 

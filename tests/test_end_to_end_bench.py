@@ -1,4 +1,6 @@
-"""bench/end_to_end.py: the peer decodes what we decode, the clock's arithmetic is right, and the whole runs on tiny models."""
+"""bench/end_to_end.py: the peer decodes what we decode, the clock's arithmetic is right, and the
+whole runs on tiny models.
+"""
 
 import dataclasses
 import json
@@ -25,7 +27,9 @@ LIMITS = {"bytes_per_second": 4.3e12, "operations_per_second": 708e12}
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
 def model(request, tmp_path_factory):
-    model, _ = tiny.build(tmp_path_factory.mktemp(request.param) / "m", tiny.FAMILIES[request.param])
+    model, _ = tiny.build(
+        tmp_path_factory.mktemp(request.param) / "m", tiny.FAMILIES[request.param]
+    )
     model.lm_head.weight[model.config.mask_id] = 0
     return model
 
@@ -43,19 +47,32 @@ def test_the_peer_makes_the_same_decisions_in_as_many_forwards(model, cache, ste
 
 def test_the_peer_leaves_after_the_blocks_asked_for(model):
     options = {"gen_length": 24, "block_length": 8, "cache": "prefix", "steps": 4, "stop_after": 2}
-    canvas, *forwards = plain.decode(plain.Plain(model), torch.zeros(1, 5, dtype=torch.int64), **options)
-    assert forwards == [2, 6] and (canvas == model.config.mask_id)[0].tolist() == [False] * 21 + [True] * 8
+    canvas, *forwards = plain.decode(
+        plain.Plain(model), torch.zeros(1, 5, dtype=torch.int64), **options
+    )
+    assert (
+        forwards == [2, 6]
+        and (canvas == model.config.mask_id)[0].tolist() == [False] * 21 + [True] * 8
+    )
 
 
-@pytest.mark.parametrize(("canvas", "refresh", "step"), [(512, 10.4, 3.55), (1024, 21, 3.61), (2048, 45, 3.74)])
+@pytest.mark.parametrize(
+    ("canvas", "refresh", "step"), [(512, 10.4, 3.55), (1024, 21, 3.61), (2048, 45, 3.74)]
+)
 def test_floors_are_the_bytes_and_operations_of_llada(canvas, refresh, step):
-    """Worked out by hand for the whole forward; ours is a little below, since the last layer has queries in the block only."""
-    floors = race.floors(race.LLADA_8B, race.Cell("m", canvas, 256, 1), race.Way("dual", "dual"), LIMITS)
+    """Worked out by hand for the whole forward; ours is a little below, since the last layer has
+    queries in the block only.
+    """
+    floors = race.floors(
+        race.LLADA_8B, race.Cell("m", canvas, 256, 1), race.Way("dual", "dual"), LIMITS
+    )
     assert 0.92 * refresh < floors["floor_ms_refresh"] < refresh
     assert floors["floor_ms_step"] == pytest.approx(step, rel=0.01)
 
 
-@pytest.mark.parametrize(("config", "parameters"), [(race.LLADA_8B, 8.016e9), (race.DREAM_7B, 7.616e9)])
+@pytest.mark.parametrize(
+    ("config", "parameters"), [(race.LLADA_8B, 8.016e9), (race.DREAM_7B, 7.616e9)]
+)
 def test_the_real_shapes_have_the_published_numbers_of_parameters(config, parameters):
     with torch.device("meta"):
         model = race.DiffusionTransformer(config)
@@ -67,7 +84,10 @@ def test_the_fit_finds_the_two_times():
     runs = [{"refreshes": r, "cached_steps": s, "seconds": r * 0.05 + s * 0.004} for r, s in counts]
     refresh, step, error = race.fit(runs)
     assert (refresh, step) == (pytest.approx(50), pytest.approx(4)) and error < 1e-9
-    assert race.fit([{"refreshes": 8, "cached_steps": 0, "seconds": 1.0}])[:2] == (pytest.approx(125), None)
+    assert race.fit([{"refreshes": 8, "cached_steps": 0, "seconds": 1.0}])[:2] == (
+        pytest.approx(125),
+        None,
+    )
 
 
 @pytest.fixture
@@ -91,7 +111,10 @@ def run(monkeypatch, tmp_path):
 
 def test_it_runs_reports_and_adds_up(run, monkeypatch, tmp_path, capsys):
     status, results = run("--headline")
-    headline, everything = len(race.WAYS) + len(race.OPTIONS), 2 * len(race.WAYS) + len(race.OPTIONS)
+    headline, everything = (
+        len(race.WAYS) + len(race.OPTIONS),
+        2 * len(race.WAYS) + len(race.OPTIONS),
+    )
     assert status == 0 and len(results["rows"]) == headline
     for row in results["rows"]:
         assert row["headline"] and row["ms_refresh"] > -1e3 and row["peak_bytes"] is None
@@ -108,10 +131,24 @@ def test_it_runs_reports_and_adds_up(run, monkeypatch, tmp_path, capsys):
     assert "CPU numbers" in text and text.count("| dual captured |") == 3
     monkeypatch.undo()
     report.write_report(tmp_path / "e2e.json")
-    assert all((tmp_path / f"e2e-{name}.png").stat().st_size > 10_000 for name in ("throughput", "time"))
-    again = results | {"rows": [row | {"ms_refresh": 7.0} for row in results["rows"] if row["way"] == "plain dual"][::-1]}
+    assert all(
+        (tmp_path / f"e2e-{name}.png").stat().st_size > 10_000 for name in ("throughput", "time")
+    )
+    again = results | {
+        "rows": [
+            row | {"ms_refresh": 7.0} for row in results["rows"] if row["way"] == "plain dual"
+        ][::-1]
+    }
     (tmp_path / "again.json").write_text(json.dumps(again))
-    end_to_end.main(["--merge", str(tmp_path / "e2e.json"), str(tmp_path / "again.json"), "--out", str(tmp_path / "two.json")])
+    end_to_end.main(
+        [
+            "--merge",
+            str(tmp_path / "e2e.json"),
+            str(tmp_path / "again.json"),
+            "--out",
+            str(tmp_path / "two.json"),
+        ]
+    )
     merged = json.loads((tmp_path / "two.json").read_text())
     assert [row["way"] for row in merged["rows"]] == [row["way"] for row in results["rows"]]
     assert all((row["ms_refresh"] == 7.0) == (row["way"] == "plain dual") for row in merged["rows"])
@@ -133,15 +170,23 @@ def test_what_is_wrong_or_does_not_fit_is_not_timed(run, monkeypatch, tmp_path):
     monkeypatch.setattr(race.Subject, "decode", failing)
     status, results = run("--grid", "--only", "llada")
     rows = {row["way"]: row for row in results["rows"]}
-    assert status == 1 and rows["dual captured"]["wrong"] == "1 of 64 tokens differ from those of eager decoding"
+    assert (
+        status == 1
+        and rows["dual captured"]["wrong"] == "1 of 64 tokens differ from those of eager decoding"
+    )
     assert rows["plain dual"]["absent"] == "out of memory"
-    assert all(("ms_refresh" in row) == (name not in ("dual captured", "plain dual")) for name, row in rows.items())
+    assert all(
+        ("ms_refresh" in row) == (name not in ("dual captured", "plain dual"))
+        for name, row in rows.items()
+    )
     text = (tmp_path / "e2e.md").read_text()
     assert "WRONG: 1 of 64" in text and "| plain dual | out of memory |" in text
 
 
 def test_the_embedded_models_answer_alike():
-    [entry, *_] = accuracy.accuracy("cpu", 2, models=("tiny-llada",), settings=accuracy.SETTINGS[:1])
+    [entry, *_] = accuracy.accuracy(
+        "cpu", 2, models=("tiny-llada",), settings=accuracy.SETTINGS[:1]
+    )
     assert entry["solved"]["bf16 captured"] == 2 == entry["same_tokens"]["fp32 captured"]
     assert "| 2 of 2 |" in report.accuracy_table({"results": [entry]})
 

@@ -1,4 +1,6 @@
-"""The products of few rows: the kernel against an fp32 oracle, and what takes the library's product instead."""
+"""The products of few rows: the kernel against an fp32 oracle, and what takes the library's product
+instead.
+"""
 
 import importlib
 
@@ -14,9 +16,12 @@ from fastdllm_kernels import backend, linear_triton  # noqa: E402
 from fastdllm_kernels.backend import Chip  # noqa: E402
 from fastdllm_kernels.linear_triton import LinearConfig, launch_linear, linear_config  # noqa: E402
 
-linear_ops = importlib.import_module("fastdllm_kernels.linear")  # the package's attribute of that name is the op
+linear_ops = importlib.import_module(
+    "fastdllm_kernels.linear"
+)  # the package's attribute of that name is the op
 H200 = Chip(132, 232448, overlap=True)
-# (rows, in, out): one row, a full tile, one more, several tiles of rows; widths that no tile divides.
+# (rows, in, out): one row, a full tile, one more, several tiles of rows; widths that no tile
+# divides.
 SHAPES = [(1, 64, 64), (3, 100, 33), (32, 128, 96), (33, 72, 130), (130, 200, 20)]
 EPS = 1e-5
 
@@ -28,7 +33,9 @@ def normal(*shape, dtype, device, seed=0):
 
 def operands(rows, width_in, width_out, dtype, device):
     shapes = (rows, width_in), (width_out, width_in), (rows, width_out), (width_out,)
-    x, weight, residual, norm = (normal(*s, dtype=dtype, device=device, seed=i) for i, s in enumerate(shapes))
+    x, weight, residual, norm = (
+        normal(*s, dtype=dtype, device=device, seed=i) for i, s in enumerate(shapes)
+    )
     return x, (weight * width_in**-0.5).to(dtype), residual, norm
 
 
@@ -43,8 +50,9 @@ def normed(total, norm):
 
 
 def assert_close(result, library, oracle, slack=0.0):
-    """At most twice what PyTorch's own product loses in this dtype, plus units in the last place of the largest element, and
-    `slack` of that element: what the hardware's adders lose."""
+    """At most twice what PyTorch's own product loses in this dtype, plus units in the last place of
+    the largest element, and `slack` of that element: what the hardware's adders lose.
+    """
     lost = (library.double() - oracle).abs().max()
     error = (result.double() - oracle).abs().max()
     allowed = 2 * lost + (4 * torch.finfo(result.dtype).eps + slack) * oracle.abs().max()
@@ -61,7 +69,9 @@ class TestKernel:
     def test_linear(self, shape, with_bias, dtype, device):
         x, weight, _, norm = operands(*shape, dtype, device)
         bias = norm if with_bias else None
-        oracle = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        oracle = functional.linear(
+            x.double(), weight.double(), None if bias is None else bias.double()
+        )
         assert_close(ops.linear(x, weight, bias), ops.linear_reference(x, weight, bias), oracle)
 
     def test_linear_swiglu(self, shape, dtype, device):
@@ -71,14 +81,18 @@ class TestKernel:
         oracle = functional.silu(gate) * up
         result = ops.linear_swiglu(x, weight)
         assert_close(result, ops.linear_swiglu_reference(x, weight), oracle)
-        assert torch.equal(result, ops.linear_swiglu(x, *weight.clone().split(width_out)))  # the two apart
+        assert torch.equal(
+            result, ops.linear_swiglu(x, *weight.clone().split(width_out))
+        )  # the two apart
 
     def test_linear_rms_norm(self, shape, dtype, device):
         given = operands(*shape, dtype, device)
         x, weight, residual, norm = given
         total = functional.linear(x.double(), weight.double()) + residual.double()
         oracle, library = (normed(total, norm), total), ops.linear_rms_norm_reference(*given, EPS)
-        for ours, theirs, truth in zip(ops.linear_rms_norm(*given, EPS), library, oracle, strict=True):
+        for ours, theirs, truth in zip(
+            ops.linear_rms_norm(*given, EPS), library, oracle, strict=True
+        ):
             assert_close(ours, theirs, truth)
 
 
@@ -89,7 +103,9 @@ def test_parts_add_up(splits, width_in, device):
     y = launch_linear(x, weight, None, False, LinearConfig(16, 64, 32, 4, 2, splits))
     assert y.shape == ((splits, 5, 70) if splits > 1 else (5, 70))
     whole = y.sum(0) if splits > 1 else y
-    assert_close(whole.half(), functional.linear(x, weight), functional.linear(x.float(), weight.float()))
+    assert_close(
+        whole.half(), functional.linear(x, weight), functional.linear(x.float(), weight.float())
+    )
 
 
 def test_what_lies_outside_is_not_touched(device):
@@ -98,7 +114,9 @@ def test_what_lies_outside_is_not_touched(device):
     x, weight, _, _ = operands(5, 72, 40, torch.float16, device)
     wide[2:7, 3:75] = x
     y = launch_linear(wide[2:7, 3:75], weight, None, False, LinearConfig(16, 64, 64, 4, 2, 2))
-    assert_close(y.sum(0).half(), functional.linear(x, weight), functional.linear(x.float(), weight.float()))
+    assert_close(
+        y.sum(0).half(), functional.linear(x, weight), functional.linear(x.float(), weight.float())
+    )
 
 
 def test_leading_dimensions(device, triton_backend):
@@ -106,7 +124,11 @@ def test_leading_dimensions(device, triton_backend):
     shaped = x.view(2, 3, 64), weight, residual.view(2, 3, 48), norm
     assert ops.linear(shaped[0], weight).shape == (2, 3, 48)
     assert ops.linear_swiglu(shaped[0], weight).shape == (2, 3, 24)
-    for one, other in zip(ops.linear_rms_norm(*shaped, EPS), ops.linear_rms_norm(x, weight, residual, norm, EPS), strict=True):
+    for one, other in zip(
+        ops.linear_rms_norm(*shaped, EPS),
+        ops.linear_rms_norm(x, weight, residual, norm, EPS),
+        strict=True,
+    ):
         assert one.shape == (2, 3, 48) and torch.equal(one.view(6, 48), other)
 
 
@@ -120,17 +142,22 @@ def exactly(x, weight, bias=None):
     return y if bias is None else y + bias.double()
 
 
-# A GPU aligns the products of an instruction to the largest and keeps some 13 bits of each: seen, 0.6% of the largest sum.
+# A GPU aligns the products of an instruction to the largest and keeps some 13 bits of each: seen,
+# 0.6% of the largest sum.
 ADDERS = 2**-6 if ON_GPU else 0.0
 
 
 @pytest.mark.parametrize("shape", FP8_SHAPES)
 class TestFp8Kernel:
-    """The kernel against the quantised operands' own product; what is lost may be twice what that product loses in 16 bits."""
+    """The kernel against the quantised operands' own product; what is lost may be twice what that
+    product loses in 16 bits.
+    """
 
     @pytest.fixture(autouse=True)
     def forced(self, triton_backend, monkeypatch):
-        """The interpreter rounds to e4m3 without carrying into the exponent: there the reference quantises the rows."""
+        """The interpreter rounds to e4m3 without carrying into the exponent: there the reference
+        quantises the rows.
+        """
         if not ON_GPU:
             monkeypatch.setattr(linear_triton, "quantize_rows", linear_ops.quantize_rows_reference)
 
@@ -146,14 +173,18 @@ class TestFp8Kernel:
         x, weight, _, _ = fp8_operands(rows, width_in, 2 * width_out, dtype, device)
         gate, up = exactly(x, weight).chunk(2, -1)
         reference = ops.linear_swiglu_reference(x, weight)
-        assert_close(ops.linear_swiglu(x, weight), reference, functional.silu(gate) * up, 2 * ADDERS)
+        assert_close(
+            ops.linear_swiglu(x, weight), reference, functional.silu(gate) * up, 2 * ADDERS
+        )
 
     def test_linear_rms_norm(self, shape, dtype, device):
         x, weight, residual, norm = fp8_operands(*shape, dtype, device)
         reference = ops.linear_rms_norm_reference(x, weight, residual, norm, EPS)
         total = exactly(x, weight) + residual.double()
         oracle = normed(total, norm), total
-        for ours, theirs, truth in zip(ops.linear_rms_norm(x, weight, residual, norm, EPS), reference, oracle, strict=True):
+        for ours, theirs, truth in zip(
+            ops.linear_rms_norm(x, weight, residual, norm, EPS), reference, oracle, strict=True
+        ):
             assert_close(ours, theirs, truth, ADDERS)
 
     @pytest.mark.parametrize("splits", [2, 3])
@@ -164,45 +195,73 @@ class TestFp8Kernel:
 
 
 def on_the_grid(rows, width, dtype, device):
-    """Rows that e4m3 holds exactly after scaling: nothing is rounded, and everything else about quantising shows."""
+    """Rows that e4m3 holds exactly after scaling: nothing is rounded, and everything else about
+    quantising shows.
+    """
     x = normal(rows, width, dtype=torch.float32, device=device) * 40
     x[:, width // 2] = 448
-    return (x.clamp(-448, 448).to(torch.float8_e4m3fn).float() * 2.0 ** -torch.arange(rows, device=device)[:, None]).to(dtype)
+    return (
+        x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+        * 2.0 ** -torch.arange(rows, device=device)[:, None]
+    ).to(dtype)
 
 
 @pytest.mark.parametrize("width", [16, 208, 1024, 4100])
 def test_rows_are_quantised_as_the_reference_does(width, dtype, device):
-    rows = normal(6, width, dtype=dtype, device=device) if ON_GPU else on_the_grid(6, width, dtype, device)
+    rows = (
+        normal(6, width, dtype=dtype, device=device)
+        if ON_GPU
+        else on_the_grid(6, width, dtype, device)
+    )
     rows[2] = 0
     wide = torch.full((6, width + 5), float("nan"), dtype=dtype, device=device)
     wide[:, 2:-3] = rows
     data, scale = linear_triton.quantize_rows(wide[:, 2:-3])
     theirs, their_scale = linear_ops.quantize_rows_reference(rows)
-    assert torch.equal(data.view(torch.uint8) & 127, theirs.view(torch.uint8) & 127)  # all but the sign of a zero
+    assert torch.equal(
+        data.view(torch.uint8) & 127, theirs.view(torch.uint8) & 127
+    )  # all but the sign of a zero
     assert torch.equal(data.float(), theirs.float()) and torch.equal(scale, their_scale)
 
 
 class TestFp8:
     @pytest.mark.parametrize("rows", [1, 32, 200])
     def test_what_is_lost(self, rows, dtype, device):
-        """3 bits of mantissa round a number by 2.3% of it (root mean square): of two operands 3.5% of a product's size."""
+        """3 bits of mantissa round a number by 2.3% of it (root mean square): of two operands 3.5%
+        of a product's size.
+        """
         x, weight, _, norm = operands(rows, 256, 96, dtype, device)
         exact = functional.linear(x.float(), weight.float(), norm.float())
-        lost = (ops.linear(x, ops.quantize_weight(weight), norm).float() - exact).square().mean().sqrt()
+        lost = (
+            (ops.linear(x, ops.quantize_weight(weight), norm).float() - exact)
+            .square()
+            .mean()
+            .sqrt()
+        )
         size = functional.linear(x.float(), weight.float()).square().mean().sqrt()
         assert 0.01 * size < lost < 0.045 * size
 
     def test_a_weight_is_quantised_row_by_row(self, dtype, device):
-        weight = normal(5000, 32, dtype=dtype, device=device) * torch.logspace(-2, 2, 5000, device=device)[:, None].to(dtype)
+        weight = normal(5000, 32, dtype=dtype, device=device) * torch.logspace(
+            -2, 2, 5000, device=device
+        )[:, None].to(dtype)
         weight[7] = 0
         quantized = ops.quantize_weight(weight)
-        assert quantized.shape == (5000, 32) and quantized.ndim == 2 and quantized.data.dtype == torch.float8_e4m3fn
+        assert (
+            quantized.shape == (5000, 32)
+            and quantized.ndim == 2
+            and quantized.data.dtype == torch.float8_e4m3fn
+        )
         assert quantized.data.is_contiguous() and quantized.scale.dtype == torch.float32
         back = quantized.data.float() * quantized.scale[:, None]
         largest = weight.float().abs().amax(1, keepdim=True)
         # Half a step of the number, or of the smallest step that e4m3 has at that scale.
-        assert ((back - weight.float()).abs() <= weight.float().abs() / 16 + largest / 448 / 2**9).all()
-        assert torch.equal(back.abs().amax(1)[8:], (quantized.scale * 448)[8:]) and not back[7].any()
+        assert (
+            (back - weight.float()).abs() <= weight.float().abs() / 16 + largest / 448 / 2**9
+        ).all()
+        assert (
+            torch.equal(back.abs().amax(1)[8:], (quantized.scale * 448)[8:]) and not back[7].any()
+        )
 
     def test_a_row_that_is_not_finite_has_no_finite_scale(self, device):
         weight = torch.ones(4, 16, device=device)
@@ -239,7 +298,9 @@ class TestFp8:
 
     def test_leading_dimensions(self, device):
         x, weight, _, norm = fp8_operands(6, 64, 48, torch.float16, device)
-        assert torch.equal(ops.linear(x.view(2, 3, 64), weight, norm).view(6, 48), ops.linear(x, weight, norm))
+        assert torch.equal(
+            ops.linear(x.view(2, 3, 64), weight, norm).view(6, 48), ops.linear(x, weight, norm)
+        )
 
 
 @pytest.mark.gpu
@@ -261,7 +322,8 @@ def test_real_shapes_in_fp8(rows, shape, device):
         x, weight, residual, norm = fp8_operands(rows, *shape, dtype, device)
         bias = norm if rows in (1, 512) else None
         oracle, reference = exactly(x, weight, bias), ops.linear_reference(x, weight, bias)
-        # The library adds in about 14 bits all along a row: 2% of a sum, as much again as quantising loses.
+        # The library adds in about 14 bits all along a row: 2% of a sum, as much again as
+        # quantising loses.
         slack = oracle.abs().max() * (ADDERS if rows <= linear_ops.MOST_ROWS else 2**-5)
         lost = (reference.float() - oracle).abs().max()
         error = (ops.linear(x, weight, bias).float() - oracle).abs().max()
@@ -294,34 +356,54 @@ class TestChoice:
         assert all(map(torch.equal, ops.linear_rms_norm(*given, EPS), library))
 
     def test_gradients_take_the_reference(self, device):
-        x, weight, residual, norm = (x.requires_grad_() for x in operands(4, 64, 48, torch.float32, device))
+        x, weight, residual, norm = (
+            x.requires_grad_() for x in operands(4, 64, 48, torch.float32, device)
+        )
         y, total = ops.linear_rms_norm(x, weight, residual, norm, EPS)
-        (ops.linear(x, weight).sum() + ops.linear_swiglu(x, weight).sum() + y.sum() + total.sum()).backward()
+        (
+            ops.linear(x, weight).sum() + ops.linear_swiglu(x, weight).sum() + y.sum() + total.sum()
+        ).backward()
         assert all(tensor.grad is not None for tensor in (x, weight, residual, norm))
 
 
 class TestConfig:
     def test_products_fill_the_gpu(self):
         for width_in, width_out, gated, splittable in (
-            (4096, 12288, False, False), (4096, 4096, False, True), (4096, 12288, True, False), (12288, 4096, False, True),
+            (4096, 12288, False, False),
+            (4096, 4096, False, True),
+            (4096, 12288, True, False),
+            (12288, 4096, False, True),
             (18944, 3584, False, True),
-        ):  # fmt: skip
+        ):
             chosen = linear_config(32, width_in, width_out, gated, splittable, 2, H200)
             assert -(-width_out // chosen.TILE_OUT) * chosen.splits >= H200.multiprocessors
             assert chosen.splits == 1 or splittable
 
     def test_a_narrow_product_keeps_more_in_flight(self):
-        narrow, wide = (linear_config(32, 3584, width_out, False, False, 2, H200) for width_out in (4608, 12288))
-        assert (narrow.TILE_OUT, narrow.num_stages, narrow.splits) == (64, 5, 1) and wide.num_stages == 3
+        narrow, wide = (
+            linear_config(32, 3584, width_out, False, False, 2, H200) for width_out in (4608, 12288)
+        )
+        assert (narrow.TILE_OUT, narrow.num_stages, narrow.splits) == (
+            64,
+            5,
+            1,
+        ) and wide.num_stages == 3
         assert linear_config(32, 3584, 4608, False, False, 2, Chip(108, 166912)).TILE_OUT == 32
 
     def test_tiles_follow_the_rows(self):
-        rows = [linear_config(n, 4096, 12288, False, False, 2, H200).TILE_ROWS for n in (1, 16, 17, 32, 64, 65, 128, 256)]
+        rows = [
+            linear_config(n, 4096, 12288, False, False, 2, H200).TILE_ROWS
+            for n in (1, 16, 17, 32, 64, 65, 128, 256)
+        ]
         assert rows == [16, 16, 32, 32, 64, 128, 128, 128]
 
     @pytest.mark.parametrize("rows", [1, 32, 128])
     def test_fp8_takes_the_tiles_its_tensor_cores_want(self, rows):
-        for shape in ((3584, 4608, False, False), (4096, 12288, True, False), (18944, 3584, False, True)):
+        for shape in (
+            (3584, 4608, False, False),
+            (4096, 12288, True, False),
+            (18944, 3584, False, True),
+        ):
             chosen = linear_config(rows, *shape, 1, H200)
             assert chosen.TILE_OUT == 64 and chosen.TILE_IN in (128, 256)
 
@@ -335,7 +417,9 @@ def test_real_shapes_and_determinism(rows, device, triton_backend):
     for width_in, width_out in ((4096, 4096), (12288, 4096), (3584, 4608), (18944, 3584)):
         x, weight, residual, norm = operands(rows, width_in, width_out, torch.bfloat16, device)
         first = ops.linear_rms_norm(x, weight, residual, norm, EPS)
-        oracle = ops.linear_rms_norm_reference(*(t.float() for t in (x, weight, residual, norm)), EPS)
+        oracle = ops.linear_rms_norm_reference(
+            *(t.float() for t in (x, weight, residual, norm)), EPS
+        )
         library = ops.linear_rms_norm_reference(x, weight, residual, norm, EPS)
         for ours, theirs, truth in zip(first, library, oracle, strict=True):
             assert_close(ours, theirs, truth)
@@ -346,8 +430,12 @@ def test_real_shapes_and_determinism(rows, device, triton_backend):
 
 @pytest.mark.gpu
 def test_a_chain_in_a_graph_waits_for_what_it_reads(device, triton_backend):
-    """Every launch may begin before its predecessor ends: a long chain replayed must give what separate calls give."""
-    weights = [normal(512, 512, dtype=torch.bfloat16, device=device, seed=i) * 512**-0.5 for i in range(24)]
+    """Every launch may begin before its predecessor ends: a long chain replayed must give what
+    separate calls give.
+    """
+    weights = [
+        normal(512, 512, dtype=torch.bfloat16, device=device, seed=i) * 512**-0.5 for i in range(24)
+    ]
     norm = torch.ones(512, dtype=torch.bfloat16, device=device)
     x = normal(32, 512, dtype=torch.bfloat16, device=device, seed=99)
 
@@ -374,7 +462,13 @@ def test_a_chain_in_a_graph_waits_for_what_it_reads(device, triton_backend):
 def test_the_kernel_is_the_one_under_test(device, triton_backend, monkeypatch):
     calls = []
     real = linear_triton.launch_linear
-    monkeypatch.setattr(linear_triton, "launch_linear", lambda *args: calls.append(args) or real(*args))
+    monkeypatch.setattr(
+        linear_triton, "launch_linear", lambda *args: calls.append(args) or real(*args)
+    )
     x, weight, residual, norm = operands(4, 64, 48, torch.float16, device)
-    ops.linear(x, weight), ops.linear_swiglu(x, weight), ops.linear_rms_norm(x, weight, residual, norm, EPS)
+    (
+        ops.linear(x, weight),
+        ops.linear_swiglu(x, weight),
+        ops.linear_rms_norm(x, weight, residual, norm, EPS),
+    )
     assert len(calls) == 3

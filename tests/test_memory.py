@@ -1,4 +1,6 @@
-"""What decoding allocates: the logits of the block's rows alone, and at the peak one forward beside weights and cache."""
+"""What decoding allocates: the logits of the block's rows alone, and at the peak one forward beside
+weights and cache.
+"""
 
 import pytest
 import tiny
@@ -11,9 +13,13 @@ import fastdllm
 from fastdllm import Quota, graph
 
 WIDE = {
-    **tiny.LLADA, "d_model": 256, "mlp_hidden_size": 512, "embedding_size": 65536, "vocab_size": 65536,
+    **tiny.LLADA,
+    "d_model": 256,
+    "mlp_hidden_size": 512,
+    "embedding_size": 65536,
+    "vocab_size": 65536,
     "max_sequence_length": 2048,
-}  # fmt: skip
+}
 WORKSPACE = 80 * 2**20  # cuBLAS's, 32 MiB for each of two streams, and what is small
 
 
@@ -41,25 +47,32 @@ def test_the_canvas_has_no_logits(tmp_path, family, cache):
     model, _ = tiny.build(tmp_path, tiny.FAMILIES[family], device="cpu", dtype=torch.float32)
     prompts = random_prompts(tiny.FAMILIES[family], (8, 12), 0)
     with RowsOfLogits(model) as seen:
-        fastdllm.generate(model, prompts, gen_length=16, block_length=8, cache=cache, rule=Quota(2), stop_ids=())
+        fastdllm.generate(
+            model, prompts, gen_length=16, block_length=8, cache=cache, rule=Quota(2), stop_ids=()
+        )
     assert seen.most == 2 * 8
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("weights", [None, "fp8"])
 def test_the_peak_is_one_forward_beside_weights_and_cache(tmp_path, weights):
-    """Two canvases of 1,024 positions: their logits would be 256 MiB, more than all that may be left over."""
+    """Two canvases of 1,024 positions: their logits would be 256 MiB, more than all that may be
+    left over.
+    """
     model, _ = tiny.build(tmp_path, WIDE, device="cuda", dtype=torch.bfloat16, weights=weights)
     rows, block, canvas, size, hidden, inner = 2, 32, 1024, 2, 256, 512
     prompts = random_prompts(WIDE, (canvas - 256,) * rows, 0)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()  # the weights are in it
-    fastdllm.generate(model, prompts, gen_length=256, block_length=block, rule=Quota(8), stop_ids=(), graph=True)
+    fastdllm.generate(
+        model, prompts, gen_length=256, block_length=block, rule=Quota(8), stop_ids=(), graph=True
+    )
     assert graph._workspaces[model].steps, "nothing was captured"
     cache = model.config.num_layers * 2 * rows * canvas * hidden * size
     logits = rows * block * WIDE["vocab_size"] * size
-    # Of a refresh: the residual and its norm in and out, q, k and v as they are and rotated, the products of an MLP.
+    # Of a refresh: the residual and its norm in and out, q, k and v as they are and rotated, the
+    # products of an MLP.
     activations = rows * canvas * (4 * hidden + 2 * 3 * hidden + 3 * inner) * size
     used = torch.cuda.max_memory_allocated() - before
     graph.clear(model)

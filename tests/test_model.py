@@ -22,7 +22,12 @@ VARIANTS = {
     "llada other base and eps": {**tiny.LLADA, "rope_theta": 100.0, "rms_norm_eps": 0.5},
     "dream": tiny.DREAM,
     "dream one kv head": {**tiny.DREAM, "num_key_value_heads": 1},
-    "dream group of seven": {**tiny.DREAM, "hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 1},
+    "dream group of seven": {
+        **tiny.DREAM,
+        "hidden_size": 56,
+        "num_attention_heads": 7,
+        "num_key_value_heads": 1,
+    },
     "dream tied": {**tiny.DREAM, "tie_word_embeddings": True},
     "dream other base and eps": {**tiny.DREAM, "rope_theta": 100.0, "rms_norm_eps": 0.5},
 }
@@ -31,11 +36,14 @@ VARIANTS = {
 def check_logits(model, state, config, shapes=((2, 11), (1, 1), (3, 2), (1, 64))):
     generator = torch.Generator().manual_seed(5)
     for shape in shapes:
-        tokens = torch.randint(0, oracle_models.shape_of(config)["vocab"], shape, generator=generator)
+        tokens = torch.randint(
+            0, oracle_models.shape_of(config)["vocab"], shape, generator=generator
+        )
         logits = model.logits(tokens)
         assert logits.shape == (*shape, oracle_models.shape_of(config)["vocab"])
         wanted = oracle_models.logits(state, config, tokens)
-        # Relative to the largest logit: a small logit is a sum of large terms and cannot be better than they are.
+        # Relative to the largest logit: a small logit is a sum of large terms and cannot be better
+        # than they are.
         assert (logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
@@ -62,10 +70,14 @@ def test_the_oracle_itself_notices_every_weight(tmp_path):
         tokens = torch.tensor([[5, 1, 9, 30, 2]])
         before = oracle_models.logits(state, config, tokens)
         for name in state:
-            changed = {**state, name: state[name] + torch.linspace(-1, 1, state[name].numel()).view_as(state[name])}
+            changed = {
+                **state,
+                name: state[name] + torch.linspace(-1, 1, state[name].numel()).view_as(state[name]),
+            }
             after = oracle_models.logits(changed, config, tokens)
             if name.endswith("k_proj.bias"):
-                continue  # only the rotation makes a key bias matter: too little to see in a fixed bound
+                # only the rotation makes a key bias matter: too little to see in a fixed bound
+                continue
             assert (after - before).abs().max() > 1e-3, name
 
 
@@ -83,7 +95,9 @@ def test_rows_do_not_see_each_other(tmp_path):
     tokens = torch.randint(0, 37, (3, 9), generator=torch.Generator().manual_seed(0))
     together = model.logits(tokens)
     for row in range(3):
-        torch.testing.assert_close(model.logits(tokens[row : row + 1]), together[row : row + 1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model.logits(tokens[row : row + 1]), together[row : row + 1], rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -120,8 +134,12 @@ def test_logits_are_differentiable_for_training(tmp_path):
 
 def test_initialize_is_reproducible_and_has_the_stated_spread():
     config = FAMILIES["llada"].config({**tiny.LLADA, "d_model": 64, "embedding_size": 512})
-    one, two, other = (fastdllm.model.initialize(DiffusionTransformer(config), seed) for seed in (1, 1, 2))
-    for (name, a), b, c in zip(one.named_parameters(), two.parameters(), other.parameters(), strict=True):
+    one, two, other = (
+        fastdllm.model.initialize(DiffusionTransformer(config), seed) for seed in (1, 1, 2)
+    )
+    for (name, a), b, c in zip(
+        one.named_parameters(), two.parameters(), other.parameters(), strict=True
+    ):
         assert torch.equal(a, b), name
         if a.ndim > 1:
             assert not torch.equal(a, c), name
@@ -140,19 +158,41 @@ def test_the_published_shapes(family, raw, billions, kib):
         model = DiffusionTransformer(config)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert round(count / 1e9, 3) == billions
-    assert count == sum(torch.Size(shape).numel() for shape in oracle_models.key_shapes(raw).values())
+    assert count == sum(
+        torch.Size(shape).numel() for shape in oracle_models.key_shapes(raw).values()
+    )
     cache = KVCache(config, 1, 3, device="meta", dtype=torch.bfloat16)
     assert cache.bytes == 3 * kib * 1024
 
 
 def test_the_published_configs_are_read_as_they_are():
     llada = FAMILIES["llada"].config(oracle_models.LLADA_8B)
-    assert (llada.mask_id, llada.stop_ids, llada.logit_shift, llada.rope_in_fp32) == (126336, (126081,), 0, True)
-    assert (llada.rope_theta, llada.rms_norm_eps, llada.max_positions, llada.head_dim) == (500000, 1e-5, 4096, 128)
+    assert (llada.mask_id, llada.stop_ids, llada.logit_shift, llada.rope_in_fp32) == (
+        126336,
+        (126081,),
+        0,
+        True,
+    )
+    assert (llada.rope_theta, llada.rms_norm_eps, llada.max_positions, llada.head_dim) == (
+        500000,
+        1e-5,
+        4096,
+        128,
+    )
     assert not llada.qkv_bias and not llada.tie_embeddings
     dream = FAMILIES["Dream"].config(oracle_models.DREAM_7B)
-    assert (dream.mask_id, dream.stop_ids, dream.logit_shift, dream.rope_in_fp32) == (151666, (151643,), 1, False)
-    assert (dream.rope_theta, dream.rms_norm_eps, dream.max_positions, dream.head_dim) == (1e6, 1e-6, 131072, 128)
+    assert (dream.mask_id, dream.stop_ids, dream.logit_shift, dream.rope_in_fp32) == (
+        151666,
+        (151643,),
+        1,
+        False,
+    )
+    assert (dream.rope_theta, dream.rms_norm_eps, dream.max_positions, dream.head_dim) == (
+        1e6,
+        1e-6,
+        131072,
+        128,
+    )
     assert dream.qkv_bias and not dream.tie_embeddings
 
 

@@ -1,4 +1,6 @@
-"""The wheel and the editable install, beside Hugging Face's `kernels`, whose import name our folder shares."""
+"""The wheel and the editable install, beside Hugging Face's `kernels`, whose import name our folder
+shares.
+"""
 
 import os
 import shutil
@@ -19,8 +21,18 @@ print(fastdllm.__file__, fastdllm_kernels.__file__)
 
 
 def python(code, cwd, **environment):
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=clean | environment, capture_output=True, text=True)
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "TRITON_INTERPRET")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -33,7 +45,18 @@ def wheel(tmp_path_factory):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        source,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return next(folder.glob("fastdllm-*.whl"))
@@ -41,8 +64,15 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_both_packages_and_the_models(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    assets = {f"fastdllm/assets/{name}" for name in ("demo.txt", "tiny-llada/model.safetensors", "tiny-dream/tokenizer.json")}
-    assert assets | {"fastdllm/decode.py", "fastdllm/families/dream.py", "fastdllm_kernels/attention.py"} <= names
+    assets = {
+        f"fastdllm/assets/{name}"
+        for name in ("demo.txt", "tiny-llada/model.safetensors", "tiny-dream/tokenizer.json")
+    }
+    assert (
+        assets
+        | {"fastdllm/decode.py", "fastdllm/families/dream.py", "fastdllm_kernels/attention.py"}
+        <= names
+    )
     assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
 
 

@@ -1,4 +1,6 @@
-"""replace_attention on somebody else's models: the published module structures restated, and transformers' own classes."""
+"""replace_attention on somebody else's models: the published module structures restated, and
+transformers' own classes.
+"""
 
 import copy
 from collections import Counter
@@ -39,7 +41,9 @@ class Norm(nn.Module):
 
     def forward(self, x):
         wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * (
+            wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        ).to(x.dtype)
 
 
 def half_turn(x):
@@ -58,7 +62,8 @@ def widen(x, heads):
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-# LLaDA as published: the layer projects, its method `attention` does the rest, the head sits inside the inner model.
+# LLaDA as published: the layer projects, its method `attention` does the rest, the head sits inside
+# the inner model.
 
 
 class LLaDAConfig(PretrainedConfig):
@@ -85,13 +90,30 @@ class LLaDALlamaBlock(nn.Module):
     def __init__(self, layer_id, config):
         super().__init__()
         self.layer_id, self.config = layer_id, config
-        width, mlp, kv = config.d_model, config.mlp_hidden_size, config.d_model // config.n_heads * config.n_kv_heads
-        self.attn_norm, self.ff_norm = Norm(width, config.rms_norm_eps), Norm(width, config.rms_norm_eps)
+        width, mlp, kv = (
+            config.d_model,
+            config.mlp_hidden_size,
+            config.d_model // config.n_heads * config.n_kv_heads,
+        )
+        self.attn_norm, self.ff_norm = (
+            Norm(width, config.rms_norm_eps),
+            Norm(width, config.rms_norm_eps),
+        )
         self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj, self.v_proj = nn.Linear(width, kv, bias=False), nn.Linear(width, kv, bias=False)
+        self.k_proj, self.v_proj = (
+            nn.Linear(width, kv, bias=False),
+            nn.Linear(width, kv, bias=False),
+        )
         self.attn_out = nn.Linear(width, width, bias=False)
-        self.ff_proj, self.up_proj = nn.Linear(width, mlp, bias=False), nn.Linear(width, mlp, bias=False)
-        self.ff_out, self.act, self.dropout = nn.Linear(mlp, width, bias=False), nn.SiLU(), nn.Dropout(0.0)
+        self.ff_proj, self.up_proj = (
+            nn.Linear(width, mlp, bias=False),
+            nn.Linear(width, mlp, bias=False),
+        )
+        self.ff_out, self.act, self.dropout = (
+            nn.Linear(mlp, width, bias=False),
+            nn.SiLU(),
+            nn.Dropout(0.0),
+        )
         self.rotary_emb = LLaDARotary(config)
 
     def attention(self, q, k, v, attention_bias=None, layer_past=None, use_cache=False):
@@ -99,19 +121,27 @@ class LLaDALlamaBlock(nn.Module):
         heads = self.config.n_heads
         q, k, v = (x.view(rows, length, -1, width // heads).transpose(1, 2) for x in (q, k, v))
         if layer_past is not None:
-            k, v = (torch.cat([past, x], dim=-2) for past, x in zip(layer_past, (k, v), strict=True))
+            k, v = (
+                torch.cat([past, x], dim=-2) for past, x in zip(layer_past, (k, v), strict=True)
+            )
         present = (k, v) if use_cache else None
         q, k = self.rotary_emb(q, k)
-        out = functional.scaled_dot_product_attention(q, widen(k, heads), widen(v, heads), is_causal=False)
+        out = functional.scaled_dot_product_attention(
+            q, widen(k, heads), widen(v, heads), is_causal=False
+        )
         return self.attn_out(out.transpose(1, 2).reshape(rows, length, width)), present
 
     def forward(self, x, attention_bias=None, layer_past=None, use_cache=False):
         normed = self.attn_norm(x)
         q, k, v = self.q_proj(normed), self.k_proj(normed), self.v_proj(normed)
-        out, present = self.attention(q, k, v, attention_bias, layer_past=layer_past, use_cache=use_cache)
+        out, present = self.attention(
+            q, k, v, attention_bias, layer_past=layer_past, use_cache=use_cache
+        )
         x = x + self.dropout(out)
         normed = self.ff_norm(x)
-        return x + self.dropout(self.ff_out(self.act(self.ff_proj(normed)) * self.up_proj(normed))), present
+        return x + self.dropout(
+            self.ff_out(self.act(self.ff_proj(normed)) * self.up_proj(normed))
+        ), present
 
 
 class LLaDAModel(nn.Module):
@@ -131,11 +161,15 @@ class LLaDAModel(nn.Module):
     def forward(self, input_ids, past_key_values=None, use_cache=False):
         parts = self.transformer
         x, presents = parts.emb_drop(parts.wte(input_ids)), []
-        for block, past in zip(parts.blocks, past_key_values or [None] * len(parts.blocks), strict=True):
+        for block, past in zip(
+            parts.blocks, past_key_values or [None] * len(parts.blocks), strict=True
+        ):
             x, present = block(x, attention_bias=None, layer_past=past, use_cache=use_cache)
             presents.append(present)
         x = parts.ln_f(x)
-        logits = functional.linear(x, parts.wte.weight) if self.config.weight_tying else parts.ff_out(x)
+        logits = (
+            functional.linear(x, parts.wte.weight) if self.config.weight_tying else parts.ff_out(x)
+        )
         return SimpleNamespace(logits=logits, past_key_values=presents if use_cache else None)
 
 
@@ -149,13 +183,21 @@ class LLaDAModelLM(nn.Module):
         return self.model(input_ids, past_key_values, use_cache)
 
 
-# Dream as published: Qwen2's layers, self_attn returning three things, RoPE tables from the inner model.
+# Dream as published: Qwen2's layers, self_attn returning three things, RoPE tables from the inner
+# model.
 
 
 class DreamConfig(PretrainedConfig):
     model_type = "Dream"
 
-    def __init__(self, rope_theta=10000.0, rope_scaling=None, use_cache=True, tie_word_embeddings=False, **values):
+    def __init__(
+        self,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        use_cache=True,
+        tie_word_embeddings=False,
+        **values,
+    ):
         self.rope_theta, self.rope_scaling, self.use_cache = rope_theta, rope_scaling, use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **values)
 
@@ -164,16 +206,29 @@ class DreamAttention(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.layer_idx, self.num_heads, self.num_key_value_heads = (
-            layer_idx, config.num_attention_heads, config.num_key_value_heads
+            layer_idx,
+            config.num_attention_heads,
+            config.num_key_value_heads,
         )
         width, self.head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
         kv = self.head_dim * self.num_key_value_heads
-        self.q_proj, self.k_proj, self.v_proj = nn.Linear(width, width), nn.Linear(width, kv), nn.Linear(width, kv)
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(width, width),
+            nn.Linear(width, kv),
+            nn.Linear(width, kv),
+        )
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, hidden_states, attention_mask=None, position_ids=None, past_key_value=None, output_attentions=False,
-        use_cache=False, cache_position=None, position_embeddings=None,
+        self,
+        hidden_states,
+        attention_mask=None,
+        position_ids=None,
+        past_key_value=None,
+        output_attentions=False,
+        use_cache=False,
+        cache_position=None,
+        position_embeddings=None,
     ):
         rows, length, width = hidden_states.shape
         q, k, v = (
@@ -191,7 +246,10 @@ class DreamAttention(nn.Module):
 class DreamMLP(nn.Module):
     def __init__(self, width, mlp):
         super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(width, mlp, bias=False), nn.Linear(width, mlp, bias=False)
+        self.gate_proj, self.up_proj = (
+            nn.Linear(width, mlp, bias=False),
+            nn.Linear(width, mlp, bias=False),
+        )
         self.down_proj = nn.Linear(mlp, width, bias=False)
 
     def forward(self, x):
@@ -207,13 +265,25 @@ class DreamDecoderLayer(nn.Module):
         self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, hidden_states, attention_mask=None, position_ids=None, past_key_value=None, output_attentions=False,
-        use_cache=False, cache_position=None, position_embeddings=None,
+        self,
+        hidden_states,
+        attention_mask=None,
+        position_ids=None,
+        past_key_value=None,
+        output_attentions=False,
+        use_cache=False,
+        cache_position=None,
+        position_embeddings=None,
     ):
         out, _, present = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states), attention_mask=attention_mask, position_ids=position_ids,
-            past_key_value=past_key_value, output_attentions=output_attentions, use_cache=use_cache,
-            cache_position=cache_position, position_embeddings=position_embeddings,
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_value=past_key_value,
+            output_attentions=output_attentions,
+            use_cache=use_cache,
+            cache_position=cache_position,
+            position_embeddings=position_embeddings,
         )
         hidden_states = hidden_states + out
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -238,7 +308,9 @@ class DreamBaseModel(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DreamDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DreamDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = DreamRotaryEmbedding(config)
 
@@ -250,11 +322,17 @@ class DreamBaseModel(nn.Module):
         tables = self.rotary_emb(x, position_ids)
         for layer in self.layers:
             outputs = layer(
-                x, attention_mask=attention_mask, position_ids=position_ids, past_key_value=past, use_cache=use_cache,
+                x,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_value=past,
+                use_cache=use_cache,
                 position_embeddings=tables,
             )
             x = outputs[0]
-        return SimpleNamespace(last_hidden_state=self.norm(x), past_key_values=outputs[1] if use_cache else None)
+        return SimpleNamespace(
+            last_hidden_state=self.norm(x), past_key_values=outputs[1] if use_cache else None
+        )
 
 
 class DreamModel(nn.Module):
@@ -274,13 +352,24 @@ def without(config, *keys):
 
 
 def as_transformers(build, config_type, raw, state, **options):
-    """transformers' own class with a published checkpoint of either family; biases that it lacks are 0."""
+    """transformers' own class with a published checkpoint of either family; biases that it lacks
+    are 0.
+    """
     shape = oracle_models.shape_of(raw)
     config = config_type(
-        hidden_size=shape["width"], num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv_heads"], intermediate_size=shape["mlp"], vocab_size=shape["vocab"],
-        rms_norm_eps=shape["eps"], max_position_embeddings=96, tie_word_embeddings=False, pad_token_id=None,
-        bos_token_id=None, eos_token_id=raw["eos_token_id"], **options,
+        hidden_size=shape["width"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"],
+        intermediate_size=shape["mlp"],
+        vocab_size=shape["vocab"],
+        rms_norm_eps=shape["eps"],
+        max_position_embeddings=96,
+        tie_word_embeddings=False,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=raw["eos_token_id"],
+        **options,
         rope_parameters={"rope_type": "default", "rope_theta": shape["theta"]},
     )
     model = build(config).eval()
@@ -291,19 +380,35 @@ def as_transformers(build, config_type, raw, state, **options):
             renamed[names[next(part for part in theirs if theirs[part] == name)]] = value
             continue
         prefix, layer = next(
-            (theirs["layer"].format(i), i) for i in range(shape["layers"]) if name.startswith(theirs["layer"].format(i))
+            (theirs["layer"].format(i), i)
+            for i in range(shape["layers"])
+            if name.startswith(theirs["layer"].format(i))
         )
         stem, _, kind = name.removeprefix(prefix).rpartition(".")
-        part = next(part for part in theirs if part != "layer" and theirs[part].removesuffix(".weight") == stem)
-        renamed[names["layer"].format(layer) + names[part].removesuffix(".weight") + "." + kind] = value
-    blank = {name: torch.zeros_like(value) for name, value in model.state_dict().items() if name.endswith(".bias")}
+        part = next(
+            part
+            for part in theirs
+            if part != "layer" and theirs[part].removesuffix(".weight") == stem
+        )
+        renamed[names["layer"].format(layer) + names[part].removesuffix(".weight") + "." + kind] = (
+            value
+        )
+    blank = {
+        name: torch.zeros_like(value)
+        for name, value in model.state_dict().items()
+        if name.endswith(".bias")
+    }
     model.load_state_dict({**blank, **renamed})
     return model
 
 
 def build(kind, native_folder, seed=0):
     """(somebody else's model, the keywords it needs, the native model with the same weights)."""
-    raw = tiny.DREAM if "dream" in kind.lower() else {**tiny.LLADA, "n_kv_heads": 2, "weight_tying": "tied" in kind}
+    raw = (
+        tiny.DREAM
+        if "dream" in kind.lower()
+        else {**tiny.LLADA, "n_kv_heads": 2, "weight_tying": "tied" in kind}
+    )
     native, state = tiny.build(native_folder, raw, seed)
     ids = {"mask_id": raw["mask_token_id"]}
     if kind == "Dream":
@@ -318,13 +423,29 @@ def build(kind, native_folder, seed=0):
         return as_transformers(LlamaForCausalLM, LlamaConfig, raw, state), ids, native
     if kind == "Llama, dream":
         options = {**ids, "family": "Dream"}
-        return as_transformers(LlamaForCausalLM, LlamaConfig, raw, state, attention_bias=True), options, native
+        return (
+            as_transformers(LlamaForCausalLM, LlamaConfig, raw, state, attention_bias=True),
+            options,
+            native,
+        )
     if kind == "Qwen2, dream":
         return as_transformers(Qwen2ForCausalLM, Qwen2Config, raw, state), ids, native
-    return as_transformers(Qwen2ForCausalLM, Qwen2Config, raw, state), {**ids, "family": "llada"}, native
+    return (
+        as_transformers(Qwen2ForCausalLM, Qwen2Config, raw, state),
+        {**ids, "family": "llada"},
+        native,
+    )
 
 
-KINDS = ("LLaDA", "LLaDA tied", "Dream", "Llama, llada", "Llama, dream", "Qwen2, llada", "Qwen2, dream")
+KINDS = (
+    "LLaDA",
+    "LLaDA tied",
+    "Dream",
+    "Llama, llada",
+    "Llama, dream",
+    "Qwen2, llada",
+    "Qwen2, dream",
+)
 PUBLISHED = ("LLaDA", "Dream")
 
 
@@ -356,7 +477,9 @@ def decode(model, **options):
 
 def assert_same(ours, native):
     assert [row.tolist() for row in ours.tokens] == [row.tolist() for row in native.tokens]
-    assert torch.equal(ours.refreshes, native.refreshes) and torch.equal(ours.cached_steps, native.cached_steps)
+    assert torch.equal(ours.refreshes, native.refreshes) and torch.equal(
+        ours.cached_steps, native.cached_steps
+    )
 
 
 def test_tokens_and_forwards_equal_the_native_models(case):
@@ -376,7 +499,16 @@ def test_the_families_own_sampling_holds(case):
     sampled = {"temperature": 0.7, "top_p": 0.9, "seed": 5, "stop_ids": None}
     assert_same(decode(model, **sampled), decode(native, **sampled))
     adapter = model.fastdllm_adapter
-    for name in ("family", "logit_shift", "rope_in_fp32", "mask_id", "stop_ids", "num_layers", "num_kv_heads", "head_dim"):
+    for name in (
+        "family",
+        "logit_shift",
+        "rope_in_fp32",
+        "mask_id",
+        "stop_ids",
+        "num_layers",
+        "num_kv_heads",
+        "head_dim",
+    ):
         assert getattr(adapter.config, name) == getattr(native.config, name), name
     assert (adapter.device, adapter.dtype) == (native.device, native.dtype)
 
@@ -410,7 +542,9 @@ def test_a_published_models_forward_stays_what_it_was(published):
     wanted = forward(model, tokens)
     fastdllm.replace_attention(model)
     torch.testing.assert_close(forward(model, tokens), wanted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(forward(model, tokens, attention_mask=None), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        forward(model, tokens, attention_mask=None), wanted, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_restore_is_bit_identical_and_leaves_nothing(case):
@@ -421,7 +555,9 @@ def test_restore_is_bit_identical_and_leaves_nothing(case):
     config = dict(vars(model.config))
     fastdllm.replace_attention(model, **options)
     assert list(model.state_dict()) == keys
-    assert not torch.equal(forward(model, tokens), before) or not isinstance(model, (LlamaForCausalLM, Qwen2ForCausalLM))
+    assert not torch.equal(forward(model, tokens), before) or not isinstance(
+        model, (LlamaForCausalLM, Qwen2ForCausalLM)
+    )
     decode(model)
     assert fastdllm.restore_attention(model) is model
     assert torch.equal(forward(model, tokens), before)
@@ -476,7 +612,9 @@ def test_dreams_uninitialised_rope_table_is_never_read(tmp_path):
     assert_same(decode(model), decode(native))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "tied" not in kind])  # that one has no head module to watch
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if "tied" not in kind]
+)  # that one has no head module to watch
 def test_the_head_runs_on_the_blocks_rows_only(kind, tmp_path):
     model, options, native = build(kind, tmp_path)
     fastdllm.replace_attention(model, **options)
@@ -509,7 +647,11 @@ def test_wrapped_projections_are_called(kind, after, tmp_path):
     model, _, native = build(kind, tmp_path)
     if after:
         fastdllm.replace_attention(model)
-    layers = model.model.transformer.blocks if kind == "LLaDA" else [layer.self_attn for layer in model.model.layers]
+    layers = (
+        model.model.transformer.blocks
+        if kind == "LLaDA"
+        else [layer.self_attn for layer in model.model.layers]
+    )
     out = "attn_out" if kind == "LLaDA" else "o_proj"
     for name in ("q_proj", out):
         setattr(layers[0], name, LowRank(getattr(layers[0], name)))
@@ -553,7 +695,9 @@ def test_an_override_that_was_there_comes_back(tmp_path):
     model, _, _ = build("Dream", tmp_path)
     attention = model.model.layers[1].self_attn
     calls = []
-    attention.forward = lambda *args, **values: calls.append(1) or type(attention).forward(attention, *args, **values)
+    attention.forward = lambda *args, **values: (
+        calls.append(1) or type(attention).forward(attention, *args, **values)
+    )
     hook = attention.forward
     fastdllm.restore_attention(fastdllm.replace_attention(model))
     assert attention.forward is hook
@@ -587,7 +731,9 @@ def test_outputs_keep_their_form(tmp_path):
         llada(tokens, past_key_values=present)
     dream, _, _ = build("Dream", tmp_path / "dream")
     fastdllm.replace_attention(dream)
-    assert dream(tokens).past_key_values is None  # nothing that a later call could continue from wrongly
+    assert (
+        dream(tokens).past_key_values is None
+    )  # nothing that a later call could continue from wrongly
 
 
 def test_what_a_plain_forward_cannot_honour_is_refused(tmp_path):
@@ -616,7 +762,13 @@ def test_what_a_plain_forward_cannot_honour_is_refused(tmp_path):
 
 
 def small(build, config_type, **values):
-    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32, "vocab_size": 40}
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+        "vocab_size": 40,
+    }
     return build(config_type(**{**shape, **values}))
 
 
@@ -630,28 +782,60 @@ def headless(tmp_path):
 scaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}}
 REFUSED = {
     "another architecture": (
-        lambda _: small(MistralForCausalLM, MistralConfig, num_key_value_heads=4), {}, ValueError,
+        lambda _: small(MistralForCausalLM, MistralConfig, num_key_value_heads=4),
+        {},
+        ValueError,
         r"MistralForCausalLM.*'mistral'.*llada \(model\.transformer\.blocks\).*qwen2 \(model\.layers\)",
     ),
     "names that are not there": (
-        headless, {}, ValueError, r"no model\.transformer\.ff_out, model\.transformer\.blocks\.1\.v_proj",
+        headless,
+        {},
+        ValueError,
+        r"no model\.transformer\.ff_out, model\.transformer\.blocks\.1\.v_proj",
     ),
     "no config": (lambda _: nn.Linear(2, 2), {}, TypeError, "config.*Linear"),
     "no module": (lambda _: "model", {}, TypeError, "str"),
-    "no mask id": (lambda _: small(LlamaForCausalLM, LlamaConfig), {}, ValueError, "model.config.*mask_token_id.*mask_id="),
-    "no stop id": (
-        lambda _: small(Qwen2ForCausalLM, Qwen2Config, num_key_value_heads=4), {"mask_id": 3}, ValueError, "eos.*stop_ids=",
+    "no mask id": (
+        lambda _: small(LlamaForCausalLM, LlamaConfig),
+        {},
+        ValueError,
+        "model.config.*mask_token_id.*mask_id=",
     ),
-    "a mask id outside": (lambda _: small(LlamaForCausalLM, LlamaConfig), {"mask_id": 40}, ValueError, "mask_id"),
+    "no stop id": (
+        lambda _: small(Qwen2ForCausalLM, Qwen2Config, num_key_value_heads=4),
+        {"mask_id": 3},
+        ValueError,
+        "eos.*stop_ids=",
+    ),
+    "a mask id outside": (
+        lambda _: small(LlamaForCausalLM, LlamaConfig),
+        {"mask_id": 40},
+        ValueError,
+        "mask_id",
+    ),
     "an unknown family": (
-        lambda _: small(LlamaForCausalLM, LlamaConfig), {"mask_id": 3, "family": "gpt"}, ValueError, "family.*Dream, llada",
+        lambda _: small(LlamaForCausalLM, LlamaConfig),
+        {"mask_id": 3, "family": "gpt"},
+        ValueError,
+        "family.*Dream, llada",
     ),
     "a family that is a list": (
-        lambda _: small(LlamaForCausalLM, LlamaConfig), {"mask_id": 3, "family": ["llada"]}, ValueError, "family.*Dream, llada",
+        lambda _: small(LlamaForCausalLM, LlamaConfig),
+        {"mask_id": 3, "family": ["llada"]},
+        ValueError,
+        "family.*Dream, llada",
     ),
-    "one stop id": (lambda _: small(LlamaForCausalLM, LlamaConfig), {"mask_id": 3, "stop_ids": 5}, TypeError, "stop_ids.*int"),
+    "one stop id": (
+        lambda _: small(LlamaForCausalLM, LlamaConfig),
+        {"mask_id": 3, "stop_ids": 5},
+        TypeError,
+        "stop_ids.*int",
+    ),
     "scaled rope": (
-        lambda _: small(LlamaForCausalLM, LlamaConfig, **scaled), {"mask_id": 3}, ValueError, "model.config.*rope_scaling",
+        lambda _: small(LlamaForCausalLM, LlamaConfig, **scaled),
+        {"mask_id": 3},
+        ValueError,
+        "model.config.*rope_scaling",
     ),
 }
 
@@ -670,7 +854,11 @@ def test_what_it_cannot_do_is_refused_before_anything_changes(name, tmp_path):
 
 def faster(model):
     """Names of the modules whose forward is one of ours."""
-    return {name for name, module in model.named_modules() if isinstance(vars(module).get("forward"), replaced.Faster)}
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(vars(module).get("forward"), replaced.Faster)
+    }
 
 
 def logits_of(model, tokens):
@@ -684,26 +872,40 @@ def test_plain_linears_and_norms_run_by_our_ops(case, monkeypatch):
     tokens, calls = some_tokens(native.config.vocab_size), Counter()
     for name in ("linear", "rms_norm", "linear_swiglu"):
         op = getattr(replaced, name)
-        monkeypatch.setattr(replaced, name, lambda *args, name=name, op=op: calls.update([name]) or op(*args))
+        monkeypatch.setattr(
+            replaced, name, lambda *args, name=name, op=op: calls.update([name]) or op(*args)
+        )
     fastdllm.replace_attention(model, **options)
     # The head stays: cuBLAS reads its weight at the memory's speed.
     head = model.fastdllm_adapter._part("head")
-    linears = {name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head}
+    linears = {
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head
+    }
     norms = {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
-    mlps = {name for name, module in model.named_modules() if hasattr(module, "gate_proj")}  # LLaDA's layer has none
+    mlps = {
+        name for name, module in model.named_modules() if hasattr(module, "gate_proj")
+    }  # LLaDA's layer has none
     assert faster(model) == linears | norms | mlps and len(norms) == 5 and len(linears) == 14
     calls.clear()
     forward(model, tokens)
     products = len(linears) - 2 * len(mlps)
-    assert calls == Counter({"linear": products, "rms_norm": len(norms), "linear_swiglu": len(mlps)})
+    assert calls == Counter(
+        {"linear": products, "rms_norm": len(norms), "linear_swiglu": len(mlps)}
+    )
 
 
 @pytest.mark.parametrize("kind", [*PUBLISHED, "Llama, llada", "Qwen2, dream"])
 def test_half_precision_loses_no_more_than_the_models_own_modules(kind, dtype, device, tmp_path):
-    """26 rows: on a GPU the kernels run. Against the replaced model whose linears and norms are its own again."""
+    """26 rows: on a GPU the kernels run. Against the replaced model whose linears and norms are its
+    own again.
+    """
     model, options, native = build(kind, tmp_path)
     tokens = some_tokens(native.config.vocab_size).to(device)
-    exact = logits_of(fastdllm.replace_attention(copy.deepcopy(model).double().to(device), **options), tokens)
+    exact = logits_of(
+        fastdllm.replace_attention(copy.deepcopy(model).double().to(device), **options), tokens
+    )
     model.to(device, dtype)
     ours = logits_of(fastdllm.replace_attention(model, **options), tokens).double()
     for one in model.fastdllm_adapter.replaced:
@@ -746,9 +948,15 @@ def test_what_is_more_than_a_linear_keeps_its_forward(tmp_path):
     torch.testing.assert_close(forward(model, tokens), wanted, rtol=1e-4, atol=1e-4)
     assert down.forward is own and norm.forward is own_norm
     kept = {"layers.0.mlp.up_proj", "layers.0.self_attn.q_proj"}
-    assert faster(model.model).isdisjoint(kept) and "layers.0.self_attn.q_proj.base" in faster(model.model)
+    assert faster(model.model).isdisjoint(kept) and "layers.0.self_attn.q_proj.base" in faster(
+        model.model
+    )
     fastdllm.restore_attention(model)
-    assert down.forward is own and norm.forward is own_norm and torch.equal(forward(model, tokens), wanted)
+    assert (
+        down.forward is own
+        and norm.forward is own_norm
+        and torch.equal(forward(model, tokens), wanted)
+    )
 
 
 def test_an_mlp_calls_what_is_more_than_a_product(tmp_path, monkeypatch):
@@ -759,13 +967,17 @@ def test_an_mlp_calls_what_is_more_than_a_product(tmp_path, monkeypatch):
     wanted = forward(model, tokens)
     mlps[0].gate_proj.register_forward_hook(lambda *_: seen.append("gate"))
     mlps[1].up_proj = LowRank(mlps[1].up_proj)
-    monkeypatch.setattr(replaced, "linear_swiglu", None)  # neither MLP may take the fused product now
+    monkeypatch.setattr(
+        replaced, "linear_swiglu", None
+    )  # neither MLP may take the fused product now
     changed = forward(model, tokens)
     assert seen == ["gate"] and not torch.equal(changed, wanted)
 
 
 class TimesThree(torch.Tensor):
-    """Stands for a weight that is quantised in place: what it multiplies to, only its own code knows."""
+    """Stands for a weight that is quantised in place: what it multiplies to, only its own code
+    knows.
+    """
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -775,17 +987,24 @@ class TimesThree(torch.Tensor):
 
 def test_the_parameters_are_read_when_they_are_needed(published, monkeypatch):
     model, _, _ = published
-    product, tokens = next(module for module in model.modules() if type(module) is nn.Linear), some_tokens(40)
+    product, tokens = (
+        next(module for module in model.modules() if type(module) is nn.Linear),
+        some_tokens(40),
+    )
     fastdllm.replace_attention(model)
     x = torch.randn(2, product.in_features)
     with torch.no_grad():
         before = product(x)
         product.weight.mul_(2)
-        torch.testing.assert_close(product(x), 2 * before - (0 if product.bias is None else product.bias))
+        torch.testing.assert_close(
+            product(x), 2 * before - (0 if product.bias is None else product.bias)
+        )
         product.weight.mul_(0.5)
         weight = product.weight.detach().clone()
         product.weight = nn.Parameter(weight.as_subclass(TimesThree), requires_grad=False)
-        monkeypatch.setattr(replaced, "linear", None)  # whatever is no plain tensor is left to the class
+        monkeypatch.setattr(
+            replaced, "linear", None
+        )  # whatever is no plain tensor is left to the class
         assert torch.equal(product(x), 3 * before)
         assert torch.equal(product(input=x), 3 * before)
     monkeypatch.undo()
@@ -799,7 +1018,11 @@ class Shifted(Norm):
 
     def forward(self, x):
         wide = x.float()
-        return ((1 + self.weight.float()) * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return (
+            (1 + self.weight.float())
+            * wide
+            * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        ).to(x.dtype)
 
 
 class Centred(Norm):
@@ -872,10 +1095,19 @@ def test_a_norm_is_told_by_what_it_computes(name, dtype, device):
     found = replaced.speed_up(norm, None)
     assert len(found) == known and ("forward" in vars(norm)) == known
     assert torch.equal(torch.get_rng_state(), generator) and not calls
-    assert all(a is b or torch.equal(a, b) for a, b in zip(before, norm.state_dict().values(), strict=True) if not a.is_meta)
+    assert all(
+        a is b or torch.equal(a, b)
+        for a, b in zip(before, norm.state_dict().values(), strict=True)
+        if not a.is_meta
+    )
     if known:
         x = (3 * torch.randn(5, 48)).to(device, dtype)
-        torch.testing.assert_close(norm(x), type(norm).forward(norm, x), rtol=max(1e-5, 2 * torch.finfo(dtype).eps), atol=1e-6)
+        torch.testing.assert_close(
+            norm(x),
+            type(norm).forward(norm, x),
+            rtol=max(1e-5, 2 * torch.finfo(dtype).eps),
+            atol=1e-6,
+        )
         assert calls == [1]
         found[0].restore()
         assert "forward" not in vars(norm)
@@ -908,7 +1140,11 @@ def test_a_saved_or_compiled_model_computes_the_same(published, tmp_path):
     twin = torch.load(tmp_path / "model.pt", weights_only=False)
     assert torch.equal(logits_of(twin, tokens), wanted)
     assert faster(fastdllm.restore_attention(twin)) == set() != faster(model)
-    layer = twin.get_submodule("model.layers.0.mlp" if hasattr(twin.model, "layers") else "model.transformer.blocks.0.ff_norm")
+    layer = twin.get_submodule(
+        "model.layers.0.mlp"
+        if hasattr(twin.model, "layers")
+        else "model.transformer.blocks.0.ff_norm"
+    )
     x = torch.randn(2, 3, 48 if hasattr(twin.model, "layers") else 32)
     plain = layer(x)
     assert replaced.speed_up(layer)

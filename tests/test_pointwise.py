@@ -1,4 +1,6 @@
-"""rms_norm, swiglu, rope_to_cache: kernels against fp64 oracles and against the rounding that the references promise."""
+"""rms_norm, swiglu, rope_to_cache: kernels against fp64 oracles and against the rounding that the
+references promise.
+"""
 
 import pytest
 import torch
@@ -13,8 +15,8 @@ from fastdllm_kernels import (
     swiglu_reference,
 )
 
-# 1 and 33 leave lanes idle, 257 wastes nearly half a tile, 3584 and 4096 are the models' widths, 12288 fills the widest tile
-# in part, 20000 takes the loop.
+# 1 and 33 leave lanes idle, 257 wastes nearly half a tile, 3584 and 4096 are the models' widths,
+# 12288 fills the widest tile in part, 20000 takes the loop.
 WIDTHS = [1, 33, 257, 3584, 4096, 12288, 20000]
 LAYOUTS = ["contiguous", "rows apart", "values apart"]
 triton_only = pytest.mark.skipif(backend.triton is None, reason="needs triton")
@@ -47,12 +49,16 @@ def laid_out(x, layout):
 
 
 def assert_as_good(ours, reference, oracle):
-    """At most twice what PyTorch's own operations lose in this dtype, plus a few units in the last place."""
+    """At most twice what PyTorch's own operations lose in this dtype, plus a few units in the last
+    place.
+    """
     assert ours.dtype == reference.dtype and ours.shape == reference.shape
     ulp = torch.finfo(ours.dtype).eps * oracle.abs().clamp(min=torch.finfo(ours.dtype).tiny)
     lost = (reference.double() - oracle).abs().max()
     excess = (ours.double() - oracle).abs() - (2 * lost + 3 * ulp)
-    assert excess.max() <= 0, f"off by {(ours.double() - oracle).abs().max()} where PyTorch loses {lost}"
+    assert excess.max() <= 0, (
+        f"off by {(ours.double() - oracle).abs().max()} where PyTorch loses {lost}"
+    )
 
 
 @triton_only
@@ -62,8 +68,15 @@ def assert_as_good(ours, reference, oracle):
 def test_rms_norm(width, with_residual, layout, device, dtype, triton_backend, poisoned):
     x = laid_out(random(2, 2, width, dtype=dtype, device=device), layout)
     weight = random(width, seed=1, dtype=dtype, device=device)
-    residual = laid_out(random(2, 2, width, seed=2, dtype=dtype, device=device), layout) if with_residual else None
-    ours, reference = rms_norm(x, weight, 1e-5, residual), rms_norm_reference(x, weight, 1e-5, residual)
+    residual = (
+        laid_out(random(2, 2, width, seed=2, dtype=dtype, device=device), layout)
+        if with_residual
+        else None
+    )
+    ours, reference = (
+        rms_norm(x, weight, 1e-5, residual),
+        rms_norm_reference(x, weight, 1e-5, residual),
+    )
     summed = x
     if with_residual:
         (ours, total), (reference, summed) = ours, reference
@@ -78,7 +91,8 @@ def test_rms_norm_rounds_before_the_weight(device, triton_backend):
     x = random(4, 4096, dtype=torch.float16, device=device)
     weight = random(4096, seed=1, dtype=torch.float16, device=device)
     same = rms_norm(x, weight, 1e-5) == rms_norm_reference(x, weight, 1e-5)
-    # The statistics may differ in their last bit, which moves a value across a rounding boundary now and then.
+    # The statistics may differ in their last bit, which moves a value across a rounding boundary
+    # now and then.
     assert same.float().mean() > 0.995
 
 
@@ -94,7 +108,9 @@ def test_swiglu(width, layout, device, dtype, triton_backend, poisoned):
 @triton_only
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_swiglu_at_the_ends(device, dtype, triton_backend):
-    gate = torch.tensor([-torch.inf, -200, -90, -0.0, 0, 90, 200, torch.inf, torch.nan], dtype=dtype, device=device)
+    gate = torch.tensor(
+        [-torch.inf, -200, -90, -0.0, 0, 90, 200, torch.inf, torch.nan], dtype=dtype, device=device
+    )
     gate_up = torch.cat([gate, torch.full_like(gate, 2)])
     torch.testing.assert_close(swiglu(gate_up), swiglu_reference(gate_up), equal_nan=True)
 
@@ -108,7 +124,9 @@ def test_empty_inputs(shape, device, triton_backend):
 
 
 def rope_inputs(heads, kv_heads, dim, steps, dtype, device, table_dtype):
-    """(q, k, v) as views of one fused product, cos, sin, and three rows' starts, the last of which overruns the tables."""
+    """(q, k, v) as views of one fused product, cos, sin, and three rows' starts, the last of which
+    overruns the tables.
+    """
     qkv = random(3, steps, heads + 2 * kv_heads, dim, dtype=dtype, device=device)
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
     cos, sin = random(2, 48, dim // 2, seed=1, dtype=table_dtype, device=device)
@@ -118,19 +136,30 @@ def rope_inputs(heads, kv_heads, dim, steps, dtype, device, table_dtype):
 def caches(kind, kv_heads, dim, slots, dtype, device):
     """Two poisoned caches for three rows, and a page table where they are paged."""
     if kind == "heads first":
-        return *(torch.full((2, 3, kv_heads, slots, dim), torch.nan, dtype=dtype, device=device).transpose(2, 3)), None
+        return *(
+            torch.full(
+                (2, 3, kv_heads, slots, dim), torch.nan, dtype=dtype, device=device
+            ).transpose(2, 3)
+        ), None
     if kind == "contiguous":
-        return *torch.full((2, 3, slots, kv_heads, dim), torch.nan, dtype=dtype, device=device), None
+        return *torch.full(
+            (2, 3, slots, kv_heads, dim), torch.nan, dtype=dtype, device=device
+        ), None
     size = int(kind.removeprefix("pages of "))
     pages = -(-slots // size)
-    table = torch.randperm(3 * pages + 2, generator=torch.Generator().manual_seed(3))[: 3 * pages].view(3, pages)
-    both = torch.full((2, 3 * pages + 2, size, kv_heads, dim), torch.nan, dtype=dtype, device=device)
+    table = torch.randperm(3 * pages + 2, generator=torch.Generator().manual_seed(3))[
+        : 3 * pages
+    ].view(3, pages)
+    both = torch.full(
+        (2, 3 * pages + 2, size, kv_heads, dim), torch.nan, dtype=dtype, device=device
+    )
     return *both, table.to(device, torch.int32)
 
 
 @triton_only
 @pytest.mark.parametrize("table", ["fp32 table", "table in the dtype"])
-# Every kind of cache; group 1, 2, 7; D 64, 96 (no power of two), 128; tiles of heads filled in part, and several of them.
+# Every kind of cache; group 1, 2, 7; D 64, 96 (no power of two), 128; tiles of heads filled in
+# part, and several of them.
 @pytest.mark.parametrize(
     "kind, heads, kv_heads, dim",
     [
@@ -152,8 +181,11 @@ def test_rope_to_cache(kind, heads, kv_heads, dim, table, device, dtype, triton_
     options = {"length": length, "page_table": page_table}
     expected = rope_to_cache_reference(q, k, v, cos, sin, start, k_expected, v_expected, **options)
     ours = rope_to_cache(q, k, v, cos, sin, start, k_cache, v_cache, **options)
-    # Every bit: the kernel rounds where the reference does, and writes nothing else (NaN where nothing belongs).
-    for one, other in zip((*ours, k_cache, v_cache), (*expected, k_expected, v_expected), strict=True):
+    # Every bit: the kernel rounds where the reference does, and writes nothing else (NaN where
+    # nothing belongs).
+    for one, other in zip(
+        (*ours, k_cache, v_cache), (*expected, k_expected, v_expected), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
@@ -161,7 +193,10 @@ def test_rope_to_cache(kind, heads, kv_heads, dim, table, device, dtype, triton_
 @pytest.mark.parametrize("steps", [1, 17])
 def test_rope_without_a_cache(steps, device, dtype, triton_backend, poisoned):
     q, k, v, cos, sin, start = rope_inputs(4, 2, 64, steps, dtype, device, torch.float32)
-    ours, expected = rope_to_cache(q, k, v, cos, sin, start), rope_to_cache_reference(q, k, v, cos, sin, start)
+    ours, expected = (
+        rope_to_cache(q, k, v, cos, sin, start),
+        rope_to_cache_reference(q, k, v, cos, sin, start),
+    )
     assert all(torch.equal(one, other) for one, other in zip(ours, expected, strict=True))
     assert ours[0].is_contiguous() and ours[1].is_contiguous()
 
@@ -171,7 +206,13 @@ def test_rope_takes_any_strides(device, triton_backend):
     q, k, v, cos, sin, start = rope_inputs(2, 1, 64, 2, torch.float32, device, torch.float32)
     expected = rope_to_cache_reference(q, k, v, cos, sin, start)
     q, k, v = (laid_out(x, "values apart") for x in (q, k, v))
-    ours = rope_to_cache(q, k, v, *(laid_out(table, "rows apart") for table in (cos, sin)), start.repeat_interleave(2)[::2])
+    ours = rope_to_cache(
+        q,
+        k,
+        v,
+        *(laid_out(table, "rows apart") for table in (cos, sin)),
+        start.repeat_interleave(2)[::2],
+    )
     assert all(torch.equal(one, other) for one, other in zip(ours, expected, strict=True))
 
 
@@ -187,7 +228,10 @@ def test_rope_writes_nothing_past_the_cache(device, triton_backend):
 def test_the_reference_writes_nothing_past_a_rows_pages():
     q, k, v, cos, sin, _ = rope_inputs(2, 2, 64, 4, torch.float32, "cpu", torch.float32)
     pages = torch.full((2, 4, 4, 2, 64), torch.nan)
-    start, table = torch.tensor([0, 6], dtype=torch.int32), torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
+    start, table = (
+        torch.tensor([0, 6], dtype=torch.int32),
+        torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
+    )
     rope_to_cache_reference(q[:2], k[:2], v[:2], cos, sin, start, *pages, page_table=table)
     written = ~pages[0].isnan().flatten(2).any(2)
     assert written.tolist() == [[True] * 4, [False] * 4, [False] * 4, [False, False, True, True]]
@@ -202,7 +246,10 @@ def test_rope_refuses_a_cache_it_cannot_address(device, triton_backend):
 
 
 def test_gradients_flow(device):
-    x, weight = random(2, 8, device=device).requires_grad_(), random(8, device=device).requires_grad_()
+    x, weight = (
+        random(2, 8, device=device).requires_grad_(),
+        random(8, device=device).requires_grad_(),
+    )
     q, k, v, cos, sin, start = rope_inputs(2, 1, 8, 2, torch.float32, device, torch.float32)
     q = q.detach().requires_grad_()
     y, total = rms_norm(x, weight, 1e-5, x)
@@ -241,7 +288,8 @@ def test_other_dtypes_take_the_reference(device):
 
 
 def test_torch_compile_sees_the_references(device):
-    # Aot tracing only: what is asserted is that nothing breaks the graph, not how inductor compiles it.
+    # Aot tracing only: what is asserted is that nothing breaks the graph, not how inductor compiles
+    # it.
     @torch.compile(fullgraph=True, backend="aot_eager")
     def layer(x, weight, residual):
         y, residual = rms_norm(x, weight, 1e-5, residual)
@@ -259,11 +307,20 @@ def test_errors_name_the_argument():
     q, table = torch.ones(1, 2, 2, 8), torch.ones(4, 4)
     for message, call in (
         (r"weight: expected shape \(3,\), got \(4,\)", lambda: rms_norm(x, torch.ones(4), 1e-5)),
-        ("residual: expected the shape of x", lambda: rms_norm(x, torch.ones(3), 1e-5, torch.ones(2, 4))),
+        (
+            "residual: expected the shape of x",
+            lambda: rms_norm(x, torch.ones(3), 1e-5, torch.ones(2, 4)),
+        ),
         ("gate_up: expected an even last dimension", lambda: swiglu(x)),
-        (r"cos, sin: expected \[positions, 4\]", lambda: rope_to_cache(q, q, q, table[:, :3], table, start)),
+        (
+            r"cos, sin: expected \[positions, 4\]",
+            lambda: rope_to_cache(q, q, q, table[:, :3], table, start),
+        ),
         ("k, v: expected", lambda: rope_to_cache(q, q, q[:, :1], table, table, start)),
-        ("k_cache, v_cache: expected both or neither", lambda: rope_to_cache(q, q, q, table, table, start, q)),
+        (
+            "k_cache, v_cache: expected both or neither",
+            lambda: rope_to_cache(q, q, q, table, table, start, q),
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -274,7 +331,12 @@ def test_a_graph_replays_with_other_spans(triton_backend):
     q, k, v, cos, sin, start = rope_inputs(28, 4, 128, 3, torch.bfloat16, "cuda", torch.bfloat16)
     length = torch.tensor([3, 3, 2], dtype=torch.int32, device="cuda")
     k_cache, v_cache, table = caches("pages of 16", 4, 128, 48, torch.bfloat16, "cuda")
-    call = lambda: rope_to_cache(q, k, v, cos, sin, start, k_cache, v_cache, length=length, page_table=table)  # noqa: E731
+
+    def call():
+        return rope_to_cache(
+            q, k, v, cos, sin, start, k_cache, v_cache, length=length, page_table=table
+        )
+
     call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -283,14 +345,21 @@ def test_a_graph_replays_with_other_spans(triton_backend):
     length.copy_(torch.tensor([1, 3, 2]))
     expected_caches = k_cache.fill_(torch.nan).clone(), v_cache.fill_(torch.nan).clone()
     graph.replay()
-    expected = rope_to_cache_reference(q, k, v, cos, sin, start, *expected_caches, length=length, page_table=table)
+    expected = rope_to_cache_reference(
+        q, k, v, cos, sin, start, *expected_caches, length=length, page_table=table
+    )
     for one, other in zip((*ours, k_cache, v_cache), (*expected, *expected_caches), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.gpu
 def test_the_same_bits_every_time(triton_backend):
-    x, weight = (random(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((2048, 4096), (4096,)))
+    x, weight = (
+        random(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((2048, 4096), (4096,))
+    )
     first = rms_norm(x, weight, 1e-5, x)
     for _ in range(1000):
-        assert all(torch.equal(one, other) for one, other in zip(rms_norm(x, weight, 1e-5, x), first, strict=True))
+        assert all(
+            torch.equal(one, other)
+            for one, other in zip(rms_norm(x, weight, 1e-5, x), first, strict=True)
+        )

@@ -1,4 +1,6 @@
-"""CachePolicy: refreshes that keep the prompt's keys and values, and a canvas that ends soon after the active block."""
+"""CachePolicy: refreshes that keep the prompt's keys and values, and a canvas that ends soon after
+the active block.
+"""
 
 import json
 from pathlib import Path
@@ -36,7 +38,11 @@ BLOCKS = {"gen_length": 19, "block_length": 4}  # five blocks, the last of them 
 def options_of(family, cache, kind, policy):
     """What generate and the oracle both take, the policy as the oracle says it."""
     rule = (kind, RULES[family][kind]["confidence"])
-    return dict(zip(("prompt_refreshes", "suffix_blocks"), policy, strict=True)), {"cache": cache, "rule": rule, **BLOCKS}
+    return dict(zip(("prompt_refreshes", "suffix_blocks"), policy, strict=True)), {
+        "cache": cache,
+        "rule": rule,
+        **BLOCKS,
+    }
 
 
 def against_oracle(model, family, lengths, cache, kind, policy):
@@ -44,7 +50,9 @@ def against_oracle(model, family, lengths, cache, kind, policy):
     prompts, rows = clear_case(family, lengths, **fields, **options)
     recorder = Recorder()
     options["rule"] = product_rule(options["rule"])
-    result = fastdllm.generate(model, prompts, policy=CachePolicy(*policy), stop_ids=(), on_step=recorder, **options)
+    result = fastdllm.generate(
+        model, prompts, policy=CachePolicy(*policy), stop_ids=(), on_step=recorder, **options
+    )
     check_against_oracle(result, rows, recorder)
 
 
@@ -91,22 +99,58 @@ def test_every_policy_changes_what_is_decoded(family):
 def test_a_suffix_as_long_as_the_canvas_is_none_at_all(family, cache):
     model, config, _ = case(family)
     prompts, events = random_prompts(config, (3, 6, 6), 0), []
-    for policy in ({}, {"policy": CachePolicy()}, {"policy": CachePolicy(1, 4)}, {"policy": CachePolicy(suffix_blocks=10**9)}):
+    for policy in (
+        {},
+        {"policy": CachePolicy()},
+        {"policy": CachePolicy(1, 4)},
+        {"policy": CachePolicy(suffix_blocks=10**9)},
+    ):
         recorder = Recorder()
-        fastdllm.generate(model, prompts, cache=cache, rule=Threshold(0.3), stop_ids=(), on_step=recorder, **policy, **BLOCKS)
+        fastdllm.generate(
+            model,
+            prompts,
+            cache=cache,
+            rule=Threshold(0.3),
+            stop_ids=(),
+            on_step=recorder,
+            **policy,
+            **BLOCKS,
+        )
         events.append(told(recorder))
     assert all(other == events[0] for other in events)
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
-@given(**batches, stop=st.booleans(), prompt_refreshes=st.integers(0, 3), suffix_blocks=st.none() | st.integers(0, 2))
+@given(
+    **batches,
+    stop=st.booleans(),
+    prompt_refreshes=st.integers(0, 3),
+    suffix_blocks=st.none() | st.integers(0, 2),
+)
 def test_a_row_of_a_batch_is_the_row_alone(
-    family, lengths, seed, gen_length, block_length, cache, rule, stop, prompt_refreshes, suffix_blocks
+    family,
+    lengths,
+    seed,
+    gen_length,
+    block_length,
+    cache,
+    rule,
+    stop,
+    prompt_refreshes,
+    suffix_blocks,
 ):
     model, config, _ = case(family)
     prompts = random_prompts(config, lengths, seed)
-    fields = {"prompt_refreshes": 1 if cache == "none" else prompt_refreshes, "suffix_blocks": suffix_blocks}
-    options = {"gen_length": gen_length, "block_length": block_length, "cache": cache, "stop_ids": (7, 8, 9) if stop else ()}
+    fields = {
+        "prompt_refreshes": 1 if cache == "none" else prompt_refreshes,
+        "suffix_blocks": suffix_blocks,
+    }
+    options = {
+        "gen_length": gen_length,
+        "block_length": block_length,
+        "cache": cache,
+        "stop_ids": (7, 8, 9) if stop else (),
+    }
     ours = {"policy": CachePolicy(**fields), "rule": product_rule(rule), **options}
     together = fastdllm.generate(model, prompts, **ours)
     for row in range(len(prompts)):
@@ -123,8 +167,14 @@ def test_a_row_of_a_batch_is_the_row_alone(
 def widths(model, monkeypatch, **options):
     """How many positions each forward of a call is fed."""
     fed, forward = [], model.hidden_states
-    monkeypatch.setattr(model, "hidden_states", lambda tokens, at=None: (fed.append(tokens.shape[1]), forward(tokens, at))[1])
-    result = fastdllm.generate(model, rule=Quota(2), stop_ids=(), gen_length=16, block_length=4, graph=False, **options)
+    monkeypatch.setattr(
+        model,
+        "hidden_states",
+        lambda tokens, at=None: (fed.append(tokens.shape[1]), forward(tokens, at))[1],
+    )
+    result = fastdllm.generate(
+        model, rule=Quota(2), stop_ids=(), gen_length=16, block_length=4, graph=False, **options
+    )
     monkeypatch.undo()
     assert result.nfe[0] == len(fed)
     return fed
@@ -147,21 +197,35 @@ def test_forwards_are_fed_what_the_policy_says(family, shift, monkeypatch):
     assert refreshes(policy=CachePolicy(prompt_refreshes=3)) == [26, kept, kept, 26]
     assert refreshes(policy=CachePolicy(suffix_blocks=1)) == [18, 22, 26, 26]
     assert refreshes(policy=CachePolicy(0, 0)) == [14, 8 + shift, 12 + shift, 16 + shift]
-    prefix = widths(model, monkeypatch, prompts=prompts, cache="prefix", policy=CachePolicy(suffix_blocks=1))
+    prefix = widths(
+        model, monkeypatch, prompts=prompts, cache="prefix", policy=CachePolicy(suffix_blocks=1)
+    )
     assert sorted(set(prefix)) == [4, 8, 18, 22, 26]
-    none = widths(model, monkeypatch, prompts=prompts, cache="none", policy=CachePolicy(suffix_blocks=1))
+    none = widths(
+        model, monkeypatch, prompts=prompts, cache="none", policy=CachePolicy(suffix_blocks=1)
+    )
     assert sorted(set(none)) == [18, 22, 26]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_captured_decoding_is_decoding_and_no_policy_captures_anew(family, records):  # noqa: F811
     model, config, _ = case(family)
-    options = {"rule": Threshold(RULES[family]["threshold"]["confidence"]), "stop_ids": (), **BLOCKS}
+    options = {
+        "rule": Threshold(RULES[family]["threshold"]["confidence"]),
+        "stop_ids": (),
+        **BLOCKS,
+    }
     for policy in [(1, None), *POLICIES]:
         check_equal(model, random_prompts(config, BATCH, 1), policy=CachePolicy(*policy), **options)
     assert records and len(set(records)) == len(records)
     before = len(records)
-    check_equal(model, random_prompts(config, BATCH, 1), cache="prefix", policy=CachePolicy(suffix_blocks=0), **options)
+    check_equal(
+        model,
+        random_prompts(config, BATCH, 1),
+        cache="prefix",
+        policy=CachePolicy(suffix_blocks=0),
+        **options,
+    )
     assert len(records) == before, "without a suffix, prefix steps are dual steps"
 
 
@@ -179,9 +243,14 @@ def test_a_nan_in_a_refresh_that_keeps_the_prompt_is_named(monkeypatch):
     monkeypatch.setattr(model, "head", broken)
     with pytest.raises(ValueError, match="NaN or infinity in row 1 at position 10"):
         fastdllm.generate(
-            model, random_prompts(config, (6, 4), 0), gen_length=8, block_length=4, rule=Quota(2), stop_ids=(),
+            model,
+            random_prompts(config, (6, 4), 0),
+            gen_length=8,
+            block_length=4,
+            rule=Quota(2),
+            stop_ids=(),
             policy=CachePolicy(prompt_refreshes=0),
-        )  # fmt: skip
+        )
 
 
 def test_a_replaced_model_keeps_its_prompt_too(records):  # noqa: F811
@@ -189,11 +258,18 @@ def test_a_replaced_model_keeps_its_prompt_too(records):  # noqa: F811
     options = {"rule": Threshold(0.035), "stop_ids": (), **BLOCKS}
     for lengths in ((6, 6), (6, 3, 4)):
         for policy in POLICIES:
-            check_equal(model, random_prompts(tiny.LLADA, lengths, 0), policy=CachePolicy(*policy), **options)
+            check_equal(
+                model,
+                random_prompts(tiny.LLADA, lengths, 0),
+                policy=CachePolicy(*policy),
+                **options,
+            )
 
 
 def test_a_policy_is_a_value():
-    assert CachePolicy() == CachePolicy(1, None) and hash(CachePolicy(0, 2)) == hash(CachePolicy(0, 2))
+    assert CachePolicy() == CachePolicy(1, None) and hash(CachePolicy(0, 2)) == hash(
+        CachePolicy(0, 2)
+    )
     with pytest.raises(AttributeError):
         CachePolicy().suffix_blocks = 1
 
@@ -205,13 +281,27 @@ def test_the_evaluation_measures_every_policy(tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluate, "GEN_LENGTH", 40)
     model = str(root / "fastdllm" / "assets" / "tiny-llada")
-    command = [model, "--out", str(tmp_path), "--policies", "--problems", "2", "--device", "cpu", "--dtype", "float32"]
+    command = [
+        model,
+        "--out",
+        str(tmp_path),
+        "--policies",
+        "--problems",
+        "2",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     evaluate.main([*command, "--limit-settings", "off", "suffix_blocks"])
     evaluate.main(command)
     results = json.loads((tmp_path / "tiny-llada-policies.json").read_text())["results"]
     keys = sorted(map(evaluate.key_of, results))
     assert keys == sorted(map(evaluate.key_of, evaluate.policy_settings())) and len(set(keys)) == 24
-    assert "| dual, prompt_refreshes 0, suffix_blocks 2 |" in (tmp_path / "tiny-llada-policies.md").read_text()
+    assert (
+        "| dual, prompt_refreshes 0, suffix_blocks 2 |"
+        in (tmp_path / "tiny-llada-policies.md").read_text()
+    )
 
 
 @pytest.mark.gpu
@@ -227,8 +317,17 @@ def test_a_gpu_decodes_as_is_right(family, lengths, policy):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_captured_on_a_gpu(family, dtype, records):  # noqa: F811
     model = model_of(family, "cuda", dtype)
-    options = {"rule": Threshold(RULES[family]["threshold"]["confidence"]), "stop_ids": (), **BLOCKS}
+    options = {
+        "rule": Threshold(RULES[family]["threshold"]["confidence"]),
+        "stop_ids": (),
+        **BLOCKS,
+    }
     for lengths in ((5, 5), BATCH):
         for policy in POLICIES:
-            check_equal(model, random_prompts(tiny.FAMILIES[family], lengths, 2), policy=CachePolicy(*policy), **options)
+            check_equal(
+                model,
+                random_prompts(tiny.FAMILIES[family], lengths, 2),
+                policy=CachePolicy(*policy),
+                **options,
+            )
     assert records

@@ -1,4 +1,6 @@
-"""bench/quality: the problems, the tokenizer, the corruption, a few steps of training, and the scoring."""
+"""bench/quality: the problems, the tokenizer, the corruption, a few steps of training, and the
+scoring.
+"""
 
 import dataclasses
 import re
@@ -29,7 +31,13 @@ FIRST_TEST_QUESTION = (
     "Emma works 3 hours a day for 5 days at $6 an hour. Rosa adds $226, and then Emma pays $41 for a "
     "coat. How many dollars are left?"
 )
-MICRO = {"hidden_size": 64, "num_layers": 2, "num_heads": 1, "num_kv_heads": 1, "intermediate_size": 128}
+MICRO = {
+    "hidden_size": 64,
+    "num_layers": 2,
+    "num_heads": 1,
+    "num_kv_heads": 1,
+    "intermediate_size": 128,
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +57,10 @@ def micro_config(name):
 
 
 def test_a_problem_is_a_function_of_split_and_index():
-    assert problems.make_problem(7, "train") == TRAIN[7] and problems.make_problem(7, "test") == TEST[7]
+    assert (
+        problems.make_problem(7, "train") == TRAIN[7]
+        and problems.make_problem(7, "test") == TEST[7]
+    )
     assert TRAIN[7] != TEST[7] and TRAIN[7] != TRAIN[8]
     with pytest.raises(ValueError, match="split"):
         problems.make_problem(0, "valid")
@@ -72,8 +83,12 @@ def test_train_and_test_never_overlap():
     assert not train_keys & test_keys
     assert len(test_keys) > 0.98 * len(TEST)
     assert not {p.question for p in TRAIN} & {p.question for p in TEST}
-    numbers = {(re.sub(r"\d+", "0", p.question), tuple(re.findall(r"\d+", p.question))) for p in TRAIN}
-    assert not numbers & {(re.sub(r"\d+", "0", p.question), tuple(re.findall(r"\d+", p.question))) for p in TEST}
+    numbers = {
+        (re.sub(r"\d+", "0", p.question), tuple(re.findall(r"\d+", p.question))) for p in TRAIN
+    }
+    assert not numbers & {
+        (re.sub(r"\d+", "0", p.question), tuple(re.findall(r"\d+", p.question))) for p in TEST
+    }
 
 
 @pytest.mark.parametrize("split", [TRAIN[:5000], TEST], ids=["train", "test"])
@@ -117,7 +132,11 @@ def test_autotokenizer_loads_it(auto_tokenizer):
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=st.text() | st.text(alphabet="Mia has12 4.\n#<|>maskendoftxé") | st.sampled_from(["a<|mask|> b<|endoftext|>"]))
+@given(
+    text=st.text()
+    | st.text(alphabet="Mia has12 4.\n#<|>maskendoftxé")
+    | st.sampled_from(["a<|mask|> b<|endoftext|>"])
+)
 def test_any_text_comes_back(auto_tokenizer, text):
     assert auto_tokenizer.decode(auto_tokenizer.encode(text)) == text
 
@@ -150,9 +169,14 @@ def test_batches_are_canvases_of_fresh_problems():
         tokens, prompt, answer = next(loader)
         assert tokens.shape == (4, data.CANVASES[number % 2]) and tokens.dtype == torch.int16
         for row in range(4):
-            ids = sum(quality_tokenizer.encode_problem(problems.make_problem(number * 4 + row, "train")), [])
+            ids = sum(
+                quality_tokenizer.encode_problem(problems.make_problem(number * 4 + row, "train")),
+                [],
+            )
             assert prompt[row] + answer[row] == len(ids)
-            assert tokens[row].tolist() == ids + [quality_tokenizer.EOS_ID] * (tokens.shape[1] - len(ids))
+            assert tokens[row].tolist() == ids + [quality_tokenizer.EOS_ID] * (
+                tokens.shape[1] - len(ids)
+            )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -165,11 +189,15 @@ def test_corruption_spares_the_prompt_and_masks_something(seed):
     assert not masked[position < 0].any()
     assert masked.any(1).all()
     assert (weights[position > answer[:, None]] <= data.TAIL_WEIGHT + 1e-6).all()
-    for row in range(1, 64, 2):  # block-wise: all masked from the end of a block on, all clean before its start
+    for row in range(
+        1, 64, 2
+    ):  # block-wise: all masked from the end of a block on, all clean before its start
         generated = masked[row, prompt[row] :]
         full = (weights[row, prompt[row] :] == data.LATER_WEIGHT).nonzero().flatten()
         first = int(generated.nonzero()[0])
-        assert any(generated[(first // length + 1) * length :].all() for length in data.BLOCK_LENGTHS)
+        assert any(
+            generated[(first // length + 1) * length :].all() for length in data.BLOCK_LENGTHS
+        )
         assert not len(full) or full[0] % min(data.BLOCK_LENGTHS) == 0
 
 
@@ -200,14 +228,27 @@ def test_twenty_steps_lower_the_loss(name):
 @pytest.mark.parametrize("name", train.CONFIGS)
 def test_a_run_saves_resumes_and_leaves_a_checkpoint_that_loads(name, tmp_path):
     def run(*more):
-        args = [name, "--out", str(tmp_path), "--rows", "4", "--workers", "0", "--device", "cpu", *more]
+        args = [
+            name,
+            "--out",
+            str(tmp_path),
+            "--rows",
+            "4",
+            "--workers",
+            "0",
+            "--device",
+            "cpu",
+            *more,
+        ]
         run = train.Run(name, micro_config(name), tmp_path, train.arguments(args))
         run.train()
         return run
 
     run("--max-steps", "2")
     done = run("--max-steps", "3", "--resume")
-    assert done.done["steps"] == 3 and done.done["tokens"] == 4 * (2 * data.CANVASES[0] + data.CANVASES[1])
+    assert done.done["steps"] == 3 and done.done["tokens"] == 4 * (
+        2 * data.CANVASES[0] + data.CANVASES[1]
+    )
     model = fastdllm.load(tmp_path, device="cpu")
     assert model.config == micro_config(name) and model.dtype == torch.bfloat16
     masters = done.optimizer.masters
@@ -223,7 +264,10 @@ def test_the_models_fit_in_sixteen_mebibytes(name):
 
 
 def test_score_reads_the_answer_up_to_its_end(auto_tokenizer):
-    problem, stops = problems.Problem("", "Mia has 2 * 3 = 6 apples.\n#### 6", 6), (quality_tokenizer.EOS_ID,)
+    problem, stops = (
+        problems.Problem("", "Mia has 2 * 3 = 6 apples.\n#### 6", 6),
+        (quality_tokenizer.EOS_ID,),
+    )
 
     def scored(text):
         return evaluate.score(problem, auto_tokenizer.encode(text), auto_tokenizer, stops)
@@ -251,7 +295,11 @@ def fake_report(accuracies=(0.96, 0.95, 0.94)):
 def test_settings_cover_the_grid_once():
     keys = [evaluate.key_of(setting) for setting in evaluate.all_settings()]
     assert len(set(keys)) == len(keys) == 3 * 11 * 2 + 3 * 2 * 3
-    assert keys[0] == "none/1 a step/16" and "dual/factor 1.3/32" in keys and "prefix/threshold 0.9/8" in keys
+    assert (
+        keys[0] == "none/1 a step/16"
+        and "dual/factor 1.3/32" in keys
+        and "prefix/threshold 0.9/8" in keys
+    )
 
 
 def test_reports_are_written_merged_tabled_plotted_and_put_into_the_card(tmp_path):
@@ -278,12 +326,28 @@ def test_measure_counts_forwards_and_resumes(tmp_path, monkeypatch):
     fastdllm.checkpoint.save(model, tmp_path / "m")
     quality_tokenizer.write_tokenizer(tmp_path / "m")
     monkeypatch.setattr(evaluate, "GEN_LENGTH", 32)
-    command = [str(tmp_path / "m"), "--out", str(tmp_path), "--problems", "3", "--rows", "2", "--device", "cpu"]
+    command = [
+        str(tmp_path / "m"),
+        "--out",
+        str(tmp_path),
+        "--problems",
+        "3",
+        "--rows",
+        "2",
+        "--device",
+        "cpu",
+    ]
     for wanted in (["dual/2 a step/16"], ["dual/2 a step/16", "none/4 a step/32"]):
         evaluate.main([*command, "--dtype", "float32", "--limit-settings", *wanted])
     report = evaluate.merge([tmp_path / "m.json"])
-    assert [evaluate.key_of(result) for result in report["results"]] == ["dual/2 a step/16", "none/4 a step/32"]
+    assert [evaluate.key_of(result) for result in report["results"]] == [
+        "dual/2 a step/16",
+        "none/4 a step/32",
+    ]
     for result in report["results"]:
-        assert 0 < result["nfe"] <= 16 and result["nfe"] == result["refreshes"] + result["cached_steps"]
+        assert (
+            0 < result["nfe"] <= 16
+            and result["nfe"] == result["refreshes"] + result["cached_steps"]
+        )
     with pytest.raises(ValueError, match="another model"):
         evaluate.main([*command, "--dtype", "bfloat16"])

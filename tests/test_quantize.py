@@ -29,7 +29,11 @@ def both(folder, family, shards=1, changes=None, **options):
 
 
 def products(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Fp8Linear))}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Fp8Linear))
+    }
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -46,13 +50,20 @@ def test_every_product_is_quantised_from_what_is_stored(tmp_path, family, shards
         assert (product.bias is None) == (theirs[name].bias is None)
         assert product.bias is None or torch.equal(product.bias, theirs[name].bias)
     assert torch.equal(model.embedding.weight, published.embedding.weight)
-    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training and not any(
+        parameter.requires_grad for parameter in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream"])
 def test_the_logits_of_a_trained_model_stay_close(name):
-    """By 4 to 5% of their size after eight layers, on noise that leaves the model unsure: what products lose cancels out."""
-    published, model = (fastdllm.load(ASSETS / name, device="cpu", dtype=torch.float32, weights=w) for w in (None, "fp8"))
+    """By 4 to 5% of their size after eight layers, on noise that leaves the model unsure: what
+    products lose cancels out.
+    """
+    published, model = (
+        fastdllm.load(ASSETS / name, device="cpu", dtype=torch.float32, weights=w)
+        for w in (None, "fp8")
+    )
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (4, 48), generator=generator)
     masked = torch.rand(4, 48, generator=generator) < 0.5
@@ -68,7 +79,10 @@ def test_the_logits_of_a_trained_model_stay_close(name):
 def test_generate(tmp_path, family, cache):
     _, model = both(tmp_path, family)
     first, again = (
-        fastdllm.generate(model, [[1, 2, 3], [4, 5, 6, 7, 8]], gen_length=16, block_length=8, cache=cache) for _ in range(2)
+        fastdllm.generate(
+            model, [[1, 2, 3], [4, 5, 6, 7, 8]], gen_length=16, block_length=8, cache=cache
+        )
+        for _ in range(2)
     )
     for one, other in zip(first.tokens, again.tokens, strict=True):
         assert torch.equal(one, other) and model.config.mask_id not in one
@@ -79,7 +93,10 @@ def test_a_tied_head_stays_as_it_is(tmp_path, family):
     published, model = both(tmp_path, family, changes=TIED[family])
     assert model.lm_head.weight is model.embedding.weight
     assert torch.equal(model.embedding.weight, published.embedding.weight)
-    assert sum(isinstance(product, Fp8Linear) for product in products(model).values()) == 4 * model.config.num_layers
+    assert (
+        sum(isinstance(product, Fp8Linear) for product in products(model).values())
+        == 4 * model.config.num_layers
+    )
     assert model.logits(TOKENS).isfinite().all()
 
 
@@ -88,7 +105,10 @@ def test_a_cast_spares_the_weights(tmp_path):
     before = {name: copy.deepcopy(product.weight) for name, product in products(model).items()}
     for cast in (model.to(torch.bfloat16), model.half(), model.to("cpu"), copy.deepcopy(model)):
         for name, product in products(cast).items():
-            assert product.weight.data.dtype == torch.float8_e4m3fn and product.weight.scale.dtype == torch.float32
+            assert (
+                product.weight.data.dtype == torch.float8_e4m3fn
+                and product.weight.scale.dtype == torch.float32
+            )
             assert torch.equal(product.weight.data.float(), before[name].data.float())
             assert torch.equal(product.weight.scale, before[name].scale)
         assert cast.layers[0].attention.qkv.bias.dtype == cast.dtype
@@ -119,7 +139,9 @@ def test_a_state_dict_brings_the_weights_back(tmp_path):
 
 def test_saving_says_what_to_save(tmp_path):
     _, model = both(tmp_path, "llada")
-    with pytest.raises(ValueError, match="model: expected weights as they are published, got fp8 weights"):
+    with pytest.raises(
+        ValueError, match="model: expected weights as they are published, got fp8 weights"
+    ):
         save(model, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
@@ -127,10 +149,14 @@ def test_saving_says_what_to_save(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_captured_steps_give_the_same_tokens(tmp_path, family):
-    wide = {"llada": {"d_model": 64, "mlp_hidden_size": 96}, "dream": {"hidden_size": 96, "intermediate_size": 112}}
+    wide = {
+        "llada": {"d_model": 64, "mlp_hidden_size": 96},
+        "dream": {"hidden_size": 96, "intermediate_size": 112},
+    }
     _, model = both(tmp_path, family, changes=wide[family], device="cuda", dtype=torch.bfloat16)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
     captured, eager = (
-        fastdllm.generate(model, prompts, gen_length=16, block_length=8, cache="dual", graph=graph) for graph in (True, False)
+        fastdllm.generate(model, prompts, gen_length=16, block_length=8, cache="dual", graph=graph)
+        for graph in (True, False)
     )
     assert all(map(torch.equal, captured.tokens, eager.tokens))

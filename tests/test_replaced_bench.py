@@ -1,4 +1,6 @@
-"""bench/replaced_models.py: on tiny models every way decodes the same, and what is wrong is not timed."""
+"""bench/replaced_models.py: on tiny models every way decodes the same, and what is wrong is not
+timed.
+"""
 
 import dataclasses
 import json
@@ -20,7 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated")
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """run(*arguments) -> (exit status, results, report) of the benchmark at its smallest."""
-    monkeypatch.setattr(race, "SMOKE", dataclasses.replace(race.SMOKE, canvases={96: 64}, rows=(2,), sample=0.001))
+    monkeypatch.setattr(
+        race, "SMOKE", dataclasses.replace(race.SMOKE, canvases={96: 64}, rows=(2,), sample=0.001)
+    )
     monkeypatch.setattr(bench, "SMOKE_SHAPES", ((96, 2),))
     monkeypatch.setattr(bench.timing, "ON_GPU", False)
     monkeypatch.setattr(bench.timing, "DEVICE", torch.device("cpu"))
@@ -39,11 +43,17 @@ def test_every_way_decodes_what_the_native_model_decodes(run):
     status, results, text = run()
     assert status == 0 and len(results["rows"]) == 2 * len(bench.WAYS)
     for row in results["rows"]:
-        assert row["tokens_as_native"] == 1 and row["logits_error"] < 1e-4 and row["ms_refresh"] > -1e3
+        assert (
+            row["tokens_as_native"] == 1 and row["logits_error"] < 1e-4 and row["ms_refresh"] > -1e3
+        )
     classes = {row["class"] for row in results["rows"] if row["host"] != "native"}
     assert classes == {"LlamaForCausalLM", "Qwen2ForCausalLM", "LLaDAModelLM", "DreamModel"}
     assert [check["passed"] for check in results["checks"]] == [True] * 9
-    assert "CPU numbers" in text and text.count("captured step over the native one's") == 4 and text.count("| pass |") == 9
+    assert (
+        "CPU numbers" in text
+        and text.count("captured step over the native one's") == 4
+        and text.count("| pass |") == 9
+    )
 
 
 def test_the_weights_are_views_of_the_native_ones():
@@ -65,12 +75,22 @@ def test_what_is_wrong_is_not_timed(run, monkeypatch):
         return canvas, *forwards
 
     monkeypatch.setattr(race.Subject, "decode", decode_wrongly)
-    monkeypatch.setattr(bench, "logits_error", lambda a, b: float("nan") if hasattr(b.model, "replaced") and
-                        type(b.model.model).__name__ == "LLaDAModelLM" else error(a, b))  # fmt: skip
+    monkeypatch.setattr(
+        bench,
+        "logits_error",
+        lambda a, b: (
+            float("nan")
+            if hasattr(b.model, "replaced") and type(b.model.model).__name__ == "LLaDAModelLM"
+            else error(a, b)
+        ),
+    )
     status, results, text = run("--only", "llada")
     rows = {row["way"]: row for row in results["rows"]}
     assert status == 1 and not results["checks"]
-    assert rows["transformers captured"]["wrong"] == "1 of 128 tokens differ from those of eager decoding"
+    assert (
+        rows["transformers captured"]["wrong"]
+        == "1 of 128 tokens differ from those of eager decoding"
+    )
     assert rows["published eager"]["wrong"] == "the logits are off by nan"
     timed = [name for name, row in rows.items() if "ms_step" in row]
     assert timed == ["native eager", "native captured", "transformers eager"]
@@ -81,12 +101,17 @@ def test_an_interface_that_drops_the_padding_fails(run, monkeypatch):
     forward = bench.transformers.LlamaModel.forward
 
     def without_padding(self, ids, attention_mask, **options):
-        attention_mask = attention_mask if attention_mask.ndim == 4 else torch.ones_like(attention_mask)
+        attention_mask = (
+            attention_mask if attention_mask.ndim == 4 else torch.ones_like(attention_mask)
+        )
         return forward(self, ids, attention_mask=attention_mask, **options)
 
     monkeypatch.setattr(bench.transformers.LlamaModel, "forward", without_padding)
     status, results, text = run("--only", "interface")
-    assert status == 1 and [check["passed"] for check in results["checks"]] == [True, False, False] + [True] * 6
+    assert (
+        status == 1
+        and [check["passed"] for check in results["checks"]] == [True, False, False] + [True] * 6
+    )
     assert text.count("| FAIL |") == 2
 
 

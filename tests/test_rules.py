@@ -14,7 +14,11 @@ CHECKED = settings(derandomize=True, deadline=None, max_examples=80)
 def commit(rule, scores, candidates=None, step=0):
     """The committed positions of one row."""
     scores = torch.tensor([scores], dtype=torch.float32)
-    mask = torch.ones_like(scores, dtype=torch.bool) if candidates is None else torch.tensor([candidates])
+    mask = (
+        torch.ones_like(scores, dtype=torch.bool)
+        if candidates is None
+        else torch.tensor([candidates])
+    )
     return rule.commit(scores, mask, torch.tensor([step])).nonzero()[:, 1].tolist()
 
 
@@ -26,7 +30,11 @@ def commit(rule, scores, candidates=None, step=0):
         ([0.3], 1.0, [0]),
         ([0.5], 1.0, [0]),
         ([0.5, 0.9], 1.0, [1]),
-        ([0.75, 0.75, 0.75], 1.0, [0, 1, 2]),  # (3 + 1)(1 - 3/4) is exactly 1: the bound itself passes
+        (
+            [0.75, 0.75, 0.75],
+            1.0,
+            [0, 1, 2],
+        ),  # (3 + 1)(1 - 3/4) is exactly 1: the bound itself passes
         ([0.75, 0.75, 0.75, 0.75], 1.0, [0, 1, 2]),
         ([0.99, 0.3, 0.99], 1.0, [0, 2]),
         ([1.0] * 8, 1.0, list(range(8))),
@@ -66,7 +74,9 @@ def test_a_tie_goes_to_the_lower_position(rule):
     assert commit(rule, [0.7, 0.7, 0.7, 0.7], [False, False, True, True]) == [2]
 
 
-@pytest.mark.parametrize("rule", [Threshold(0.5), Factor(1.0), Quota(1), Quota(1, schedule="dream")])
+@pytest.mark.parametrize(
+    "rule", [Threshold(0.5), Factor(1.0), Quota(1), Quota(1, schedule="dream")]
+)
 def test_a_position_that_is_no_candidate_is_never_committed(rule):
     assert commit(rule, [1.0, 0.9, 1.0, 0.95], [False, True, False, True]) == [1, 3]
     assert commit(rule, [1.0, 0.9], [False, False]) == []
@@ -127,7 +137,9 @@ def published_dream_counts(masks, steps):
     return counts
 
 
-@pytest.mark.parametrize("masks, steps", [(32, 8), (32, 16), (32, 5), (64, 48), (20, 30), (31, 7), (9, 1), (128, 100)])
+@pytest.mark.parametrize(
+    "masks, steps", [(32, 8), (32, 16), (32, 5), (64, 48), (20, 30), (31, 7), (9, 1), (128, 100)]
+)
 def test_dreams_schedule_is_the_published_one(masks, steps):
     wanted = published_dream_counts(masks, steps)
     counts = run_quota(Quota(steps, schedule="dream"), masks)
@@ -143,10 +155,16 @@ def test_a_step_past_the_last_commits_everything_left(schedule):
 @pytest.mark.parametrize(
     "rule, alone",
     [
-        (Threshold(torch.tensor([0.9, 0.5, 2.0])), [Threshold(0.9), Threshold(0.5), Threshold(2.0)]),
+        (
+            Threshold(torch.tensor([0.9, 0.5, 2.0])),
+            [Threshold(0.9), Threshold(0.5), Threshold(2.0)],
+        ),
         (Factor(torch.tensor([1.0, 0.3, 9.0])), [Factor(1.0), Factor(0.3), Factor(9.0)]),
         (Quota(torch.tensor([1, 3, 7])), [Quota(1), Quota(3), Quota(7)]),
-        (Quota(torch.tensor([1, 3, 7]), schedule="dream"), [Quota(s, schedule="dream") for s in (1, 3, 7)]),
+        (
+            Quota(torch.tensor([1, 3, 7]), schedule="dream"),
+            [Quota(s, schedule="dream") for s in (1, 3, 7)],
+        ),
     ],
 )
 def test_each_row_may_have_its_own_parameter(rule, alone):
@@ -157,7 +175,9 @@ def test_each_row_may_have_its_own_parameter(rule, alone):
     together = rule.commit(scores, candidates, step)
     for row in range(3):
         one = slice(row, row + 1)
-        assert torch.equal(together[one], alone[row].commit(scores[one], candidates[one], step[one]))
+        assert torch.equal(
+            together[one], alone[row].commit(scores[one], candidates[one], step[one])
+        )
 
 
 rules = st.one_of(
@@ -171,7 +191,8 @@ rules = st.one_of(
 @CHECKED
 @given(
     rules,
-    # Multiples of 1/16: every product in a rule is exact, so ties and bounds fall on the same side in any precision.
+    # Multiples of 1/16: every product in a rule is exact, so ties and bounds fall on the same side
+    # in any precision.
     st.lists(st.tuples(st.integers(0, 16), st.booleans()), min_size=1, max_size=12),
     st.integers(0, 14),
 )
@@ -192,7 +213,9 @@ def test_rules_commit_what_their_statement_says(rule, row, step):
     alone = {position: scores[position] for position in range(len(row)) if candidates[position]}
     wanted, slack = choose(stated, alone, wanted_step, plan)
     if stated[0] == "dream" and slack < 1e-4 and step < stated[1] - 1:
-        return  # the truncation of the published float32 arithmetic decides: compared above, against its own statement
+        # the truncation of the published float32 arithmetic decides: compared above, against its
+        # own statement
+        return
     assert committed == sorted(wanted)
     assert all(candidates[position] for position in committed)
     assert committed or stated[0] == "dream"

@@ -18,8 +18,16 @@ def test_nothing_is_found(check):
     script = Path(__file__).with_name("sanitize.py")
     command = [TOOL, "--tool", check, "--error-exitcode", "3", sys.executable, str(script)]
     if check == "racecheck":
-        # It does not follow the barriers by which Triton starts and ends its warp partitions, and reports those; and two
-        # consumers that clear the same values write the same bytes, on purpose.
+        # It does not follow the barriers by which Triton starts and ends its warp partitions, and
+        # reports those; and two consumers that clear the same values write the same bytes, on
+        # purpose.
         command[1:1] = ["--kernel-regex-exclude", "kns=_attend_hopper"]
-    done = subprocess.run(command, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "every kernel ran" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "every kernel ran" in done.stdout, (
+        done.stdout[-4000:] + done.stderr[-2000:]
+    )

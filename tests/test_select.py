@@ -1,4 +1,6 @@
-"""confidence_select, token_confidence and its partials: kernels and reference against a float64 oracle and each other."""
+"""confidence_select, token_confidence and its partials: kernels and reference against a float64
+oracle and each other.
+"""
 
 import math
 
@@ -31,7 +33,9 @@ def random_logits(device, dtype, *shape, seed=0):
 
 
 def oracle(z, mask_id=None, dtype=torch.float64):
-    """The four results for rows z [N, V], V > 1, by PyTorch's softmax in `dtype`; the proposal is the plain argmax."""
+    """The four results for rows z [N, V], V > 1, by PyTorch's softmax in `dtype`; the proposal is
+    the plain argmax.
+    """
     p = z.to(dtype).softmax(-1)
     allowed = p.clone()
     if mask_id is not None:
@@ -55,7 +59,9 @@ def assert_as_exact_as_pytorch(got, z, name):
 
 
 def run_both(logits, tokens, **options):
-    """The kernel's and the reference's (Selection, tokens after it); the kernel's outputs start as garbage."""
+    """The kernel's and the reference's (Selection, tokens after it); the kernel's outputs start as
+    garbage.
+    """
     after = [tokens.clone(), tokens.clone()]
     kernel = fk.confidence_select(logits, after[0], **options)
     reference = fk.confidence_select_reference(logits, after[1], **options)
@@ -63,7 +69,9 @@ def run_both(logits, tokens, **options):
 
 
 def assert_same(kernel, reference, broken=False):
-    """Equal decisions; scores equal to a few ulps. Where a logit is NaN, the proposal means nothing."""
+    """Equal decisions; scores equal to a few ulps. Where a logit is NaN, the proposal means
+    nothing.
+    """
     (got, tokens), (wanted, wanted_tokens) = kernel, reference
     counts = ~wanted.score.isnan()
     assert broken or counts.all()
@@ -74,7 +82,8 @@ def assert_same(kernel, reference, broken=False):
     torch.testing.assert_close(got.score, wanted.score, rtol=4e-6, atol=4e-6, equal_nan=True)
 
 
-# Lengths around the powers of two that tiles are padded to; vocabularies of both parities, below and above a tile.
+# Lengths around the powers of two that tiles are padded to; vocabularies of both parities, below
+# and above a tile.
 SHAPES = [(2, 1, 257), (2, 4, 100), (1, 31, 17), (1, 32, 16), (1, 33, 9), (2, 64, 5), (1, 256, 3)]
 
 
@@ -89,16 +98,37 @@ def test_the_kernel_decides_as_the_reference(triton_backend, device, dtype, B, T
     step = torch.arange(B, device=device)
     for turn, score in enumerate(SCORES if T <= 4 else [SCORES[T % 4]]):
         rule = RULES[(turn + T // 32) % 4]
-        same = run_both(logits, tokens, mask_id=V - 1, rule=rule, score=score, temperature=temperature, seed=11, step=step)
+        same = run_both(
+            logits,
+            tokens,
+            mask_id=V - 1,
+            rule=rule,
+            score=score,
+            temperature=temperature,
+            seed=11,
+            step=step,
+        )
         assert_same(*same)
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{type(rule).__name__}-{getattr(rule, 'schedule', '')}")
+@pytest.mark.parametrize(
+    "rule", RULES, ids=lambda rule: f"{type(rule).__name__}-{getattr(rule, 'schedule', '')}"
+)
 def test_every_rule_works_with_every_score(triton_backend, device, rule, score):
     logits = random_logits(device, torch.float32, 2, 7, 50, seed=2)
     tokens = torch.full((2, 7), 49, device=device)
-    assert_same(*run_both(logits, tokens, mask_id=49, rule=rule, score=score, seed=3, step=torch.tensor([1, 2], device=device)))
+    assert_same(
+        *run_both(
+            logits,
+            tokens,
+            mask_id=49,
+            rule=rule,
+            score=score,
+            seed=3,
+            step=torch.tensor([1, 2], device=device),
+        )
+    )
 
 
 def test_a_row_of_a_real_vocabulary(triton_backend, device, dtype):
@@ -120,7 +150,9 @@ def test_each_row_may_have_its_own_parameter_step_and_seed(triton_backend, devic
         Quota(torch.tensor([1, 3, 7], device=device)),
         Quota(torch.tensor([2, 4, 6], dtype=torch.int32, device=device), schedule="dream"),
     ):
-        assert_same(*run_both(logits, tokens, mask_id=39, rule=rule, temperature=0.5, seed=seed, step=step))
+        assert_same(
+            *run_both(logits, tokens, mask_id=39, rule=rule, temperature=0.5, seed=seed, step=step)
+        )
     # A view that is not contiguous, and one number for all.
     spread = torch.stack([seed, seed + 1], 1)[:, 0]
     one = run_both(logits, tokens, mask_id=39, rule=Threshold(0.5), temperature=0.5, seed=spread)
@@ -153,7 +185,9 @@ def test_scores_match_a_float64_oracle(either_backend, device, dtype, score):
     for V in (2, 100, 257):
         z = random_logits(device, dtype, 6, V, seed=V)
         z[1], z[2, 0], z[3, 1:] = 0, 30, -INF
-        got = fk.token_confidence(z, score=score, return_logsumexp=True, return_entropy=True, return_margin=True)
+        got = fk.token_confidence(
+            z, score=score, return_logsumexp=True, return_entropy=True, return_margin=True
+        )
         assert torch.equal(got.token_ids, z.argmax(-1))
         assert_as_exact_as_pytorch(got.score, z, score)
         for name in ("logsumexp", "entropy", "margin"):
@@ -173,8 +207,12 @@ def test_the_mask_is_never_proposed_but_stays_in_the_sum(either_backend, device,
         torch.testing.assert_close(got.margin.double(), wanted["margin"], rtol=1e-5, atol=1e-6)
 
 
-def test_ties_go_to_the_lowest_id_and_the_lower_position(either_backend, device, dtype, monkeypatch):
-    monkeypatch.setattr(select_triton, "select_config", lambda *a: select_triton.SelectConfig(32, 2, 4))
+def test_ties_go_to_the_lowest_id_and_the_lower_position(
+    either_backend, device, dtype, monkeypatch
+):
+    monkeypatch.setattr(
+        select_triton, "select_config", lambda *a: select_triton.SelectConfig(32, 2, 4)
+    )
     z = torch.zeros(2, 5, 200, dtype=dtype, device=device)
     z[0, :, 130], z[0, :, 60], z[0, :, 61], z[1, :, 199] = 9, 9, 9, 9
     tokens = torch.full((2, 5), 3, device=device)
@@ -182,7 +220,10 @@ def test_ties_go_to_the_lowest_id_and_the_lower_position(either_backend, device,
     assert got.token_ids.tolist() == [[60] * 5, [199] * 5]
     assert got.score[0].tolist() == [0] * 5  # equal best two
     assert got.committed.nonzero().tolist() == [[0, 0], [1, 0]]
-    assert tokens.tolist() == [[60, 3, 3, 3, 3], [199, 3, 3, 3, 3]] and got.remaining.tolist() == [4, 4]
+    assert tokens.tolist() == [[60, 3, 3, 3, 3], [199, 3, 3, 3, 3]] and got.remaining.tolist() == [
+        4,
+        4,
+    ]
     everywhere = fk.token_confidence(torch.zeros(2, 200, dtype=dtype, device=device), mask_id=0)
     assert everywhere.token_ids.tolist() == [1, 1]
 
@@ -192,7 +233,9 @@ def test_rows_without_a_finite_logit_have_probability_zero(either_backend, devic
     z[1, 0] = 2  # only the mask
     z[2] = torch.finfo(dtype).min
     z[3, 5], z[3, 6] = torch.finfo(dtype).max, -INF
-    got = fk.token_confidence(z, mask_id=0, return_logsumexp=True, return_entropy=True, return_margin=True)
+    got = fk.token_confidence(
+        z, mask_id=0, return_logsumexp=True, return_entropy=True, return_margin=True
+    )
     assert got.token_ids.tolist() == [1, 1, 1, 5]
     torch.testing.assert_close(got.score.cpu(), torch.tensor([0, 0, 1 / 40, 1]))
     assert got.logsumexp[:2].tolist() == [-INF, 2] and got.entropy[0] == 0
@@ -220,7 +263,9 @@ def test_a_nan_is_reported_and_never_committed(either_backend, device, dtype, sc
     tokens = torch.full((4, 5), 69, device=device)
     tokens[3, 0] = 8
     before = tokens.clone()
-    got = fk.confidence_select(z, tokens, mask_id=69, rule=Threshold(-99.0), score=score, temperature=temperature, seed=1)
+    got = fk.confidence_select(
+        z, tokens, mask_id=69, rule=Threshold(-99.0), score=score, temperature=temperature, seed=1
+    )
     assert got.remaining.tolist() == [-4, -1, -1, 0]
     broken = torch.zeros(4, 5, dtype=torch.bool, device=device)
     broken[0, 3:], broken[1], broken[2, 0] = True, True, True
@@ -237,7 +282,9 @@ def test_an_infinite_logit_is_as_in_the_reference(triton_backend, device):
     z[0, 0, 5], z[0, 1, 69], z[0, 2, 3:5] = INF, INF, INF
     tokens = torch.full((1, 4), 69, device=device)
     for score in SCORES:
-        assert_same(*run_both(z, tokens, mask_id=69, rule=Quota(1), score=score, seed=1), broken=True)
+        assert_same(
+            *run_both(z, tokens, mask_id=69, rule=Quota(1), score=score, seed=1), broken=True
+        )
 
 
 def test_positions_that_are_no_candidates_are_left_alone(either_backend, device, dtype):
@@ -272,17 +319,33 @@ def test_rows_may_be_addressed_through_strides(triton_backend, device, dtype):
 def test_a_padded_vocabulary_counts_for_nothing(either_backend, device, dtype):
     z = random_logits(device, dtype, 3, 64)
     z[0, 50:], z[1, 50:], z[2, 50:] = NAN, INF, 1000
-    got = fk.token_confidence(z, vocab_size=50, mask_id=4, temperature=0.5, seed=1, return_entropy=True)
-    plain = fk.token_confidence(z[:, :50].contiguous(), mask_id=4, temperature=0.5, seed=1, return_entropy=True)
+    got = fk.token_confidence(
+        z, vocab_size=50, mask_id=4, temperature=0.5, seed=1, return_entropy=True
+    )
+    plain = fk.token_confidence(
+        z[:, :50].contiguous(), mask_id=4, temperature=0.5, seed=1, return_entropy=True
+    )
     assert torch.equal(got.token_ids, plain.token_ids) and got.score.isfinite().all()
     torch.testing.assert_close(got.entropy, plain.entropy)
 
 
 # (counter, key, result) of philox4x32-10 in the known-answer file of its authors' library.
 KNOWN = [
-    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    (
+        "00000000 00000000 00000000 00000000",
+        "00000000 00000000",
+        "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+    ),
+    (
+        "ffffffff ffffffff ffffffff ffffffff",
+        "ffffffff ffffffff",
+        "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    ),
+    (
+        "243f6a88 85a308d3 13198a2e 03707344",
+        "a4093822 299f31d0",
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
 ]
 
 
@@ -304,7 +367,9 @@ def _words_kernel(seeds, out, N: tl.constexpr):
 
 
 def test_the_kernels_generator_is_the_references(device):
-    seeds = torch.randint(-(2**63), 2**63 - 1, (64,), generator=torch.Generator().manual_seed(0)).to(device)
+    seeds = torch.randint(
+        -(2**63), 2**63 - 1, (64,), generator=torch.Generator().manual_seed(0)
+    ).to(device)
     out = torch.full((4, 64), -1, device=device)
     _words_kernel[(1,)](seeds, out, N=64, enable_fp_fusion=True)
     at = torch.arange(64, device=device)
@@ -314,26 +379,44 @@ def test_the_kernels_generator_is_the_references(device):
 @triton.jit
 def _log_exponential_kernel(high, low, out, N: tl.constexpr):
     at = tl.arange(0, N)
-    tl.store(out + at, select_triton._log_exponential(tl.load(high + at).to(tl.uint32), tl.load(low + at).to(tl.uint32)))
+    tl.store(
+        out + at,
+        select_triton._log_exponential(
+            tl.load(high + at).to(tl.uint32), tl.load(low + at).to(tl.uint32)
+        ),
+    )
 
 
 def test_the_exponential_keeps_fp32_precision_in_both_tails(device):
     generator = torch.Generator().manual_seed(1)
     top = 2**32 - 1
-    high = torch.cat([torch.randint(0, 2**32, (2000,), generator=generator), torch.tensor([0, 0, 0, 1, 2**31 - 1, 2**31] * 3)])
+    high = torch.cat(
+        [
+            torch.randint(0, 2**32, (2000,), generator=generator),
+            torch.tensor([0, 0, 0, 1, 2**31 - 1, 2**31] * 3),
+        ]
+    )
     # Every binade near 0 and near 1.
     small = torch.tensor([max(0, 2**k + d) for k in range(32) for d in (-1, 0, 1)])
-    high = torch.cat([high, small, top - small, torch.full((60,), top), torch.zeros(60, dtype=torch.int64)]).clamp(0, top)
+    high = torch.cat(
+        [high, small, top - small, torch.full((60,), top), torch.zeros(60, dtype=torch.int64)]
+    ).clamp(0, top)
     low = torch.randint(0, 2**32, high.shape, generator=generator)
     low[-120:] = torch.cat([top - small[:60], small[:60]]).clamp(0, top)
     exact = []
     for h, w in zip(high.tolist(), low.tolist(), strict=True):
         count = 2 * ((h << 32) + w) + 1  # U = count / 2^65
         near_one = count > 2**64
-        exact.append(math.log(-math.log1p(-(2**65 - count) / 2**65) if near_one else -math.log(count / 2**65)))
+        exact.append(
+            math.log(
+                -math.log1p(-(2**65 - count) / 2**65) if near_one else -math.log(count / 2**65)
+            )
+        )
     exact = torch.tensor(exact, dtype=torch.float64)
     size = triton.next_power_of_2(len(exact))
-    pad = [torch.nn.functional.pad(words, (0, size - len(words))).to(device) for words in (high, low)]
+    pad = [
+        torch.nn.functional.pad(words, (0, size - len(words))).to(device) for words in (high, low)
+    ]
     kernel = torch.full((size,), NAN, device=device)
     _log_exponential_kernel[(1,)](*pad, kernel, N=size, enable_fp_fusion=True)
     eps = torch.finfo(torch.float32).eps
@@ -362,9 +445,11 @@ def test_a_million_draws_follow_the_softmax():
 
 
 def test_rare_tokens_are_drawn_as_often_as_they_should_be():
-    """Of a class of tokens of probability p = 1e-8 each (a thousand make 1e-5), one beats the rest when E < p E'.
+    """Of a class of tokens of probability p = 1e-8 each (a thousand make 1e-5), one beats the rest
+    when E < p E'.
 
-    Only small E can, so only such are drawn: U's first 20 bits are ones. A 24-bit uniform has no E between 0 and 6e-8.
+    Only small E can, so only such are drawn: U's first 20 bits are ones. A 24-bit uniform has no E
+    between 0 and 6e-8.
     """
     N, p, condition = 1_000_000, 1e-8, 2.0**-20
     words = philox(torch.tensor(3), torch.arange(N), torch.tensor(0))
@@ -383,15 +468,31 @@ def test_draws_do_not_depend_on_the_split(triton_backend, device, monkeypatch):
     tokens = torch.full((1, 3), 130, device=device)
     results = []
     for config in ((256, 1, 1), (64, 3, 1), (32, 2, 3), (16, 1, 9)):
-        monkeypatch.setattr(select_triton, "select_config", lambda *a, c=config: select_triton.SelectConfig(*c))
+        monkeypatch.setattr(
+            select_triton, "select_config", lambda *a, c=config: select_triton.SelectConfig(*c)
+        )
         results += [
-            fk.confidence_select(logits, tokens.clone(), mask_id=130, rule=Threshold(0.1), score=score,
-                                 temperature=temperature, seed=4)
-            for temperature, score in ((0.0, "margin"), (0.0, "entropy"), (0.4, "confidence"), (2.0, "margin"))
-        ]  # fmt: skip
+            fk.confidence_select(
+                logits,
+                tokens.clone(),
+                mask_id=130,
+                rule=Threshold(0.1),
+                score=score,
+                temperature=temperature,
+                seed=4,
+            )
+            for temperature, score in (
+                (0.0, "margin"),
+                (0.0, "entropy"),
+                (0.4, "confidence"),
+                (2.0, "margin"),
+            )
+        ]
     for i, got in enumerate(results):
         first = results[i % 4]
-        assert torch.equal(got.token_ids, first.token_ids) and torch.equal(got.committed, first.committed)
+        assert torch.equal(got.token_ids, first.token_ids) and torch.equal(
+            got.committed, first.committed
+        )
         torch.testing.assert_close(got.score, first.score, rtol=1e-6, atol=2e-6)
 
 
@@ -400,10 +501,14 @@ def test_the_same_seed_draws_the_same_and_another_another(either_backend, device
     tokens = torch.full((1, 12), 63, device=device)
 
     def draw(seed):
-        return fk.confidence_select(z, tokens.clone(), mask_id=63, rule=Quota(1), temperature=1.0, seed=seed).token_ids
+        return fk.confidence_select(
+            z, tokens.clone(), mask_id=63, rule=Quota(1), temperature=1.0, seed=seed
+        ).token_ids
 
     seven = draw(7)
-    assert torch.equal(seven, draw(7)) and torch.equal(seven, draw(torch.tensor([7], device=device)))
+    assert torch.equal(seven, draw(7)) and torch.equal(
+        seven, draw(torch.tensor([7], device=device))
+    )
     assert (seven != draw(8)).sum() > 6 and (seven != draw(7 + 2**32)).sum() > 6
     assert len(seven.unique()) > 6  # positions draw apart
 
@@ -414,13 +519,16 @@ def test_draws_agree_between_kernel_and_reference(triton_backend, device):
     position = torch.arange(N, device=device) * 7
     got = fk.token_confidence(z, temperature=1.0, seed=5, position=position)
     wanted = fk.token_confidence_reference(z, temperature=1.0, seed=5, position=position)
-    # Logarithms differ in their last bit between devices: a near tie in ten thousand may fall the other way.
+    # Logarithms differ in their last bit between devices: a near tie in ten thousand may fall the
+    # other way.
     assert (got.token_ids != wanted.token_ids).sum() <= N // 10_000
 
 
 @pytest.mark.parametrize("parts, mask_id", [(1, None), (2, 40), (4, 0), (8, 201)])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_partials_of_a_split_vocabulary_merge_to_the_whole(either_backend, device, dtype, parts, mask_id, temperature):
+def test_partials_of_a_split_vocabulary_merge_to_the_whole(
+    either_backend, device, dtype, parts, mask_id, temperature
+):
     N, V = 5, 202
     z = random_logits(device, dtype, N, V)
     z[1], z[2, :100], z[3, 40] = -INF, -INF, 50
@@ -430,7 +538,9 @@ def test_partials_of_a_split_vocabulary_merge_to_the_whole(either_backend, devic
     position = torch.arange(N, device=device) * 3
     draw = dict(temperature=temperature, seed=seed, position=position)
     partials = [
-        fk.token_confidence_partials(z[:, start : start + each], vocab_start=start, mask_id=mask_id, **draw)
+        fk.token_confidence_partials(
+            z[:, start : start + each], vocab_start=start, mask_id=mask_id, **draw
+        )
         for start in range(0, V, each)
     ]
     for score in SCORES:
@@ -469,7 +579,9 @@ def test_ops_are_registered_with_shapes_for_the_compiler(device):
     for score in ("confidence", None):  # None: the numbers of the partials
         arguments = (z, 7, score, 0.0, None, 0, None, 8, 0, False, False)
         tests = ["test_schema", "test_faketensor"]
-        torch.library.opcheck(torch.ops.fastdllm.token_confidence.default, arguments, test_utils=tests)
+        torch.library.opcheck(
+            torch.ops.fastdllm.token_confidence.default, arguments, test_utils=tests
+        )
 
 
 def test_the_compiler_may_make_numbers_symbols(device):
@@ -492,21 +604,55 @@ def test_what_the_kernel_cannot_take_goes_to_the_reference_or_raises(device, mon
         fk.token_confidence(z)
     with pytest.raises(RuntimeError, match="the block length is 2049"):
         tokens = torch.zeros(1, 2049, dtype=torch.int64, device=device)
-        fk.confidence_select(torch.zeros(1, 2049, 2, device=device), tokens, mask_id=1, rule=Threshold())
+        fk.confidence_select(
+            torch.zeros(1, 2049, 2, device=device), tokens, mask_id=1, rule=Threshold()
+        )
 
 
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda z: fk.token_confidence_partials(z, vocab_start=3), ValueError, "vocab_start: expected an even number"),
-        (lambda z: fk.token_confidence_partials(z, vocab_start=-2), ValueError, "vocab_start: expected an int >= 0"),
-        (lambda z: fk.token_confidence_partials(z, vocab_start=2.0), TypeError, "vocab_start: expected an int"),
-        (lambda z: fk.token_confidence_partials(z, mask_id="9"), TypeError, "mask_id: expected an int"),
-        (lambda z: fk.token_confidence_partials(z, temperature=1.0), ValueError, "seed: expected an int or a tensor"),
-        (lambda z: fk.token_confidence(z, score="random", seed=2**63), ValueError, "seed: expected an int in"),
-        (lambda z: fk.token_confidence(z, position=[0, 1]), TypeError, "position: expected a tensor"),
+        (
+            lambda z: fk.token_confidence_partials(z, vocab_start=3),
+            ValueError,
+            "vocab_start: expected an even number",
+        ),
+        (
+            lambda z: fk.token_confidence_partials(z, vocab_start=-2),
+            ValueError,
+            "vocab_start: expected an int >= 0",
+        ),
+        (
+            lambda z: fk.token_confidence_partials(z, vocab_start=2.0),
+            TypeError,
+            "vocab_start: expected an int",
+        ),
+        (
+            lambda z: fk.token_confidence_partials(z, mask_id="9"),
+            TypeError,
+            "mask_id: expected an int",
+        ),
+        (
+            lambda z: fk.token_confidence_partials(z, temperature=1.0),
+            ValueError,
+            "seed: expected an int or a tensor",
+        ),
+        (
+            lambda z: fk.token_confidence(z, score="random", seed=2**63),
+            ValueError,
+            "seed: expected an int in",
+        ),
+        (
+            lambda z: fk.token_confidence(z, position=[0, 1]),
+            TypeError,
+            "position: expected a tensor",
+        ),
         (lambda z: fk.merge_confidence_partials([]), ValueError, "partials: expected at least one"),
-        (lambda z: fk.merge_confidence_partials([fk.token_confidence_partials(z)], score="b"), ValueError, "score: expected"),
+        (
+            lambda z: fk.merge_confidence_partials([fk.token_confidence_partials(z)], score="b"),
+            ValueError,
+            "score: expected",
+        ),
     ],
 )
 def test_bad_input_is_named(call, error, message):
@@ -517,7 +663,8 @@ def test_bad_input_is_named(call, error, message):
 H200 = backend.Chip(132, 232448, overlap=True)
 
 
-# Row counts, two vocabularies and one chip: programs fill the chip, cover every tile once, and none is empty.
+# Row counts, two vocabularies and one chip: programs fill the chip, cover every tile once, and none
+# is empty.
 @pytest.mark.parametrize("rows", [1, 7, 32, 256, 1024, 100_000])
 @pytest.mark.parametrize("vocab", [1, 100, 126464, 152064])
 @pytest.mark.parametrize("draw", [False, True])
@@ -540,10 +687,18 @@ def test_the_cut_covers_the_vocabulary(rows, vocab, draw):
     ],
 )
 def test_the_measured_cuts_are_picked(rows, vocab, cut):
-    assert select_triton.select_config(rows, vocab, H200) == select_triton.SelectConfig(*cut, overlap=True)
+    assert select_triton.select_config(rows, vocab, H200) == select_triton.SelectConfig(
+        *cut, overlap=True
+    )
 
 
-GPU_SHAPES = [(1, 32, 126464), (32, 32, 126464), (1, 32, 152064), (32, 32, 152064), (1, 256, 126464)]
+GPU_SHAPES = [
+    (1, 32, 126464),
+    (32, 32, 126464),
+    (1, 32, 152064),
+    (32, 32, 152064),
+    (1, 256, 126464),
+]
 
 
 @pytest.mark.gpu
@@ -553,15 +708,23 @@ def test_real_shapes(triton_backend, device, B, T, V, temperature):
     logits = random_logits(device, torch.bfloat16, B, T, V)
     logits[0, 0, 77] = 60
     tokens = torch.full((B, T), V - 128, device=device)
-    for score, rule in (("confidence", Threshold(0.01)), ("margin", Factor(3.0)), ("entropy", Quota(4))):
-        (got, after), (wanted, _) = run_both(logits, tokens, mask_id=V - 128, rule=rule, score=score, temperature=temperature,
-                                             seed=8)  # fmt: skip
+    for score, rule in (
+        ("confidence", Threshold(0.01)),
+        ("margin", Factor(3.0)),
+        ("entropy", Quota(4)),
+    ):
+        (got, after), (wanted, _) = run_both(
+            logits, tokens, mask_id=V - 128, rule=rule, score=score, temperature=temperature, seed=8
+        )
         same = got.token_ids == wanted.token_ids
         assert same.float().mean() >= (1 if temperature == 0 else 0.999)
         torch.testing.assert_close(got.score[same], wanted.score[same], rtol=1e-5, atol=1e-5)
         # The rule's decisions, on the kernel's own scores.
         masks = torch.ones_like(got.committed)
-        assert torch.equal(got.committed, rule.commit(got.score, masks, torch.zeros(B, dtype=torch.int64, device=device)))
+        assert torch.equal(
+            got.committed,
+            rule.commit(got.score, masks, torch.zeros(B, dtype=torch.int64, device=device)),
+        )
         assert torch.equal(after, torch.where(got.committed, got.token_ids, tokens))
 
 
@@ -621,7 +784,9 @@ def test_a_thousand_launches_give_identical_bits(triton_backend, device):
     first = fk.confidence_select(logits, tokens.clone(), **options)
     differing = torch.zeros((), dtype=torch.int64, device=device)
     for _ in range(1000):
-        for got, wanted in zip(fk.confidence_select(logits, tokens.clone(), **options), first, strict=True):
+        for got, wanted in zip(
+            fk.confidence_select(logits, tokens.clone(), **options), first, strict=True
+        ):
             differing += (got != wanted).sum()
     assert differing.item() == 0
 
@@ -634,7 +799,9 @@ def test_the_kernels_draws_follow_the_softmax_into_the_tail(triton_backend, devi
     logits = (0.7 * (p / p.sum()).log()).float().to(device)
     counts = torch.zeros(7, dtype=torch.float64)
     for chunk in torch.arange(1_000_000, device=device).split(250_000):
-        drawn = fk.token_confidence(logits.expand(len(chunk), -1), temperature=0.7, seed=21, position=chunk).token_ids
+        drawn = fk.token_confidence(
+            logits.expand(len(chunk), -1), temperature=0.7, seed=21, position=chunk
+        ).token_ids
         counts += torch.bincount(drawn.clamp(max=6), minlength=7).cpu()
     exact = (logits.double() / 0.7).softmax(-1).cpu()
     grouped = torch.cat([exact[:6], exact[6:].sum()[None]])

@@ -38,7 +38,9 @@ FAMILIES = {"llada": LLADA, "dream": DREAM}
 
 
 def write(folder, config, state, shards=1):
-    """A checkpoint folder as published: config.json and one safetensors file, or an index and several."""
+    """A checkpoint folder as published: config.json and one safetensors file, or an index and
+    several.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     if shards == 1:
@@ -58,7 +60,9 @@ def write(folder, config, state, shards=1):
 
 
 def build(folder, config, seed=0, **load_options):
-    """(model, state): a random checkpoint written to the folder and loaded with fastdllm.load, on the CPU in fp32."""
+    """(model, state): a random checkpoint written to the folder and loaded with fastdllm.load, on
+    the CPU in fp32.
+    """
     import fastdllm
 
     state = oracle_models.random_state(config, seed)

@@ -1,16 +1,19 @@
-"""How well a model solves unseen problems, and with how many forwards, for every cache, rule and block length.
+"""How well a model solves unseen problems, and with how many forwards, for every cache, rule and
+block length.
 
     python bench/quality/evaluate.py MODEL_DIR --out FOLDER [--problems 1000] [--shard 0/2] [--limit-settings TEXT ...]
     python bench/quality/evaluate.py MODEL_DIR --out FOLDER --merge --plot
     python bench/quality/evaluate.py MODEL_DIR --out FOLDER --policies [--weights fp8]
 
-Results go to FOLDER/<model>.json after every setting, those already there are skipped, and a table of them to
-FOLDER/<model>.md. A shard writes a file of its own; `--merge` puts the shards together, `--plot` draws the two plots, and
-`--card` writes the accuracy into the model's README.md. `--policies` measures what refreshes may leave out instead, with one
-cache and rule, for <model>-policies.*; `--weights` goes to fastdllm.load and into the names of the files.
+Results go to FOLDER/<model>.json after every setting, those already there are skipped, and a table
+of them to FOLDER/<model>.md. A shard writes a file of its own; `--merge` puts the shards together,
+`--plot` draws the two plots, and `--card` writes the accuracy into the model's README.md.
+`--policies` measures what refreshes may leave out instead, with one cache and rule, for
+<model>-policies.*; `--weights` goes to fastdllm.load and into the names of the files.
 
-accuracy: the answer ends in `#### n` with the right n. exact: the whole worked answer is right, letter for letter. tokens per
-forward: generated tokens before the first end-of-text, over all problems, divided by all forwards (NFE), full and cached.
+accuracy: the answer ends in `#### n` with the right n. exact: the whole worked answer is right,
+letter for letter. tokens per forward: generated tokens before the first end-of-text, over all
+problems, divided by all forwards (NFE), full and cached.
 """
 
 from __future__ import annotations
@@ -33,17 +36,34 @@ from tokenizers import Tokenizer
 GEN_LENGTH = 128
 CACHES = ("none", "prefix", "dual")
 BLOCK_LENGTHS, SWEPT_LENGTHS = (16, 32), (8, 64, 128)  # the swept ones with two rules only
-POLICY_LENGTHS = (32, 16, 8)  # in four blocks of 32 a suffix of four cannot matter, nor a fifth refresh: hence shorter ones too
+POLICY_LENGTHS = (
+    32,
+    16,
+    8,
+    # in four blocks of 32 a suffix of four cannot matter, nor a fifth refresh: hence shorter ones too
+)
 VANILLA, PARALLEL = "1 a step", "threshold 0.9"
-# What a refresh leaves out, by the name it is told by (CachePolicy's fields): prompt kept always, or for four; short suffixes.
+# What a refresh leaves out, by the name it is told by (CachePolicy's fields): prompt kept always,
+# or for four; short suffixes.
 POLICIES = {
     "off": {},
     "prompt_refreshes 0": {"prompt_refreshes": 0},
     "prompt_refreshes 4": {"prompt_refreshes": 4},
     **{f"suffix_blocks {w}": {"suffix_blocks": w} for w in (1, 2, 4)},
-    **{f"prompt_refreshes 0, suffix_blocks {w}": {"prompt_refreshes": 0, "suffix_blocks": w} for w in (2, 4)},
+    **{
+        f"prompt_refreshes 0, suffix_blocks {w}": {"prompt_refreshes": 0, "suffix_blocks": w}
+        for w in (2, 4)
+    },
 }
-SHOWN = ("accuracy", "exact", "tokens_per_forward", "nfe", "refreshes", "cached_steps", "text_tokens")
+SHOWN = (
+    "accuracy",
+    "exact",
+    "tokens_per_forward",
+    "nfe",
+    "refreshes",
+    "cached_steps",
+    "text_tokens",
+)
 
 
 def rules() -> dict[str, Callable]:
@@ -51,15 +71,30 @@ def rules() -> dict[str, Callable]:
     from fastdllm import Factor, Quota, Threshold
 
     quotas = {f"{n} a step": lambda length, n=n: Quota(length // n) for n in (1, 2, 4)}
-    thresholds = {f"threshold {tau}": lambda length, tau=tau: Threshold(tau) for tau in (0.5, 0.6, 0.7, 0.8, 0.9)}
-    return quotas | thresholds | {f"factor {f}": lambda length, f=f: Factor(f) for f in (0.7, 1.0, 1.3)}
+    thresholds = {
+        f"threshold {tau}": lambda length, tau=tau: Threshold(tau)
+        for tau in (0.5, 0.6, 0.7, 0.8, 0.9)
+    }
+    return (
+        quotas
+        | thresholds
+        | {f"factor {f}": lambda length, f=f: Factor(f) for f in (0.7, 1.0, 1.3)}
+    )
 
 
 def all_settings() -> list[dict]:
     """Every setting, vanilla decoding first."""
-    settings = [{"cache": c, "rule": r, "block_length": b} for b in BLOCK_LENGTHS for r in rules() for c in CACHES]
+    settings = [
+        {"cache": c, "rule": r, "block_length": b}
+        for b in BLOCK_LENGTHS
+        for r in rules()
+        for c in CACHES
+    ]
     return settings + [
-        {"cache": c, "rule": r, "block_length": b} for b in SWEPT_LENGTHS for r in (VANILLA, PARALLEL) for c in CACHES
+        {"cache": c, "rule": r, "block_length": b}
+        for b in SWEPT_LENGTHS
+        for r in (VANILLA, PARALLEL)
+        for c in CACHES
     ]
 
 
@@ -73,8 +108,14 @@ def policy_settings() -> list[dict]:
 
 
 def key_of(setting: dict) -> str:
-    """Its name, as `--limit-settings` matches it: `dual/threshold 0.9/32`, with the policy last where it names one."""
-    return "/".join(str(setting[name]) for name in ("cache", "rule", "block_length", "policy") if name in setting)
+    """Its name, as `--limit-settings` matches it: `dual/threshold 0.9/32`, with the policy last
+    where it names one.
+    """
+    return "/".join(
+        str(setting[name])
+        for name in ("cache", "rule", "block_length", "policy")
+        if name in setting
+    )
 
 
 def final_number(text: str) -> int | None:
@@ -84,14 +125,18 @@ def final_number(text: str) -> int | None:
 
 
 def score(problem: Problem, generated: list[int], tokenizer, stop_ids) -> tuple[bool, bool, int]:
-    """(final number right, whole answer right, tokens before the first stop) of one generated canvas part."""
+    """(final number right, whole answer right, tokens before the first stop) of one generated
+    canvas part.
+    """
     length = next((i for i, token in enumerate(generated) if token in stop_ids), len(generated))
     text = tokenizer.decode(generated[:length], skip_special_tokens=False)
     return final_number(text) == problem.final, text.strip() == problem.answer_text, length
 
 
 def measure(model, tokenizer, problems: list[Problem], setting: dict, rows: int) -> dict:
-    """Decode all problems, `rows` at a time, and return the setting with its scores; counts are means per problem."""
+    """Decode all problems, `rows` at a time, and return the setting with its scores; counts are
+    means per problem.
+    """
     from fastdllm import CachePolicy, generate
 
     policy = CachePolicy(**POLICIES[setting.get("policy", "off")])
@@ -101,12 +146,21 @@ def measure(model, tokenizer, problems: list[Problem], setting: dict, rows: int)
     for first in range(0, len(problems), rows):
         part = prompts[first : first + rows]
         done = generate(
-            model, part, gen_length=GEN_LENGTH, block_length=setting["block_length"], cache=setting["cache"], rule=rule,
+            model,
+            part,
+            gen_length=GEN_LENGTH,
+            block_length=setting["block_length"],
+            cache=setting["cache"],
+            rule=rule,
             policy=policy,
-        )  # fmt: skip
+        )
         counts += torch.stack([done.nfe.sum(), done.refreshes.sum(), done.cached_steps.sum()]).cpu()
-        for problem, prompt, tokens in zip(problems[first : first + rows], part, done.tokens, strict=True):
-            scores.append(score(problem, tokens[len(prompt) :].tolist(), tokenizer, model.config.stop_ids))
+        for problem, prompt, tokens in zip(
+            problems[first : first + rows], part, done.tokens, strict=True
+        ):
+            scores.append(
+                score(problem, tokens[len(prompt) :].tolist(), tokenizer, model.config.stop_ids)
+            )
     accuracy, exact, text = (sum(column) / len(problems) for column in zip(*scores, strict=True))
     nfe, refreshes, cached = (counts.double() / len(problems)).tolist()
     values = (accuracy, exact, text / nfe, nfe, refreshes, cached, text)
@@ -128,7 +182,13 @@ def environment(device: str) -> dict:
         commit = None
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    return {"gpu": gpu, **versions, "python": platform.python_version(), "date": today, "commit": commit}
+    return {
+        "gpu": gpu,
+        **versions,
+        "python": platform.python_version(),
+        "date": today,
+        "commit": commit,
+    }
 
 
 def evaluate(args: argparse.Namespace, path: Path) -> dict:
@@ -139,13 +199,20 @@ def evaluate(args: argparse.Namespace, path: Path) -> dict:
     model = load(args.model, device=args.device, dtype=getattr(torch, args.dtype), **weights)
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     problems = [make_problem(index, "test") for index in range(args.problems)]
-    head = {"model": args.model.name, "problems": args.problems, "split": "test", "gen_length": GEN_LENGTH}
+    head = {
+        "model": args.model.name,
+        "problems": args.problems,
+        "split": "test",
+        "gen_length": GEN_LENGTH,
+    }
     head |= {"dtype": args.dtype, **weights}
     report = head | {"environment": environment(args.device), "results": []}
     if path.exists():
         before = json.loads(path.read_text())
         if any(before[name] != value for name, value in head.items()):
-            raise ValueError(f"{path}: holds results of another model, split, number of problems or dtype; move it away")
+            raise ValueError(
+                f"{path}: holds results of another model, split, number of problems or dtype; move it away"
+            )
         report["results"] = before["results"]
     index, count = (int(number) for number in args.shard.split("/"))
     for setting in (policy_settings() if args.policies else all_settings())[index::count]:
@@ -153,7 +220,11 @@ def evaluate(args: argparse.Namespace, path: Path) -> dict:
         wanted = not args.limit_settings or any(text in key for text in args.limit_settings)
         if wanted and key not in map(key_of, report["results"]):
             report["results"].append(measure(model, tokenizer, problems, setting, args.rows))
-            print(f"{key:28}", *(f"{name} {report['results'][-1][name]}" for name in SHOWN[:4]), flush=True)
+            print(
+                f"{key:28}",
+                *(f"{name} {report['results'][-1][name]}" for name in SHOWN[:4]),
+                flush=True,
+            )
             write_report(report, path)
     return report
 
@@ -169,7 +240,9 @@ def write_report(report: dict, path: Path) -> None:
 
 
 def merge(paths: list[Path]) -> dict:
-    """One report of several shards, in the order of the settings; ValueError where they differ in anything else."""
+    """One report of several shards, in the order of the settings; ValueError where they differ in
+    anything else.
+    """
     reports = [json.loads(path.read_text()) for path in paths]
     if not reports:
         raise ValueError("merge: found no results")
@@ -201,7 +274,9 @@ def table(report: dict) -> str:
 
 
 def plot(report: dict, folder: Path) -> None:
-    """<model>-parallel.png: accuracy against tokens per forward; <model>-blocks.png: accuracy against block length."""
+    """<model>-parallel.png: accuracy against tokens per forward; <model>-blocks.png: accuracy
+    against block length.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -210,7 +285,9 @@ def plot(report: dict, folder: Path) -> None:
     styles = {"threshold": "o-", "factor": "^-.", "a step": "s--"}
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axes, length in zip(panels, BLOCK_LENGTHS, strict=True):
-        _curves(axes, report, "tokens_per_forward", styles, lambda r, n=length: r["block_length"] == n)
+        _curves(
+            axes, report, "tokens_per_forward", styles, lambda r, n=length: r["block_length"] == n
+        )
         axes.set(xlabel="tokens per forward", title=f"{report['model']}, block length {length}")
     _finish(figure, panels[0], folder / f"{report['model']}-parallel.png")
     figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
@@ -223,56 +300,96 @@ def plot(report: dict, folder: Path) -> None:
 
 
 def _curves(axes, report, across, styles, wanted) -> None:
-    """One curve a cache and kind of rule (a part of its name, with its style) through the results that are wanted."""
+    """One curve a cache and kind of rule (a part of its name, with its style) through the results
+    that are wanted.
+    """
     for kind, style in styles.items():
         for cache, color in zip(CACHES, ("C0", "C1", "C2"), strict=True):
-            results = [r for r in report["results"] if wanted(r) and kind in r["rule"] and r["cache"] == cache]
+            results = [
+                r
+                for r in report["results"]
+                if wanted(r) and kind in r["rule"] and r["cache"] == cache
+            ]
             points = sorted((r[across], 100 * r["accuracy"]) for r in results)
-            axes.plot([x for x, _ in points], [y for _, y in points], color + style, ms=4, label=f"{kind}, {cache}")
+            axes.plot(
+                [x for x, _ in points],
+                [y for _, y in points],
+                color + style,
+                ms=4,
+                label=f"{kind}, {cache}",
+            )
     axes.grid(alpha=0.3)
 
 
 def _finish(figure, axes, path) -> None:
     axes.set(ylabel="problems solved, %")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize="small", title="rule, cache")
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside right",
+        fontsize="small",
+        title="rule, cache",
+    )
     figure.savefig(path, dpi=120)
 
 
 def update_card(folder: Path, report: dict) -> None:
-    """Put the accuracy of vanilla and of parallel cached decoding into the model card's accuracy line."""
+    """Put the accuracy of vanilla and of parallel cached decoding into the model card's accuracy
+    line.
+    """
     found = {key_of(result): result for result in report["results"]}
     parts = []
-    for label, key in (("one token a step", f"none/{VANILLA}/32"), ("threshold 0.9 and dual cache", f"dual/{PARALLEL}/32")):
+    for label, key in (
+        ("one token a step", f"none/{VANILLA}/32"),
+        ("threshold 0.9 and dual cache", f"dual/{PARALLEL}/32"),
+    ):
         if key in found:
             r = found[key]
-            parts.append(f"{100 * r['accuracy']:.1f}% with {label} ({100 * r['exact']:.1f}% letter for letter, "
-                         f"{r['tokens_per_forward']:.1f} tokens a forward)")  # fmt: skip
-    line = f"- Accuracy on {report['problems']} unseen problems, block length 32: {'; '.join(parts)}."
+            parts.append(
+                f"{100 * r['accuracy']:.1f}% with {label} ({100 * r['exact']:.1f}% letter for letter, "
+                f"{r['tokens_per_forward']:.1f} tokens a forward)"
+            )
+    line = (
+        f"- Accuracy on {report['problems']} unseen problems, block length 32: {'; '.join(parts)}."
+    )
     card = folder / "README.md"
-    text, count = re.subn(r"^- Accuracy.*$", lambda _: line, card.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    text, count = re.subn(
+        r"^- Accuracy.*$", lambda _: line, card.read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     if count != 1 or not parts:
         raise ValueError(f"{card}: expected one accuracy line and results for block length 32")
     card.write_text(text, encoding="utf-8")
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--problems", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=250, help="problems decoded in one batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--weights", choices=("fp8",), help="how the weights are held: fastdllm.load's own argument")
-    parser.add_argument("--policies", action="store_true", help="measure CachePolicies instead of caches and rules")
+    parser.add_argument(
+        "--weights", choices=("fp8",), help="how the weights are held: fastdllm.load's own argument"
+    )
+    parser.add_argument(
+        "--policies", action="store_true", help="measure CachePolicies instead of caches and rules"
+    )
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th setting from the i-th on")
-    parser.add_argument("--limit-settings", nargs="+", metavar="TEXT", help="only settings whose name holds a TEXT")
-    parser.add_argument("--merge", action="store_true", help="measure nothing, put the shards in FOLDER together")
+    parser.add_argument(
+        "--limit-settings", nargs="+", metavar="TEXT", help="only settings whose name holds a TEXT"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="measure nothing, put the shards in FOLDER together"
+    )
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--card", action="store_true")
     args = parser.parse_args(argv)
     args.model = args.model.resolve()
-    name = "-".join(filter(None, (args.model.name, args.weights, "policies" if args.policies else None)))
+    name = "-".join(
+        filter(None, (args.model.name, args.weights, "policies" if args.policies else None))
+    )
     path = args.out / f"{name}.json"
     if args.merge:
         report = merge(sorted(args.out.glob(f"{name}.*json")))

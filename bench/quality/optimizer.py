@@ -1,7 +1,9 @@
-"""Muon for the layers' matrices and AdamW for the rest, over fp32 master weights of a model that may run in bf16.
+"""Muon for the layers' matrices and AdamW for the rest, over fp32 master weights of a model that
+may run in bf16.
 
-Muon (Jordan et al., 2024): a matrix moves along the nearest (semi-)orthogonal one to its momentum, found in five
-Newton-Schulz steps. Fused matrices are split into their published parts, and equal shapes take the steps as one batch.
+Muon (Jordan et al., 2024): a matrix moves along the nearest (semi-)orthogonal one to its momentum,
+found in five Newton-Schulz steps. Fused matrices are split into their published parts, and equal
+shapes take the steps as one batch.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ import torch
 from fastdllm.checkpoint import fused_rows
 
 MOMENTUM, WEIGHT_DECAY = 0.95, 0.05
-# At the full rate the biases of q, k and v grew to 14 and names in a problem were never copied into its answer; at this
-# share of it they were (one run of each).
+# At the full rate the biases of q, k and v grew to 14 and names in a problem were never copied into
+# its answer; at this share of it they were (one run of each).
 BIAS_SHARE = 0.03
 
 
@@ -28,11 +30,15 @@ def orthogonalize(matrices: torch.Tensor, dtype=torch.bfloat16) -> torch.Tensor:
 
 
 class Optimizer:
-    """step(scale) updates the masters with both learning rates times `scale` and copies them into the model."""
+    """step(scale) updates the masters with both learning rates times `scale` and copies them into
+    the model.
+    """
 
     def __init__(self, model, muon_lr: float, adam_lr: float):
         self.muon_lr, self.adam_lr = muon_lr, adam_lr
-        self.rows = {name: fused_rows(model.config, name, p) for name, p in model.named_parameters()}
+        self.rows = {
+            name: fused_rows(model.config, name, p) for name, p in model.named_parameters()
+        }
         self.parameters = dict(model.named_parameters())
         self.masters = {name: p.detach().float().clone() for name, p in self.parameters.items()}
         self.groups: dict[tuple, list] = {}
@@ -40,26 +46,41 @@ class Optimizer:
             if name.startswith("layers.") and master.ndim == 2:
                 for index, part in enumerate(master.split(self.rows[name])):
                     self.groups.setdefault(tuple(part.shape), []).append((name, index, part))
-        self.momentum = {shape: master.new_zeros(len(group), *shape) for shape, group in self.groups.items()}
+        self.momentum = {
+            shape: master.new_zeros(len(group), *shape) for shape, group in self.groups.items()
+        }
         matrices = {name for group in self.groups.values() for name, _, _ in group}
         self.rest = [name for name in self.masters if name not in matrices]
         biases = [self.masters[name] for name in self.rest if name.endswith("bias")]
         others = [self.masters[name] for name in self.rest if not name.endswith("bias")]
         self.adam = torch.optim.AdamW(
-            [{"params": others, "share": 1.0}, {"params": biases, "share": BIAS_SHARE}][: 1 + bool(biases)],
-            lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=model.device.type == "cuda",
-        )  # fmt: skip
+            [{"params": others, "share": 1.0}, {"params": biases, "share": BIAS_SHARE}][
+                : 1 + bool(biases)
+            ],
+            lr=adam_lr,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            fused=model.device.type == "cuda",
+        )
 
     @torch.no_grad()
     def step(self, scale: float) -> None:
         for shape, group in self.groups.items():
-            grads = [self.parameters[name].grad.split(self.rows[name])[index] for name, index, _ in group]
-            grad, momentum, masters = torch.stack(grads).float(), self.momentum[shape], [part for _, _, part in group]
+            grads = [
+                self.parameters[name].grad.split(self.rows[name])[index] for name, index, _ in group
+            ]
+            grad, momentum, masters = (
+                torch.stack(grads).float(),
+                self.momentum[shape],
+                [part for _, _, part in group],
+            )
             momentum.lerp_(grad, 1 - MOMENTUM)
             update = orthogonalize(grad.lerp_(momentum, MOMENTUM)).float()  # Nesterov's look ahead
             lr = self.muon_lr * scale
             torch._foreach_mul_(masters, 1 - lr * WEIGHT_DECAY)
-            torch._foreach_add_(masters, update.unbind(), alpha=-lr * max(1.0, shape[0] / shape[1]) ** 0.5)
+            torch._foreach_add_(
+                masters, update.unbind(), alpha=-lr * max(1.0, shape[0] / shape[1]) ** 0.5
+            )
         for name in self.rest:
             self.masters[name].grad = self.parameters[name].grad.float()
         for group in self.adam.param_groups:

@@ -1,12 +1,14 @@
-"""Arithmetic word problems with worked answers, any number of them, each a pure function of (split, index).
+"""Arithmetic word problems with worked answers, any number of them, each a pure function of (split,
+index).
 
-A template draws the numbers of a problem so that every step is easy in itself: sums and differences of at most four
-digits, products of a two-digit and a one-digit number, exact quotients by one digit. The worked answer is a function of
-the question, one sentence and one equation a step, and ends as GSM8K's do: `#### 144`.
+A template draws the numbers of a problem so that every step is easy in itself: sums and differences
+of at most four digits, products of a two-digit and a one-digit number, exact quotients by one
+digit. The worked answer is a function of the question, one sentence and one equation a step, and
+ends as GSM8K's do: `#### 144`.
 
-Train and test never overlap: a hash of the template and the numbers that the question states puts a problem in one
-split for good (1 in 64 is a test problem), whatever names and things surround them, and the generator draws again until
-it meets a problem of the split that was asked for.
+Train and test never overlap: a hash of the template and the numbers that the question states puts a
+problem in one split for good (1 in 64 is a test problem), whatever names and things surround them,
+and the generator draws again until it meets a problem of the split that was asked for.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ Draw = Callable[[int, int], int]  # draw(low, high): uniform, both ends included
 
 @dataclass(frozen=True)
 class Problem:
-    """`question`, the worked answer `answer_text` that ends in `#### final`, and the number `final` itself."""
+    """`question`, the worked answer `answer_text` that ends in `#### final`, and the number `final`
+    itself.
+    """
 
     question: str
     answer_text: str
@@ -39,8 +43,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Template:
-    """One kind of problem. `numbers` draws every number of it by its one-letter slot, the final one as `f`; `given` are
-    the slots that the question states. `questions` are phrasings of one problem, `answer` its steps.
+    """One kind of problem. `numbers` draws every number of it by its one-letter slot, the final one
+    as `f`; `given` are the slots that the question states. `questions` are phrasings of one
+    problem, `answer` its steps.
     """
 
     name: str
@@ -124,7 +129,17 @@ def _train(draw: Draw) -> dict[str, int]:
 def _bakery(draw: Draw) -> dict[str, int]:
     d, r, e = draw(3, 9), draw(11, 60), draw(2, 9)
     a, b = draw(4, 9), draw(30, 99)
-    return {"a": a, "b": b, "c": a * b - d * r, "d": d, "e": e, "p": a * b, "q": d * r, "r": r, "f": r * e}
+    return {
+        "a": a,
+        "b": b,
+        "c": a * b - d * r,
+        "d": d,
+        "e": e,
+        "p": a * b,
+        "q": d * r,
+        "r": r,
+        "f": r * e,
+    }
 
 
 def _spend(draw: Draw) -> dict[str, int]:
@@ -133,95 +148,171 @@ def _spend(draw: Draw) -> dict[str, int]:
 
 
 TEMPLATES = (
-    Template("boxes", "abcd", _boxes, (
-        "{n} has {a} {k} of {b} {o} and {c} more {o}. {n} gives {d} {o} to {m}. How many {o} does {n} have left?",
-        "There are {b} {o} in each of {a} {k}. {n} adds {c} {o}, and then {m} takes {d} {o}. How many {o} are left?",
-    ), "The {a} {k} hold {a} * {b} = {p} {o}.\nWith {c} more there are {p} + {c} = {q} {o}.\n"
-       "After {m} takes {d} there are {q} - {d} = {f} {o} left."),
-    Template("change", "abcde", _change, (
-        "{n} buys {a} {o} at ${b} each and {c} {u} at ${d} each. {n} pays ${e}. How many dollars does {n} get back?",
-        "{n} has ${e} and buys {a} {o} for ${b} each and {c} {u} for ${d} each. How many dollars are left?",
-    ), "The {o} cost {a} * {b} = {p} dollars.\nThe {u} cost {c} * {d} = {q} dollars.\n"
-       "Together that makes {p} + {q} = {s} dollars.\nSo {n} keeps {e} - {s} = {f} dollars."),
-    Template("savings", "abcd", _savings, (
-        "{n} has ${c} and saves ${a} a week for {b} weeks. A {i} costs ${d}. How many dollars does {n} still need?",
-        "A {i} costs ${d}. {n} has ${c} and saves ${a} a week. After {b} weeks, how many dollars does {n} still need?",
-    ), "In {b} weeks {n} saves {b} * {a} = {p} dollars.\nWith the first {c} that makes {p} + {c} = {q} dollars.\n"
-       "For the {i} {n} still needs {d} - {q} = {f} dollars."),
-    Template("share", "abcd", _share, (
-        "{n} has {a} {o} and {m} has {b} {o}. They sell {c} of them and put the rest evenly into {d} {k}. "
-        "How many {o} are in each of the {k}?",
-        "{n} and {m} bring {a} and {b} {o}. They sell {c} {o} and share the rest equally among {d} {k}. "
-        "How many {o} does each get?",
-    ), "Together {n} and {m} have {a} + {b} = {s} {o}.\nAfter they sell {c} there are {s} - {c} = {t} {o} left.\n"
-       "Each of the {d} {k} gets {t} / {d} = {f} {o}."),
-    Template("reading", "abcde", _change, (
-        "{n} reads {b} pages a day for {a} days and then {d} pages a day for {c} days. The book has {e} pages. "
-        "How many pages are left?",
-        "A book has {e} pages. For {a} days {n} reads {b} pages a day, and for the next {c} days {d} pages a day. "
-        "How many pages does {n} still need to read?",
-    ), "In the first {a} days {n} reads {a} * {b} = {p} pages.\nIn the next {c} days {n} reads {c} * {d} = {q} pages.\n"
-       "Together that makes {p} + {q} = {s} pages.\nSo {e} - {s} = {f} pages are left."),
-    Template("pay", "abcde", _pay, (
-        "{n} works {a} hours a day for {b} days at ${c} an hour. {m} adds ${d}, and then {n} pays ${e} for a {i}. "
-        "How many dollars are left?",
-        "At ${c} an hour, {n} works {b} days of {a} hours each. {n} also gets ${d} from {m} and buys a {i} for ${e}. "
-        "How many dollars does {n} have left?",
-    ), "{n} works {a} * {b} = {h} hours.\nFor this {n} gets {h} * {c} = {p} dollars.\n"
-       "With the {d} dollars from {m} that makes {p} + {d} = {q} dollars.\n"
-       "After the {i} there are {q} - {e} = {f} dollars left."),
-    Template("times", "abc", _times, (
-        "{n} has {a} {o}. {m} has {b} times as many {o} as {n}, and {w} has {c} fewer than {m}. "
-        "How many {o} do they have together?",
-        "{m} has {b} times as many {o} as {n}. {w} has {c} fewer {o} than {m}. If {n} has {a} {o}, "
-        "how many {o} do all of them have?",
-    ), "{m} has {b} * {a} = {p} {o}.\n{w} has {p} - {c} = {q} {o}.\n{n} and {m} have {a} + {p} = {s} {o}.\n"
-       "With {w} that makes {s} + {q} = {f} {o}."),
-    Template("harvest", "abc", _harvest, (
-        "{n} picks {a} {o} on Monday, {b} more on Tuesday than on Monday, and {c} fewer on Friday than on Tuesday. "
-        "How many {o} does {n} pick in all?",
-        "On Monday {n} finds {a} {o}. On Tuesday {n} finds {b} more than on Monday, and on Friday {c} fewer than on "
-        "Tuesday. How many {o} are there in all?",
-    ), "On Tuesday there are {a} + {b} = {q} {o}.\nOn Friday there are {q} - {c} = {t} {o}.\n"
-       "Monday and Tuesday make {a} + {q} = {s} {o}.\nWith Friday that makes {s} + {t} = {f} {o}."),
-    Template("train", "abcde", _train, (
-        "A train has {a} people. At the first stop {b} get off and {c} get on. At the next {d} get off and {e} get on. "
-        "How many people are on the train now?",
-        "There are {a} people on a train. Then {b} leave and {c} get on at the first stop, and {d} leave and {e} get "
-        "on at the next stop. How many people does the train have now?",
-    ), "At the first stop {a} - {b} = {p} people stay.\nThen there are {p} + {c} = {q} people.\n"
-       "At the next stop {q} - {d} = {s} people stay.\nNow there are {s} + {e} = {f} people on the train."),
-    Template("bakery", "abcde", _bakery, (
-        "{n} bakes {a} trays of {b} cookies and keeps {c}. The rest go into bags of {d} cookies, at ${e} a bag. "
-        "How many dollars does {n} get for all of the bags?",
-        "There are {b} cookies on each of {a} trays. {n} keeps {c} cookies and puts the rest into bags of {d}. "
-        "{n} sells the bags at ${e} each. How many dollars does {n} get?",
-    ), "On the trays there are {a} * {b} = {p} cookies.\nAfter {n} keeps {c} there are {p} - {c} = {q} cookies.\n"
-       "They go into {q} / {d} = {r} bags.\nFor the bags {n} gets {r} * {e} = {f} dollars."),
-    Template("spend", "abc", _spend, (
-        "{n} has ${a} and buys a {i} for ${b} and a {j} for ${c}. How many dollars does {n} have left?",
-        "A {i} costs ${b} and a {j} ${c}. {n} pays for one of each with ${a}. How many dollars does {n} get back?",
-    ), "The {i} and the {j} together cost {b} + {c} = {s} dollars.\n"
-       "Of the first {a} dollars {n} still keeps {a} - {s} = {f} dollars after that."),
-    Template("stall", "abcdeg", _stall, (
-        "{n} sells {a} {o} at ${b} each and {c} {u} at ${d} each. {n} pays ${e} for the table, and {g} friends share "
-        "the rest equally. How many dollars does each get?",
-        "{g} friends sell {a} {o} for ${b} each and {c} {u} for ${d} each. The table costs ${e}, and they share the "
-        "rest equally. How many dollars does each get?",
-    ), "The {o} make {a} * {b} = {p} dollars.\nThe {u} make {c} * {d} = {q} dollars.\n"
-       "Together that makes {p} + {q} = {s} dollars.\nAfter the table there are {s} - {e} = {t} dollars.\n"
-       "Each of the friends gets {t} / {g} = {f} dollars."),
-)  # fmt: skip
+    Template(
+        "boxes",
+        "abcd",
+        _boxes,
+        (
+            "{n} has {a} {k} of {b} {o} and {c} more {o}. {n} gives {d} {o} to {m}. How many {o} does {n} have left?",
+            "There are {b} {o} in each of {a} {k}. {n} adds {c} {o}, and then {m} takes {d} {o}. How many {o} are left?",
+        ),
+        "The {a} {k} hold {a} * {b} = {p} {o}.\nWith {c} more there are {p} + {c} = {q} {o}.\n"
+        "After {m} takes {d} there are {q} - {d} = {f} {o} left.",
+    ),
+    Template(
+        "change",
+        "abcde",
+        _change,
+        (
+            "{n} buys {a} {o} at ${b} each and {c} {u} at ${d} each. {n} pays ${e}. How many dollars does {n} get back?",
+            "{n} has ${e} and buys {a} {o} for ${b} each and {c} {u} for ${d} each. How many dollars are left?",
+        ),
+        "The {o} cost {a} * {b} = {p} dollars.\nThe {u} cost {c} * {d} = {q} dollars.\n"
+        "Together that makes {p} + {q} = {s} dollars.\nSo {n} keeps {e} - {s} = {f} dollars.",
+    ),
+    Template(
+        "savings",
+        "abcd",
+        _savings,
+        (
+            "{n} has ${c} and saves ${a} a week for {b} weeks. A {i} costs ${d}. How many dollars does {n} still need?",
+            "A {i} costs ${d}. {n} has ${c} and saves ${a} a week. After {b} weeks, how many dollars does {n} still need?",
+        ),
+        "In {b} weeks {n} saves {b} * {a} = {p} dollars.\nWith the first {c} that makes {p} + {c} = {q} dollars.\n"
+        "For the {i} {n} still needs {d} - {q} = {f} dollars.",
+    ),
+    Template(
+        "share",
+        "abcd",
+        _share,
+        (
+            "{n} has {a} {o} and {m} has {b} {o}. They sell {c} of them and put the rest evenly into {d} {k}. "
+            "How many {o} are in each of the {k}?",
+            "{n} and {m} bring {a} and {b} {o}. They sell {c} {o} and share the rest equally among {d} {k}. "
+            "How many {o} does each get?",
+        ),
+        "Together {n} and {m} have {a} + {b} = {s} {o}.\nAfter they sell {c} there are {s} - {c} = {t} {o} left.\n"
+        "Each of the {d} {k} gets {t} / {d} = {f} {o}.",
+    ),
+    Template(
+        "reading",
+        "abcde",
+        _change,
+        (
+            "{n} reads {b} pages a day for {a} days and then {d} pages a day for {c} days. The book has {e} pages. "
+            "How many pages are left?",
+            "A book has {e} pages. For {a} days {n} reads {b} pages a day, and for the next {c} days {d} pages a day. "
+            "How many pages does {n} still need to read?",
+        ),
+        "In the first {a} days {n} reads {a} * {b} = {p} pages.\nIn the next {c} days {n} reads {c} * {d} = {q} pages.\n"
+        "Together that makes {p} + {q} = {s} pages.\nSo {e} - {s} = {f} pages are left.",
+    ),
+    Template(
+        "pay",
+        "abcde",
+        _pay,
+        (
+            "{n} works {a} hours a day for {b} days at ${c} an hour. {m} adds ${d}, and then {n} pays ${e} for a {i}. "
+            "How many dollars are left?",
+            "At ${c} an hour, {n} works {b} days of {a} hours each. {n} also gets ${d} from {m} and buys a {i} for ${e}. "
+            "How many dollars does {n} have left?",
+        ),
+        "{n} works {a} * {b} = {h} hours.\nFor this {n} gets {h} * {c} = {p} dollars.\n"
+        "With the {d} dollars from {m} that makes {p} + {d} = {q} dollars.\n"
+        "After the {i} there are {q} - {e} = {f} dollars left.",
+    ),
+    Template(
+        "times",
+        "abc",
+        _times,
+        (
+            "{n} has {a} {o}. {m} has {b} times as many {o} as {n}, and {w} has {c} fewer than {m}. "
+            "How many {o} do they have together?",
+            "{m} has {b} times as many {o} as {n}. {w} has {c} fewer {o} than {m}. If {n} has {a} {o}, "
+            "how many {o} do all of them have?",
+        ),
+        "{m} has {b} * {a} = {p} {o}.\n{w} has {p} - {c} = {q} {o}.\n{n} and {m} have {a} + {p} = {s} {o}.\n"
+        "With {w} that makes {s} + {q} = {f} {o}.",
+    ),
+    Template(
+        "harvest",
+        "abc",
+        _harvest,
+        (
+            "{n} picks {a} {o} on Monday, {b} more on Tuesday than on Monday, and {c} fewer on Friday than on Tuesday. "
+            "How many {o} does {n} pick in all?",
+            "On Monday {n} finds {a} {o}. On Tuesday {n} finds {b} more than on Monday, and on Friday {c} fewer than on "
+            "Tuesday. How many {o} are there in all?",
+        ),
+        "On Tuesday there are {a} + {b} = {q} {o}.\nOn Friday there are {q} - {c} = {t} {o}.\n"
+        "Monday and Tuesday make {a} + {q} = {s} {o}.\nWith Friday that makes {s} + {t} = {f} {o}.",
+    ),
+    Template(
+        "train",
+        "abcde",
+        _train,
+        (
+            "A train has {a} people. At the first stop {b} get off and {c} get on. At the next {d} get off and {e} get on. "
+            "How many people are on the train now?",
+            "There are {a} people on a train. Then {b} leave and {c} get on at the first stop, and {d} leave and {e} get "
+            "on at the next stop. How many people does the train have now?",
+        ),
+        "At the first stop {a} - {b} = {p} people stay.\nThen there are {p} + {c} = {q} people.\n"
+        "At the next stop {q} - {d} = {s} people stay.\nNow there are {s} + {e} = {f} people on the train.",
+    ),
+    Template(
+        "bakery",
+        "abcde",
+        _bakery,
+        (
+            "{n} bakes {a} trays of {b} cookies and keeps {c}. The rest go into bags of {d} cookies, at ${e} a bag. "
+            "How many dollars does {n} get for all of the bags?",
+            "There are {b} cookies on each of {a} trays. {n} keeps {c} cookies and puts the rest into bags of {d}. "
+            "{n} sells the bags at ${e} each. How many dollars does {n} get?",
+        ),
+        "On the trays there are {a} * {b} = {p} cookies.\nAfter {n} keeps {c} there are {p} - {c} = {q} cookies.\n"
+        "They go into {q} / {d} = {r} bags.\nFor the bags {n} gets {r} * {e} = {f} dollars.",
+    ),
+    Template(
+        "spend",
+        "abc",
+        _spend,
+        (
+            "{n} has ${a} and buys a {i} for ${b} and a {j} for ${c}. How many dollars does {n} have left?",
+            "A {i} costs ${b} and a {j} ${c}. {n} pays for one of each with ${a}. How many dollars does {n} get back?",
+        ),
+        "The {i} and the {j} together cost {b} + {c} = {s} dollars.\n"
+        "Of the first {a} dollars {n} still keeps {a} - {s} = {f} dollars after that.",
+    ),
+    Template(
+        "stall",
+        "abcdeg",
+        _stall,
+        (
+            "{n} sells {a} {o} at ${b} each and {c} {u} at ${d} each. {n} pays ${e} for the table, and {g} friends share "
+            "the rest equally. How many dollars does each get?",
+            "{g} friends sell {a} {o} for ${b} each and {c} {u} for ${d} each. The table costs ${e}, and they share the "
+            "rest equally. How many dollars does each get?",
+        ),
+        "The {o} make {a} * {b} = {p} dollars.\nThe {u} make {c} * {d} = {q} dollars.\n"
+        "Together that makes {p} + {q} = {s} dollars.\nAfter the table there are {s} - {e} = {t} dollars.\n"
+        "Each of the friends gets {t} / {g} = {f} dollars.",
+    ),
+)
 
 
 def split_of(template: str, given: tuple[int, ...]) -> str:
     """The split, for good, of every problem of this template that states these numbers."""
     key = zlib.crc32(f"{template} {given}".encode())
-    return "test" if (key * 0x9E3779B1 & 0xFFFFFFFF) >> 26 == 0 else "train"  # the product breaks CRC's linearity
+    return (
+        "test" if (key * 0x9E3779B1 & 0xFFFFFFFF) >> 26 == 0 else "train"
+    )  # the product breaks CRC's linearity
 
 
 def draw_numbers(index: int, split: str) -> tuple[Template, dict[str, int], random.Random]:
-    """The template and numbers of problem `index`, and the generator that goes on to draw its names and things."""
+    """The template and numbers of problem `index`, and the generator that goes on to draw its names
+    and things.
+    """
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
     rng = random.Random(2 * index + (split == "test"))
@@ -240,14 +331,20 @@ def draw_numbers(index: int, split: str) -> tuple[Template, dict[str, int], rand
 
 
 def make_problem(index: int, split: str) -> Problem:
-    """Problem number `index` (0, 1, ...) of a split, "train" or "test"; the same one on every machine and Python."""
+    """Problem number `index` (0, 1, ...) of a split, "train" or "test"; the same one on every
+    machine and Python.
+    """
     template, slots, rng = draw_numbers(index, split)
     uniform = rng.random
 
     def others(pool: list[str], first: int, step: int) -> str:
         return pool[(first + step) % len(pool)]
 
-    name, thing, item = int(uniform() * len(NAMES)), int(uniform() * len(THINGS)), int(uniform() * len(ITEMS))
+    name, thing, item = (
+        int(uniform() * len(NAMES)),
+        int(uniform() * len(THINGS)),
+        int(uniform() * len(ITEMS)),
+    )
     second = 1 + int(uniform() * (len(NAMES) - 2))
     words = {
         "n": NAMES[name],

@@ -1,10 +1,13 @@
-"""The tokenizer of the two small models: one token a known word, one a digit, bytes for everything else.
+"""The tokenizer of the two small models: one token a known word, one a digit, bytes for everything
+else.
 
-Text is cut into pieces: a run of letters, a digit or any other sign, each with the space before it where there is one.
-A piece that is in the vocabulary is one token; any other is spelled in bytes, so that every text comes back exactly.
+Text is cut into pieces: a run of letters, a digit or any other sign, each with the space before it
+where there is one. A piece that is in the vocabulary is one token; any other is spelled in bytes,
+so that every text comes back exactly.
 
-Prompt format: `Question: <question> Answer:`, on one line. The model goes on with a space, the worked answer, and the
-end-of-text token. Run as a script, it writes the tokenizer's files into a folder.
+Prompt format: `Question: <question> Answer:`, on one line. The model goes on with a space, the
+worked answer, and the end-of-text token. Run as a script, it writes the tokenizer's files into a
+folder.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ from problems import CONTAINERS, ITEMS, NAMES, TEMPLATES, THINGS, Problem
 
 EOS, MASK = "<|endoftext|>", "<|mask|>"
 EOS_ID, MASK_ID = 0, 1
-CHAT_TEMPLATE = "{% for message in messages %}Question: {{ message['content'] }} Answer:{% endfor %}"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}Question: {{ message['content'] }} Answer:{% endfor %}"
+)
 PIECE = r"####| ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]|\s"
 
 
@@ -29,14 +34,22 @@ def prompt_of(problem: Problem) -> str:
 
 def _byte_letters() -> list[str]:
     """The printable letter that byte-level tokenizers write for each of the 256 bytes."""
-    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    kept = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     moved = (byte for byte in range(256) if byte not in kept)
-    letters = {byte: chr(byte) for byte in kept} | {byte: chr(256 + i) for i, byte in enumerate(moved)}
+    letters = {byte: chr(byte) for byte in kept} | {
+        byte: chr(256 + i) for i, byte in enumerate(moved)
+    }
     return [letters[byte] for byte in range(256)]
 
 
 def _known_pieces() -> list[str]:
-    """Every piece that a prompt or an answer can hold, read off the templates and the pools of words."""
+    """Every piece that a prompt or an answer can hold, read off the templates and the pools of
+    words.
+    """
     texts = [" Question", "Question: 0 Answer:", *(f" {d}" for d in range(10)), *NAMES]
     texts += [f" {word}" for pool in (NAMES, THINGS, CONTAINERS, ITEMS) for word in pool]
     for template in TEMPLATES:
@@ -46,7 +59,9 @@ def _known_pieces() -> list[str]:
 
 
 def vocabulary() -> dict[str, int]:
-    """Piece -> id: the special tokens, the 256 bytes (an ASCII one as its character), the known pieces."""
+    """Piece -> id: the special tokens, the 256 bytes (an ASCII one as its character), the known
+    pieces.
+    """
     singles = [chr(byte) if byte < 128 else f"<0x{byte:02X}>" for byte in range(256)]
     return {piece: i for i, piece in enumerate([EOS, MASK, *singles, *_known_pieces()])}
 
@@ -57,7 +72,9 @@ VOCAB_SIZE = len(_IDS)
 
 
 def encode_known(text: str) -> list[int]:
-    """What tokenizer.json gives for text made of known pieces, several times as fast. KeyError for any other piece."""
+    """What tokenizer.json gives for text made of known pieces, several times as fast. KeyError for
+    any other piece.
+    """
     return [_IDS[piece] for piece in _FIND(text)]
 
 
@@ -67,18 +84,24 @@ def encode_problem(problem: Problem) -> tuple[list[int], list[int]]:
 
 
 def write_tokenizer(folder: str | Path) -> Path:
-    """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads, into `folder`."""
+    """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads, into
+    `folder`.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     letters = _byte_letters()
     vocab = {"".join(letters[byte] for byte in piece.encode()): i for piece, i in _IDS.items()}
-    vocab = {piece: i for piece, i in vocab.items() if not 2 <= i < 258} | {x: 2 + i for i, x in enumerate(letters)}
+    vocab = {piece: i for piece, i in vocab.items() if not 2 <= i < 258} | {
+        x: 2 + i for i, x in enumerate(letters)
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     split = pre_tokenizers.Split(Regex(PIECE), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (EOS, MASK)])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (EOS, MASK)]
+    )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -1,11 +1,12 @@
-"""Train one of the two small models that ship with fastdllm, from nothing, on a GPU in some minutes.
+"""Train one of the two small models that ship with fastdllm, from nothing, on a GPU in some
+minutes.
 
     python bench/quality/train.py tiny-llada --minutes 12 --out DIR [--stop-after 9] [--resume]
 
-The clock decides: the learning rate warms up, stays, and falls to 0 at `--minutes` of training time, compilation not
-counted. Every two minutes and at the end the whole state goes to DIR/state.pt; `--stop-after` ends a process
-earlier, all start-up included, and `--resume` goes on where the last one stopped. DIR then holds a checkpoint that
-fastdllm.load reads.
+The clock decides: the learning rate warms up, stays, and falls to 0 at `--minutes` of training
+time, compilation not counted. Every two minutes and at the end the whole state goes to
+DIR/state.pt; `--stop-after` ends a process earlier, all start-up included, and `--resume` goes on
+where the last one stopped. DIR then holds a checkpoint that fastdllm.load reads.
 """
 
 from __future__ import annotations
@@ -30,19 +31,39 @@ BORN = time.monotonic()
 LOG_SECONDS, TEST_SECONDS, SAVE_SECONDS = 5, 60, 120
 WARMUP, DECAY = 0.03, 0.4  # shares of the training time
 _SHAPE = {
-    "hidden_size": 256, "num_layers": 8, "num_heads": 4, "head_dim": 64, "vocab_size": VOCAB_SIZE,
-    "max_positions": 1024, "rope_theta": 10000.0, "mask_id": MASK_ID, "stop_ids": (EOS_ID,), "tie_embeddings": False,
-}  # fmt: skip
+    "hidden_size": 256,
+    "num_layers": 8,
+    "num_heads": 4,
+    "head_dim": 64,
+    "vocab_size": VOCAB_SIZE,
+    "max_positions": 1024,
+    "rope_theta": 10000.0,
+    "mask_id": MASK_ID,
+    "stop_ids": (EOS_ID,),
+    "tie_embeddings": False,
+}
 CONFIGS = {
     "tiny-llada": ModelConfig(
-        family="llada", num_kv_heads=4, intermediate_size=704, rms_norm_eps=1e-5, qkv_bias=False, logit_shift=0,
-        rope_in_fp32=True, **_SHAPE,
+        family="llada",
+        num_kv_heads=4,
+        intermediate_size=704,
+        rms_norm_eps=1e-5,
+        qkv_bias=False,
+        logit_shift=0,
+        rope_in_fp32=True,
+        **_SHAPE,
     ),
     "tiny-dream": ModelConfig(
-        family="Dream", num_kv_heads=2, intermediate_size=704, rms_norm_eps=1e-6, qkv_bias=True, logit_shift=1,
-        rope_in_fp32=False, **_SHAPE,
+        family="Dream",
+        num_kv_heads=2,
+        intermediate_size=704,
+        rms_norm_eps=1e-6,
+        qkv_bias=True,
+        logit_shift=1,
+        rope_in_fp32=False,
+        **_SHAPE,
     ),
-}  # fmt: skip
+}
 CARD = """# {name}
 
 A masked diffusion language model of {parameters:.1f} million parameters with the architecture of {family}, made to show
@@ -66,13 +87,17 @@ def schedule(progress: float) -> float:
 def masked_loss(model, tokens, noisy, weights):
     """Weighted mean cross-entropy of the masked tokens; fp32 scalar."""
     logits = model.logits(noisy)
-    losses = functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
+    losses = functional.cross_entropy(
+        logits.flatten(0, 1).float(), tokens.flatten(), reduction="none"
+    )
     return (losses * weights.flatten()).sum() / weights.sum()
 
 
 @torch.no_grad()
 def test_accuracy(model, rows: int = 256) -> float:
-    """Share of the masked answer tokens of one fixed test batch that the model's first guess gets right."""
+    """Share of the masked answer tokens of one fixed test batch that the model's first guess gets
+    right.
+    """
     tokens, prompt, answer = (part.to(model.device).long() for part in make_batch(0, rows, "test"))
     generator = torch.Generator(device=model.device).manual_seed(0)
     noisy, weights = corrupt(tokens, prompt, answer, generator)
@@ -82,20 +107,26 @@ def test_accuracy(model, rows: int = 256) -> float:
 
 @torch.no_grad()
 def warm_start(model: DiffusionTransformer, source: DiffusionTransformer) -> None:
-    """Start from another model's weights, as Dream starts from Qwen2.5's; key and value heads that now share one are
-    averaged (GQA, arXiv 2305.13245). Biases keep their zeros."""
+    """Start from another model's weights, as Dream starts from Qwen2.5's; key and value heads that
+    now share one are averaged (GQA, arXiv 2305.13245). Biases keep their zeros.
+    """
     given, heads = source.state_dict(), model.config.num_kv_heads
     for name, parameter in model.named_parameters():
         value = given.get(name, parameter)
         if name.endswith("qkv.weight"):
             queries, *shared = value.split(checkpoint.fused_rows(source.config, name, value))
-            pooled = [part.unflatten(0, (heads, -1, source.config.head_dim)).mean(1).flatten(0, 1) for part in shared]
+            pooled = [
+                part.unflatten(0, (heads, -1, source.config.head_dim)).mean(1).flatten(0, 1)
+                for part in shared
+            ]
             value = torch.cat([queries, *pooled])
         parameter.copy_(value)
 
 
 class Run:
-    """One training run: the model, its optimiser and its clock, and how they are written to `out` and read back."""
+    """One training run: the model, its optimiser and its clock, and how they are written to `out`
+    and read back.
+    """
 
     def __init__(self, name: str, config: ModelConfig, out: Path, args: argparse.Namespace):
         self.name, self.out, self.args = name, out, args
@@ -103,8 +134,13 @@ class Run:
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.model = initialize(DiffusionTransformer(config).to(self.device), seed=args.seed)
         if args.start_from:
-            warm_start(self.model, checkpoint.load(args.start_from, device=self.device, dtype=torch.float32))
-        self.optimizer = Optimizer(self.model, args.muon_lr, args.adam_lr)  # before the cast: masters start unrounded
+            warm_start(
+                self.model,
+                checkpoint.load(args.start_from, device=self.device, dtype=torch.float32),
+            )
+        self.optimizer = Optimizer(
+            self.model, args.muon_lr, args.adam_lr
+        )  # before the cast: masters start unrounded
         self.model.to(dtype)
         self.optimizer.write()
         self.done = {"seconds": 0.0, "steps": 0, "tokens": 0}
@@ -115,7 +151,10 @@ class Run:
             self.done = state["done"]
 
     def log(self, **entry) -> None:
-        entry = {key: round(value, 5) if isinstance(value, float) else value for key, value in entry.items()}
+        entry = {
+            key: round(value, 5) if isinstance(value, float) else value
+            for key, value in entry.items()
+        }
         print(json.dumps(entry), flush=True)
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
@@ -135,22 +174,32 @@ class Run:
         args = self.args
         command = f"{self.name} --out DIR --minutes {args.minutes:g} --rows {args.rows}"
         command += f" --muon-lr {args.muon_lr} --adam-lr {args.adam_lr}"
-        command += f" --start-from fastdllm/assets/{args.start_from.name}" if args.start_from else ""
+        command += (
+            f" --start-from fastdllm/assets/{args.start_from.name}" if args.start_from else ""
+        )
         card = CARD.format(
             command=command,
-            name=self.name, family="LLaDA" if config.family == "llada" else config.family,
-            parameters=sum(p.numel() for p in copy.parameters()) / 1e6, problems=self.done["steps"] * args.rows,
+            name=self.name,
+            family="LLaDA" if config.family == "llada" else config.family,
+            parameters=sum(p.numel() for p in copy.parameters()) / 1e6,
+            problems=self.done["steps"] * args.rows,
             start=f"the weights of {args.start_from.name}" if args.start_from else "random weights",
-            minutes=self.done["seconds"] / 60, steps=self.done["steps"], tokens=self.done["tokens"],
+            minutes=self.done["seconds"] / 60,
+            steps=self.done["steps"],
+            tokens=self.done["tokens"],
             gpu=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
-        )  # fmt: skip
+        )
         (self.out / "README.md").write_text(card, encoding="utf-8")
 
     def compiled_loss(self, batches):
-        """masked_loss, on a GPU compiled; run once for each canvas length so that the clock starts on ready code."""
+        """masked_loss, on a GPU compiled; run once for each canvas length so that the clock starts
+        on ready code.
+        """
         if self.device.type != "cuda" or not self.args.compile:
             return masked_loss
-        self.model.logits(torch.zeros(1, 1, dtype=torch.int64, device=self.device))  # makes the rotary table
+        self.model.logits(
+            torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        )  # makes the rotary table
         loss_of = torch.compile(masked_loss, dynamic=False)
         for batch in batches:
             self.loss(loss_of, batch).backward()
@@ -175,7 +224,11 @@ class Run:
             now = time.monotonic()
             done["seconds"] = before + now - begun
             progress = done["seconds"] / (60 * args.minutes)
-            if progress >= 1 or now - BORN >= 60 * args.stop_after or done["steps"] == args.max_steps:
+            if (
+                progress >= 1
+                or now - BORN >= 60 * args.stop_after
+                or done["steps"] == args.max_steps
+            ):
                 break
             loss = self.loss(loss_of, batch)
             loss.backward()
@@ -187,13 +240,24 @@ class Run:
                 logged, mean = now, total.item() / (done["steps"] - since["steps"])
                 if mean != mean:
                     raise FloatingPointError(f"the loss is NaN at step {done['steps']}")
-                rate = (done["tokens"] - since["tokens"]) / (done["seconds"] - since["seconds"] + 1e-9)
-                self.log(minutes=done["seconds"] / 60, steps=done["steps"], loss=mean, tokens_per_second=int(rate))
+                rate = (done["tokens"] - since["tokens"]) / (
+                    done["seconds"] - since["seconds"] + 1e-9
+                )
+                self.log(
+                    minutes=done["seconds"] / 60,
+                    steps=done["steps"],
+                    loss=mean,
+                    tokens_per_second=int(rate),
+                )
                 since = dict(done)
                 total.zero_()
             if now - tested >= TEST_SECONDS:
                 tested = now
-                self.log(minutes=done["seconds"] / 60, steps=done["steps"], test_accuracy=test_accuracy(self.model))
+                self.log(
+                    minutes=done["seconds"] / 60,
+                    steps=done["steps"],
+                    test_accuracy=test_accuracy(self.model),
+                )
             if now - saved >= SAVE_SECONDS:
                 saved = now
                 self.save_state()
@@ -203,12 +267,20 @@ class Run:
 
 
 def arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=CONFIGS)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=12.0, help="training time, all runs together")
-    parser.add_argument("--stop-after", type=float, default=float("inf"), help="end this process after so long")
-    parser.add_argument("--start-from", type=Path, help="a trained model of the same width and depth to start from")
+    parser.add_argument(
+        "--minutes", type=float, default=12.0, help="training time, all runs together"
+    )
+    parser.add_argument(
+        "--stop-after", type=float, default=float("inf"), help="end this process after so long"
+    )
+    parser.add_argument(
+        "--start-from", type=Path, help="a trained model of the same width and depth to start from"
+    )
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--workers", type=int, default=6)
@@ -224,5 +296,7 @@ def arguments(argv=None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     parsed = arguments()
-    os.environ["FASTDLLM_BACKEND"] = "reference"  # training takes gradients, which the kernels have not
+    os.environ["FASTDLLM_BACKEND"] = (
+        "reference"  # training takes gradients, which the kernels have not
+    )
     Run(parsed.name, CONFIGS[parsed.name], parsed.out, parsed).train()

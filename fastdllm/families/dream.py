@@ -1,4 +1,6 @@
-"""Dream (arXiv 2508.15487): Dream-7B Base and Instruct, Dream-Coder, DiffuCoder. Output i - 1 predicts position i."""
+"""Dream (arXiv 2508.15487): Dream-7B Base and Instruct, Dream-Coder, DiffuCoder. Output i - 1
+predicts position i.
+"""
 
 from .family import Family
 
@@ -25,15 +27,22 @@ FAMILY = Family(
     keys={
         "embedding.weight": ("model.embed_tokens.weight",),
         "layers.{i}.attention_norm.weight": (_LAYER + "input_layernorm.weight",),
-        "layers.{i}.attention.qkv.weight": tuple(f"{_LAYER}self_attn.{x}_proj.weight" for x in "qkv"),
+        "layers.{i}.attention.qkv.weight": tuple(
+            f"{_LAYER}self_attn.{x}_proj.weight" for x in "qkv"
+        ),
         "layers.{i}.attention.out.weight": (_LAYER + "self_attn.o_proj.weight",),
         "layers.{i}.mlp_norm.weight": (_LAYER + "post_attention_layernorm.weight",),
-        "layers.{i}.gate_up.weight": (_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"),
+        "layers.{i}.gate_up.weight": (
+            _LAYER + "mlp.gate_proj.weight",
+            _LAYER + "mlp.up_proj.weight",
+        ),
         "layers.{i}.down.weight": (_LAYER + "mlp.down_proj.weight",),
         "norm.weight": ("model.norm.weight",),
         "lm_head.weight": ("lm_head.weight",),
     },
-    bias_keys={"layers.{i}.attention.qkv.bias": tuple(f"{_LAYER}self_attn.{x}_proj.bias" for x in "qkv")},
+    bias_keys={
+        "layers.{i}.attention.qkv.bias": tuple(f"{_LAYER}self_attn.{x}_proj.bias" for x in "qkv")
+    },
     end_tokens=("<|im_end|>",),
     architecture={"architectures": ["DreamModel"], "hidden_act": "silu"},
     qkv_bias=True,

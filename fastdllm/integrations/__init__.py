@@ -1,1 +1,3 @@
-"""The product in other people's libraries. Each file needs its own library, and only when it is asked for."""
+"""The product in other people's libraries. Each file needs its own library, and only when it is
+asked for.
+"""

@@ -1,12 +1,14 @@
-"""lm-eval (0.4): the model "fastdllm", for `fastdllm eval TASK --model_args NAME=VALUE,...` and for scripts that register() it.
+"""lm-eval (0.4): the model "fastdllm", for `fastdllm eval TASK --model_args NAME=VALUE,...` and for
+scripts that register() it.
 
     fastdllm eval gsm8k --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,gen_length=256,cache=dual,threshold=0.9 \\
         --batch_size 8 --apply_chat_template
 
-`Options` in lm_eval_options.py lists the arguments. gen_length goes before what a task asks for, and `steps` are those of
-the whole generation. The argument names of the published LLaDA and Dream scripts are taken too, and bring those scripts'
-defaults: no cache, one token a step, and one block unless the cache is on. Chat templates are the tokenizer's, applied
-when lm-eval is asked to (--apply_chat_template), whatever the model is called.
+`Options` in lm_eval_options.py lists the arguments. gen_length goes before what a task asks for,
+and `steps` are those of the whole generation. The argument names of the published LLaDA and Dream
+scripts are taken too, and bring those scripts' defaults: no cache, one token a step, and one block
+unless the cache is on. Chat templates are the tokenizer's, applied when lm-eval is asked to
+(--apply_chat_template), whatever the model is called.
 """
 
 import functools
@@ -36,7 +38,9 @@ class Harness:
         self._device = self.model.device
         config = self.model.config
         if options.mask_id not in (None, config.mask_id):
-            raise ValueError(f"mask_id: expected the model's own, {config.mask_id}, got {options.mask_id}")
+            raise ValueError(
+                f"mask_id: expected the model's own, {config.mask_id}, got {options.mask_id}"
+            )
         self.max_length = min(options.max_length or config.max_positions, config.max_positions)
         self.speed = Counter()  # answers, tokens, forwards, seconds
 
@@ -47,11 +51,19 @@ class Harness:
 
     @property
     def eot_token_id(self):
-        return self.model.config.stop_ids[0] if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
+        return (
+            self.model.config.stop_ids[0]
+            if self.tokenizer.eos_token_id is None
+            else self.tokenizer.eos_token_id
+        )
 
     @property
     def prefix_token_id(self):
-        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        return (
+            self.eot_token_id
+            if self.tokenizer.bos_token_id is None
+            else self.tokenizer.bos_token_id
+        )
 
     @property
     def tokenizer_name(self):
@@ -59,9 +71,13 @@ class Harness:
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         if not self.tokenizer.chat_template:
-            raise ValueError(f"apply_chat_template: the tokenizer of {self.options.pretrained} has no chat template")
+            raise ValueError(
+                f"apply_chat_template: the tokenizer of {self.options.pretrained} has no chat template"
+            )
         return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
 
@@ -70,7 +86,12 @@ class Harness:
         if add_special_tokens is None:  # a chat template has written its own
             add_special_tokens = not (bos and string.startswith(bos))
         ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
-        add_bos = self.options.add_bos_token and bos and add_special_tokens and ids[:1] != [self.tokenizer.bos_token_id]
+        add_bos = (
+            self.options.add_bos_token
+            and bos
+            and add_special_tokens
+            and ids[:1] != [self.tokenizer.bos_token_id]
+        )
         return [self.tokenizer.bos_token_id, *ids] if add_bos else ids
 
     def generate_until(self, requests, disable_tqdm=False):
@@ -79,8 +100,12 @@ class Harness:
         store, size = Store(self.options), self.options.batch_size
         keys = [store.key(*request.args) for request in requests]
         missing = [i for i, key in enumerate(keys) if key not in store.found]
-        groups = [list(group) for _, group in itertools.groupby(missing, lambda i: requests[i].args[1])]
-        batches = [group[first : first + size] for group in groups for first in range(0, len(group), size)]
+        groups = [
+            list(group) for _, group in itertools.groupby(missing, lambda i: requests[i].args[1])
+        ]
+        batches = [
+            group[first : first + size] for group in groups for first in range(0, len(group), size)
+        ]
         for batch in tqdm(batches, desc="fastdllm", disable=disable_tqdm):
             contexts, settings = zip(*(requests[i].args for i in batch), strict=True)
             for i, text in zip(batch, self._answer(contexts, settings[0], batch[0]), strict=True):
@@ -94,34 +119,61 @@ class Harness:
         """The answers to contexts that share their settings; row b draws as request `index` + b."""
         options, config = self.options, self.model.config
         limits = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-        gen_length = options.gen_length or next((settings[name] for name in limits if settings.get(name)), 256)
+        gen_length = options.gen_length or next(
+            (settings[name] for name in limits if settings.get(name)), 256
+        )
         block_length = options.block_length or gen_length
         until = settings.get("until") or []
-        until = [] if options.escape_until else [until] if isinstance(until, str) else list(filter(None, until))
+        until = (
+            []
+            if options.escape_until
+            else [until]
+            if isinstance(until, str)
+            else list(filter(None, until))
+        )
         special = self.tokenizer.get_added_vocab()
-        stops = {*config.stop_ids, *(special[text] for text in until if text in special)} - {config.mask_id}
+        stops = {*config.stop_ids, *(special[text] for text in until if text in special)} - {
+            config.mask_id
+        }
         prompts = [self.tok_encode(context) or [self.prefix_token_id] for context in contexts]
         room = max(1, self.max_length - gen_length)
         asked = settings if settings.get("do_sample") else {}
-        temperature = (asked.get("temperature") or 0.0) if options.temperature is None else options.temperature
+        temperature = (
+            (asked.get("temperature") or 0.0)
+            if options.temperature is None
+            else options.temperature
+        )
         done = fastdllm.generate(
-            self.model, [prompt[-room:] for prompt in prompts], gen_length=gen_length, block_length=block_length,
-            cache=options.cache, rule=options.rule(gen_length, block_length), score=options.score,
-            temperature=float(temperature), top_p=options.top_p or asked.get("top_p"),
+            self.model,
+            [prompt[-room:] for prompt in prompts],
+            gen_length=gen_length,
+            block_length=block_length,
+            cache=options.cache,
+            rule=options.rule(gen_length, block_length),
+            score=options.score,
+            temperature=float(temperature),
+            top_p=options.top_p or asked.get("top_p"),
             top_k=options.top_k or asked.get("top_k"),
-            seed=options.seed + index, stop_ids=sorted(stops) if options.stop_early else (),
-        )  # fmt: skip
+            seed=options.seed + index,
+            stop_ids=sorted(stops) if options.stop_early else (),
+        )
         texts = []
         for tokens, length in zip(done.tokens, done.prompt_lengths, strict=True):
-            written = list(itertools.takewhile(lambda token: token not in stops, tokens[length:].tolist()))
+            written = list(
+                itertools.takewhile(lambda token: token not in stops, tokens[length:].tolist())
+            )
             text = self.tokenizer.decode(written, skip_special_tokens=True)
-            texts.append(text[: min((text.find(stop) for stop in until if stop in text), default=None)])
+            texts.append(
+                text[: min((text.find(stop) for stop in until if stop in text), default=None)]
+            )
             self.speed["tokens"] += len(written)
         self.speed.update(answers=len(texts), forwards=int(done.nfe.sum()), seconds=done.seconds)
         return texts
 
     def speed_report(self) -> str:
-        """One line on what was generated so far: tokens before the first end-of-text, no prompts, no resumed answers."""
+        """One line on what was generated so far: tokens before the first end-of-text, no prompts,
+        no resumed answers.
+        """
         speed = self.speed
         return (
             f"{speed['answers']} answers, {speed['tokens']} tokens in {speed['seconds']:.1f} s "
@@ -153,9 +205,11 @@ class Harness:
 
     @torch.no_grad()
     def _estimate(self, context, target) -> float:
-        """A Monte Carlo estimate of the bound on log p(target | context), over mc_num draws of what is masked.
+        """A Monte Carlo estimate of the bound on log p(target | context), over mc_num draws of what
+        is masked.
 
-        The draws depend on the seed and the target's length alone, so the answers to one question share them.
+        The draws depend on the seed and the target's length alone, so the answers to one question
+        share them.
         """
         options, config = self.options, self.model.config
         dream = config.family == "Dream"
@@ -165,14 +219,21 @@ class Harness:
         eps = (1e-3 if dream else 0.0) if options.sampling_eps is None else options.sampling_eps
         masks, weights = draw(options.mc_num, len(target), generator, eps)
         total = 0.0
-        for mask, weight in zip(masks.split(options.batch_size), weights.split(options.batch_size), strict=True):
-            tokens = torch.cat([torch.tensor(context).expand(len(mask), -1), target.where(~mask, config.mask_id)], dim=1)
+        for mask, weight in zip(
+            masks.split(options.batch_size), weights.split(options.batch_size), strict=True
+        ):
+            tokens = torch.cat(
+                [torch.tensor(context).expand(len(mask), -1), target.where(~mask, config.mask_id)],
+                dim=1,
+            )
             hidden = self.model.hidden_states(tokens.to(self.model.device))
             row, at = mask.nonzero(as_tuple=True)
             source = (len(context) + at - config.logit_shift).clamp(min=0)
             for part in torch.arange(len(row)).split(1024):  # the vocabulary is wide
                 logits = self.model.head(hidden[row[part], source[part]]).float()
-                loss = torch.nn.functional.cross_entropy(logits, target[at[part]].to(logits.device), reduction="none")
+                loss = torch.nn.functional.cross_entropy(
+                    logits, target[at[part]].to(logits.device), reduction="none"
+                )
                 total -= (loss.cpu().double() * weight[row[part]]).sum().item()
         return total / options.mc_num
 
@@ -180,14 +241,20 @@ class Harness:
         """Whether decoding one token a step, the surest first, gives the target."""
         length = len(target)
         done = fastdllm.generate(
-            self.model, [context], gen_length=length, block_length=length, cache="none", rule=fastdllm.Quota(length),
+            self.model,
+            [context],
+            gen_length=length,
+            block_length=length,
+            cache="none",
+            rule=fastdllm.Quota(length),
             stop_ids=(),
         )
         return done.tokens[0][len(context) :].tolist() == list(target)
 
 
 def counted_masks(draws, length, generator, eps=0.0):
-    """LLaDA's noise: n of the `length` tokens masked, n uniform in 1 .. length and spread evenly over the draws.
+    """LLaDA's noise: n of the `length` tokens masked, n uniform in 1 .. length and spread evenly
+    over the draws.
 
     Returns masks [draws, length] bool and weights [draws], length / n.
     """
@@ -198,9 +265,11 @@ def counted_masks(draws, length, generator, eps=0.0):
 
 
 def bernoulli_masks(draws, length, generator, eps=1e-3):
-    """Dream's noise: each token masked with probability p, p uniform in (eps, 1) and spread evenly over the draws.
+    """Dream's noise: each token masked with probability p, p uniform in (eps, 1) and spread evenly
+    over the draws.
 
-    The last token (the end-of-text behind the target) stays. Returns masks [draws, length] bool and weights [draws], 1 / p.
+    The last token (the end-of-text behind the target) stays. Returns masks [draws, length] bool and
+    weights [draws], 1 / p.
     """
     t = (torch.rand((), generator=generator, dtype=torch.float64) + torch.arange(draws) / draws) % 1
     p = (1 - eps) * t + eps
@@ -213,7 +282,9 @@ class Store:
     """Answers kept in a folder, found again by the prompt and by all that decides the text."""
 
     def __init__(self, options: Options):
-        self.settings = {name: value for name, value in asdict(options).items() if name not in NOT_IN_TEXT}
+        self.settings = {
+            name: value for name, value in asdict(options).items() if name not in NOT_IN_TEXT
+        }
         self.found, self.times = {}, Counter()
         self.file = options.resume and Path(options.resume) / "answers.jsonl"
         if not self.file:

@@ -1,4 +1,6 @@
-"""The arguments of the model "fastdllm" in lm-eval, and what the published scripts' arguments mean in them."""
+"""The arguments of the model "fastdllm" in lm-eval, and what the published scripts' arguments mean
+in them.
+"""
 
 import sys
 from dataclasses import dataclass, fields
@@ -7,28 +9,62 @@ import fastdllm
 from fastdllm_kernels.checks import choice
 
 ALIASES = {
-    "model_path": "pretrained", "max_new_tokens": "gen_length", "diffusion_steps": "steps", "remasking": "score",
-    "alg": "score", "save_dir": "resume",
-}  # fmt: skip
-ALGS = {"confidence_threshold": "confidence", "entropy": "entropy", "maskgit_plus": "confidence", "topk_margin": "margin"}
+    "model_path": "pretrained",
+    "max_new_tokens": "gen_length",
+    "diffusion_steps": "steps",
+    "remasking": "score",
+    "alg": "score",
+    "save_dir": "resume",
+}
+ALGS = {
+    "confidence_threshold": "confidence",
+    "entropy": "entropy",
+    "maskgit_plus": "confidence",
+    "topk_margin": "margin",
+}
 SCORES = {"low_confidence": "confidence", **ALGS}
-PUBLISHED = {"model_path", "max_new_tokens", "diffusion_steps", "remasking", "alg", "use_cache", "dual_cache"}
+PUBLISHED = {
+    "model_path",
+    "max_new_tokens",
+    "diffusion_steps",
+    "remasking",
+    "alg",
+    "use_cache",
+    "dual_cache",
+}
 # Taken where the value changes nothing here. Code that comes with a checkpoint is never run.
 INERT = {
-    "trust_remote_code": (True, False), "max_batch_size": None, "parallelize": (False,), "nll_type": ("mc",),
-    "log_type": ("ftb",), "cfg": (0,), "alg_temp": (0, None),
-}  # fmt: skip
-NOT_IN_TEXT = ("batch_size", "device", "resume", "show_speed", "mc_num", "sampling_eps", "is_check_greedy", "mask_id")
+    "trust_remote_code": (True, False),
+    "max_batch_size": None,
+    "parallelize": (False,),
+    "nll_type": ("mc",),
+    "log_type": ("ftb",),
+    "cfg": (0,),
+    "alg_temp": (0, None),
+}
+NOT_IN_TEXT = (
+    "batch_size",
+    "device",
+    "resume",
+    "show_speed",
+    "mc_num",
+    "sampling_eps",
+    "is_check_greedy",
+    "mask_id",
+)
 
 
 @dataclass
 class Options:
-    """What --model_args may hold. None: what the model, the request or `fastdllm.generate` would take by itself.
+    """What --model_args may hold. None: what the model, the request or `fastdllm.generate` would
+    take by itself.
 
-    threshold, factor or steps choose the rule (default: threshold 0.9). resume: a folder that keeps every answer, so that
-    the same run started again goes on. escape_until: do not cut answers at the task's stop strings. stop_early: stop a row
-    at its end-of-text. mc_num: draws of the log-likelihood's estimate; is_check_greedy: also whether greedy decoding gives
-    the target. show_speed: report tokens and forwards on standard error, counting tokens before the first end-of-text.
+    threshold, factor or steps choose the rule (default: threshold 0.9). resume: a folder that keeps
+    every answer, so that the same run started again goes on. escape_until: do not cut answers at
+    the task's stop strings. stop_early: stop a row at its end-of-text. mc_num: draws of the
+    log-likelihood's estimate; is_check_greedy: also whether greedy decoding gives the target.
+    show_speed: report tokens and forwards on standard error, counting tokens before the first
+    end-of-text.
     """
 
     pretrained: str
@@ -71,12 +107,16 @@ class Options:
 
 
 def read_options(given: dict) -> Options:
-    """The Options that these arguments mean, by our names or the published ones. ValueError for contradictions."""
+    """The Options that these arguments mean, by our names or the published ones. ValueError for
+    contradictions.
+    """
     given = {name: value for name, value in given.items() if value is not None}
     for name in INERT.keys() & given.keys():
         value = given.pop(name)
         if INERT[name] is not None and value not in INERT[name]:
-            raise ValueError(f"{name}: expected {' or '.join(map(repr, INERT[name]))}, got {value!r}")
+            raise ValueError(
+                f"{name}: expected {' or '.join(map(repr, INERT[name]))}, got {value!r}"
+            )
     published = bool(PUBLISHED & given.keys())
     dream = bool({"alg", "diffusion_steps"} & given.keys())
     if "cache" in given and {"use_cache", "dual_cache"} & given.keys():
@@ -101,7 +141,9 @@ def read_options(given: dict) -> Options:
     known = {field.name for field in fields(Options)}
     if "pretrained" not in options or not options.keys() <= known:
         names = ", ".join(sorted(known | ALIASES.keys() | INERT.keys() | PUBLISHED))
-        raise ValueError(f"model_args: expected pretrained and any of {names}; got {', '.join(given)}")
+        raise ValueError(
+            f"model_args: expected pretrained and any of {names}; got {', '.join(given)}"
+        )
     rows = options.get("batch_size", 1)
     if not str(rows).isdigit() or int(rows) < 1:  # lm-eval's flag gives a string
         raise ValueError(f"batch_size: expected a number of rows, got {rows!r}")

@@ -1,4 +1,5 @@
-"""transformers (4.53 and later): attn_implementation="fastdllm" on every model that dispatches through AttentionInterface.
+"""transformers (4.53 and later): attn_implementation="fastdllm" on every model that dispatches
+through AttentionInterface.
 
     from fastdllm.integrations.transformers import register
 
@@ -6,13 +7,14 @@
     model = AutoModel.from_pretrained(path, attn_implementation="fastdllm")
     model(ids, attention_mask=padding, is_causal=False)
 
-Attention is bidirectional, so a causal layer is refused. What a layer is, is decided as flash attention decides it there:
-by `is_causal` in the model's call, else by `config.is_causal`, else by the layer's own `is_causal`, which is True in every
-decoder class whatever its use. `is_causal=False` therefore turns a Llama or Qwen into a bidirectional model. A 4-D mask of
-the caller's own goes before all of them, as it does for sdpa, and must be the same for every query.
+Attention is bidirectional, so a causal layer is refused. What a layer is, is decided as flash
+attention decides it there: by `is_causal` in the model's call, else by `config.is_causal`, else by
+the layer's own `is_causal`, which is True in every decoder class whatever its use.
+`is_causal=False` therefore turns a Llama or Qwen into a bidirectional model. A 4-D mask of the
+caller's own goes before all of them, as it does for sdpa, and must be the same for every query.
 
-attention_mask [B, L] may pad rows on the left, on the right or between a cache and the new tokens; it is read once a
-forward. Queries at padding give 0.
+attention_mask [B, L] may pad rows on the left, on the right or between a cache and the new tokens;
+it is read once a forward. Queries at padding give 0.
 """
 
 import torch
@@ -26,7 +28,8 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias", "output_attentions", "head_m
 def register() -> None:
     """Make "fastdllm" an attn_implementation, with its masks. Calling it again changes nothing.
 
-    ImportError where transformers is missing or has no mask interface: without one it would drop padding silently.
+    ImportError where transformers is missing or has no mask interface: without one it would drop
+    padding silently.
     """
     try:
         from transformers import AttentionInterface
@@ -37,10 +40,14 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, make_mask)
 
 
-def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, **options):
-    """transformers' attention function: query [B, H, Lq, D], key and value [B, HK, Lk, D] -> ([B, Lq, H, D], None).
+def attend(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, **options
+):
+    """transformers' attention function: query [B, H, Lq, D], key and value [B, HK, Lk, D] -> ([B,
+    Lq, H, D], None).
 
-    The queries are taken to be the last Lq of the Lk positions. Raises ValueError for what is not full attention.
+    The queries are taken to be the last Lq of the Lk positions. Raises ValueError for what is not
+    full attention.
     """
     width, cached = query.shape[2], key.shape[2] - query.shape[2]
     _refuse(module, query, key, value, dropout, options)
@@ -49,8 +56,12 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
         plan = attention_mask
     else:
         visible = _visible_keys(_boolean(attention_mask, key.shape[2]))[0]
-        if cached and not visible[:, cached:].all():  # padding, or the empty slots of a static cache: it cannot tell
-            raise ValueError("attention_mask: expected a 4-D mask beside a cache to show all new tokens; give [B, L] padding")
+        if (
+            cached and not visible[:, cached:].all()
+        ):  # padding, or the empty slots of a static cache: it cannot tell
+            raise ValueError(
+                "attention_mask: expected a 4-D mask beside a cache to show all new tokens; give [B, L] padding"
+            )
         plan = _plan(visible, width)
     q, keys, values = (states.transpose(1, 2) for states in (query, key, value))
     k, v = keys[:, cached:], values[:, cached:]
@@ -62,15 +73,21 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     if order.shape[1]:
         q, k, v = (states.take_along_dim(order, 1) for states in (q, k, v))
     # The suffix is empty: no position lies behind block_start + block_len and before kv_len.
-    out = block_attention(q, k, v, keys, values, start, start, kv_start=first, block_len=length, scale=scaling)
+    out = block_attention(
+        q, k, v, keys, values, start, start, kv_start=first, block_len=length, scale=scaling
+    )
     return (out.take_along_dim(order.argsort(1), 1) if order.shape[1] else out), None
 
 
-def make_mask(batch_size, kv_length, mask_function=None, attention_mask=None, kv_offset=0, **options):
-    """transformers' mask function: what `attend` needs to know of the padding, or None where nothing is padded.
+def make_mask(
+    batch_size, kv_length, mask_function=None, attention_mask=None, kv_offset=0, **options
+):
+    """transformers' mask function: what `attend` needs to know of the padding, or None where
+    nothing is padded.
 
-    attention_mask [B, positions] bool. Returns a [B, 1, 3 or 3 + Lq] plan (see `_plan`); a [B, 1, 1, Lk] mask where the
-    model's own mask function gives every query the same keys. ValueError for windows, packed sequences and the like.
+    attention_mask [B, positions] bool. Returns a [B, 1, 3 or 3 + Lq] plan (see `_plan`); a [B, 1,
+    1, Lk] mask where the model's own mask function gives every query the same keys. ValueError for
+    windows, packed sequences and the like.
     """
     from transformers import masking_utils as library
 
@@ -80,15 +97,23 @@ def make_mask(batch_size, kv_length, mask_function=None, attention_mask=None, kv
     if not bidirectional and mask_function is not library.causal_mask_function:
         options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         mask = library.sdpa_mask(
-            batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function,
-            attention_mask=attention_mask, **options,
+            batch_size=batch_size,
+            kv_length=kv_length,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **options,
         )
         keys, causal = _visible_keys(mask, or_causal=True)
         return _plan(keys, width) if causal else keys[:, None, None]
     if width != kv_length:
-        offset = options["cache_position"][0] if "cache_position" in options else options["q_offset"]
+        offset = (
+            options["cache_position"][0] if "cache_position" in options else options["q_offset"]
+        )
         if int(offset) + width != kv_offset + kv_length:
-            raise ValueError("past_key_values: expected a cache that ends at the new tokens, not a static one")
+            raise ValueError(
+                "past_key_values: expected a cache that ends at the new tokens, not a static one"
+            )
     if attention_mask is None:
         return None
     keys = attention_mask.bool()[:, kv_offset : kv_offset + kv_length]
@@ -99,8 +124,9 @@ def make_mask(batch_size, kv_length, mask_function=None, attention_mask=None, kv
 def _plan(keys, width):
     """What block_attention is told of visible keys [B, Lk] whose last `width` are the block's own.
 
-    [B, 1, 3] int64: where the visible cached keys start and end, and how many of the block's are visible; for blocks with
-    padding in front, then the order [width] that brings a row's visible positions to its front.
+    [B, 1, 3] int64: where the visible cached keys start and end, and how many of the block's are
+    visible; for blocks with padding in front, then the order [width] that brings a row's visible
+    positions to its front.
     """
     cached = keys.shape[1] - width
     (first, end), (begin, stop) = (_run(part) for part in (keys[:, :cached], keys[:, cached:]))
@@ -112,19 +138,27 @@ def _plan(keys, width):
 
 
 def _run(keys):
-    """[B] start and end of the one run of True in every row of keys [B, n]; 0 and 0 for none. ValueError for several."""
+    """[B] start and end of the one run of True in every row of keys [B, n]; 0 and 0 for none.
+    ValueError for several.
+    """
     at = torch.arange(keys.shape[1], device=keys.device)
     count = keys.sum(1)
-    start = keys.int().argmax(1) if keys.shape[1] else count  # the first of equals: 0 where none is True
+    start = (
+        keys.int().argmax(1) if keys.shape[1] else count
+    )  # the first of equals: 0 where none is True
     end = start + count
     if not torch.equal(keys, (start[:, None] <= at) & (at < end[:, None])):
-        raise ValueError("attention_mask: expected the visible tokens of a row without a gap between them")
+        raise ValueError(
+            "attention_mask: expected the visible tokens of a row without a gap between them"
+        )
     return start, end
 
 
 def _boolean(mask, kv_length):
     if mask.ndim != 4:
-        raise ValueError(f"attention_mask: expected what the model's mask functions make or a 4-D mask, got {mask.ndim}-D")
+        raise ValueError(
+            f"attention_mask: expected what the model's mask functions make or a 4-D mask, got {mask.ndim}-D"
+        )
     mask = mask[..., :kv_length]
     if mask.dtype == torch.bool:
         return mask
@@ -135,12 +169,16 @@ def _boolean(mask, kv_length):
 
 
 def _visible_keys(mask, or_causal=False):
-    """([B, Lk] the keys that a mask [B, H or 1, Lq, Lk] shows, False) if they are the same for every query that sees any;
-    with or_causal also (keys, True) for a mask that lets each query see those up to itself. ValueError for others."""
+    """([B, Lk] the keys that a mask [B, H or 1, Lq, Lk] shows, False) if they are the same for
+    every query that sees any; with or_causal also (keys, True) for a mask that lets each query see
+    those up to itself. ValueError for others.
+    """
     keys = mask.any(dim=2).any(dim=1)
     if ((mask == keys[:, None, None]) | ~mask.any(-1, keepdim=True)).all():
         return keys, False
-    triangle = torch.ones(mask.shape[2:], dtype=torch.bool, device=mask.device).tril(mask.shape[3] - mask.shape[2])
+    triangle = torch.ones(mask.shape[2:], dtype=torch.bool, device=mask.device).tril(
+        mask.shape[3] - mask.shape[2]
+    )
     if or_causal and torch.equal(mask, (keys[:, None, None] & triangle).expand_as(mask)):
         return keys, True
     raise ValueError(
@@ -163,12 +201,18 @@ def _refuse_causal(module, is_causal, width):
 
 def _refuse(module, query, key, value, dropout, options):
     """ValueError for what would silently change the result."""
-    given = [name for name in UNSUPPORTED if options.get(name) is not None and options[name] is not False]
+    given = [
+        name for name in UNSUPPORTED if options.get(name) is not None and options[name] is not False
+    ]
     if given:
         raise ValueError(f'{given[0]}: not supported by attn_implementation="{NAME}"')
     if dropout:
         raise ValueError(f"dropout: expected 0, got {dropout}: call model.eval()")
     if key.shape[2] < query.shape[2] or "CrossAttention" in type(module).__name__:
-        raise ValueError(f"{type(module).__name__}: expected self-attention, of all positions or of the last ones")
+        raise ValueError(
+            f"{type(module).__name__}: expected self-attention, of all positions or of the last ones"
+        )
     if torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value)):
-        raise ValueError(f'attn_implementation="{NAME}" has no gradient: use torch.no_grad(), or "sdpa" for training')
+        raise ValueError(
+            f'attn_implementation="{NAME}" has no gradient: use torch.no_grad(), or "sdpa" for training'
+        )

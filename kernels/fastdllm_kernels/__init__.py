@@ -1,4 +1,6 @@
-"""Triton kernels and PyTorch references for block-wise diffusion decoding. Imports torch and triton only."""
+"""Triton kernels and PyTorch references for block-wise diffusion decoding. Imports torch and triton
+only.
+"""
 
 from .attention import block_attention, block_attention_reference
 from .linear import (
@@ -11,7 +13,14 @@ from .linear import (
     linear_swiglu_reference,
     quantize_weight,
 )
-from .pointwise import rms_norm, rms_norm_reference, rope_to_cache, rope_to_cache_reference, swiglu, swiglu_reference
+from .pointwise import (
+    rms_norm,
+    rms_norm_reference,
+    rope_to_cache,
+    rope_to_cache_reference,
+    swiglu,
+    swiglu_reference,
+)
 from .rules import Factor, Quota, Threshold
 from .select import (
     SCORES,
@@ -29,10 +38,35 @@ from .select import (
 )
 
 __all__ = [
-    "SCORES", "Confidence", "Factor", "Fp8Weight", "Partials", "Quota", "Selection", "Threshold", "block_attention",
-    "block_attention_reference", "commit_proposals", "confidence_select", "confidence_select_reference", "linear",
-    "linear_reference", "linear_rms_norm", "linear_rms_norm_reference", "linear_swiglu", "linear_swiglu_reference",
-    "merge_confidence_partials", "quantize_weight", "rms_norm", "rms_norm_reference", "rope_to_cache",
-    "rope_to_cache_reference", "swiglu", "swiglu_reference", "token_confidence", "token_confidence_partials",
-    "token_confidence_partials_reference", "token_confidence_reference",
+    "SCORES",
+    "Confidence",
+    "Factor",
+    "Fp8Weight",
+    "Partials",
+    "Quota",
+    "Selection",
+    "Threshold",
+    "block_attention",
+    "block_attention_reference",
+    "commit_proposals",
+    "confidence_select",
+    "confidence_select_reference",
+    "linear",
+    "linear_reference",
+    "linear_rms_norm",
+    "linear_rms_norm_reference",
+    "linear_swiglu",
+    "linear_swiglu_reference",
+    "merge_confidence_partials",
+    "quantize_weight",
+    "rms_norm",
+    "rms_norm_reference",
+    "rope_to_cache",
+    "rope_to_cache_reference",
+    "swiglu",
+    "swiglu_reference",
+    "token_confidence",
+    "token_confidence_partials",
+    "token_confidence_partials_reference",
+    "token_confidence_reference",
 ]

@@ -1,20 +1,25 @@
-"""block_attention on Hopper, in Triton's Gluon: one warp streams keys and values, two more rotate the block's own keys, and one
-or two consumers of 64 query rows each fold them; or two of the same 64 rows, half of the keys each.
+"""block_attention on Hopper, in Triton's Gluon: one warp streams keys and values, two more rotate
+the block's own keys, and one or two consumers of 64 query rows each fold them; or two of the same
+64 rows, half of the keys each.
 
-A program owns 64 or 128 of the T * G query rows of one key head and one share of the row's visible keys, numbered as in
-attention_triton.py; where there are many such items it takes several. The producer copies tiles of keys and values into a ring
-in shared memory (TMA) from the moment it knows the spans, the next item's too; meanwhile the consumers load and rotate their
-queries. The block's own keys are the ring's last steps: nothing waits for them. A consumer issues the products of a tile's
-scores before those of the last tile's values, so that its exponentials run beside them: the ring's step i holds the keys of
-tile i and the values of tile i - 1, which are wanted and free again at the same time. Two consumers are two partitions, so that
-one may multiply while the other is at its exponentials.
+A program owns 64 or 128 of the T * G query rows of one key head and one share of the row's visible
+keys, numbered as in attention_triton.py; where there are many such items it takes several. The
+producer copies tiles of keys and values into a ring in shared memory (TMA) from the moment it knows
+the spans, the next item's too; meanwhile the consumers load and rotate their queries. The block's
+own keys are the ring's last steps: nothing waits for them. A consumer issues the products of a
+tile's scores before those of the last tile's values, so that its exponentials run beside them: the
+ring's step i holds the keys of tile i and the values of tile i - 1, which are wanted and free again
+at the same time. Two consumers are two partitions, so that one may multiply while the other is at
+its exponentials.
 
-What comes before the first product and after the last runs once an item, and its length was seen to be time: when two consumers
-wrote the own keys themselves, the kernel was 163 KB of instructions and rotation cost 9 us an item.
+What comes before the first product and after the last runs once an item, and its length was seen to
+be time: when two consumers wrote the own keys themselves, the kernel was 163 KB of instructions and
+rotation cost 9 us an item.
 
-A tile may run past what its row sees, into slots that hold anything: tiles that are not full come first, their scores are
-masked, and their values past the end are overwritten by zeros in shared memory. The parts of several splits are added up by
-attention_triton's `_merge`: equal inputs give equal bits, launch after launch.
+A tile may run past what its row sees, into slots that hold anything: tiles that are not full come
+first, their scores are masked, and their values past the end are overwritten by zeros in shared
+memory. The parts of several splits are added up by attention_triton's `_merge`: equal inputs give
+equal bits, launch after launch.
 """
 
 from collections import namedtuple
@@ -43,25 +48,33 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 # One meaning for both kernels: the same source, compiled as Gluon.
 _product = gluon.jit(attention_triton._product.fn)
 _spans = gluon.jit(attention_triton._spans.fn)
-_recast = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+_recast = (
+    getattr(gl.shared_memory_descriptor, "reinterpret", None)
+    or gl.shared_memory_descriptor._reinterpret
+)
 _gdc_wait, _gdc_launch_dependents = tl.extra.cuda.gdc_wait, tl.extra.cuda.gdc_launch_dependents
 
 
 MANY = 2**31 - 1
 
-# What the kernel is compiled for: query rows that a program owns and those that a consumer loads, whether one program has all
-# keys of a row, whether it takes several items, whether values past what a row sees have to be overwritten.
-_Form = namedtuple("_Form", "HK G D TILE_KEYS STAGES CONSUMERS APART ROWS PREPARED NEGATIVE OVERLAP ALONE SEVERAL ZEROS OTHERS")
+# What the kernel is compiled for: query rows that a program owns and those that a consumer loads,
+# whether one program has all keys of a row, whether it takes several items, whether values past
+# what a row sees have to be overwritten.
+_Form = namedtuple(
+    "_Form",
+    "HK G D TILE_KEYS STAGES CONSUMERS APART ROWS PREPARED NEGATIVE OVERLAP ALONE SEVERAL ZEROS OTHERS",
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    """How one call runs: `CONSUMERS` times 64 query rows and a ring of `num_stages` (3 or more) tiles of TILE_KEYS keys a
-    program.
+    """How one call runs: `CONSUMERS` times 64 query rows and a ring of `num_stages` (3 or more)
+    tiles of TILE_KEYS keys a program.
 
-    splits, rotate_first, overlap: as in attention_triton.Config. programs: how many there are at most; where there are more
-    tiles each takes several, and asks for the next one's keys while it ends one. apart: both consumers have the same 64 rows,
-    half of the keys each and a ring each, of 64 keys a tile or more; they add up what they have at the end.
+    splits, rotate_first, overlap: as in attention_triton.Config. programs: how many there are at
+    most; where there are more tiles each takes several, and asks for the next one's keys while it
+    ends one. apart: both consumers have the same 64 rows, half of the keys each and a ring each, of
+    64 keys a tile or more; they add up what they have at the end.
     """
 
     CONSUMERS: int
@@ -76,52 +89,66 @@ class Config:
 
 @lru_cache(maxsize=4096)
 def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
-    """The configuration for q [B, T, H, D], k [B, T, HK, D] and `capacity` cached slots a row, `itemsize` bytes an element.
+    """The configuration for q [B, T, H, D], k [B, T, HK, D] and `capacity` cached slots a row,
+    `itemsize` bytes an element.
 
-    Pure, as attention_triton.config is. Times below: microseconds on an H100 or an H200, each pair on one of them.
+    Pure, as attention_triton.config is. Times below: microseconds on an H100 or an H200, each pair
+    on one of them.
     """
     rows, keys, places = T * (H // HK), max(capacity, T), chip.multiprocessors
     if rows >= 512 and ceil_div(rows, 128) * B * HK >= places:
-        # Keys are read once for 128 queries (2,048 queries and keys: 112, one consumer 126). With a block of 32 they gain
-        # nothing: a program starts and ends alone on its multiprocessor (28 over 4 heads, batch 32, 1,024 keys: 46.5 for 41.9).
+        # Keys are read once for 128 queries (2,048 queries and keys: 112, one consumer 126). With a
+        # block of 32 they gain nothing: a program starts and ends alone on its multiprocessor (28
+        # over 4 heads, batch 32, 1,024 keys: 46.5 for 41.9).
         return Config(2, 128, 3, 1, True, chip.overlap, places)
     programs, splits = ceil_div(rows, 64) * B * HK, 1
-    if keys > 256 and T <= 128:  # of fewer keys a few tiles more take less time than a second launch; longer blocks have one
-        # One program on a multiprocessor, and no more than six parts: more take longer to merge than they save (28 over 4
-        # heads, 2,048 keys: 10.4 with 6, 11.5 with 8), but for many keys (4,096: 12.1 with 8, 13.1 with 6). Nor are shares
-        # made shorter for the last quarter of the GPU (32 heads, 512 keys: 8.0 with 3, 8.6 with 4, 8.7 with 1).
+    if (
+        keys > 256 and T <= 128
+    ):  # of fewer keys a few tiles more take less time than a second launch; longer blocks have one
+        # One program on a multiprocessor, and no more than six parts: more take longer to merge
+        # than they save (28 over 4 heads, 2,048 keys: 10.4 with 6, 11.5 with 8), but for many keys
+        # (4,096: 12.1 with 8, 13.1 with 6). Nor are shares made shorter for the last quarter of the
+        # GPU (32 heads, 512 keys: 8.0 with 3, 8.6 with 4, 8.7 with 1).
         splits = max(1, min(places // programs, keys // 80, 8 if keys > 2048 else 6))
         if splits > 2 and keys <= 2048:
             splits = min(splits, places * 3 // 4 // programs)
     if programs * splits <= places:
         if splits == 1 and rows > 128 and keys >= 896:
-            # Three tiles and more share the keys, so that memory does not limit a multiprocessor: it multiplies for one half of
-            # them while the other takes exponentials (28 over 4 heads, batch 8, H200: 2,048 keys 20.7 for 23.3, 896 12.3 for
-            # 12.7; 32 over 8 heads, whose two tiles share them, 2,048 keys 30.1 for 29.3 on an H100).
+            # Three tiles and more share the keys, so that memory does not limit a multiprocessor:
+            # it multiplies for one half of them while the other takes exponentials (28 over 4
+            # heads, batch 8, H200: 2,048 keys 20.7 for 23.3, 896 12.3 for 12.7; 32 over 8 heads,
+            # whose two tiles share them, 2,048 keys 30.1 for 29.3 on an H100).
             return Config(2, 64, 3, splits, T > 128, chip.overlap, apart=True)
-        # Alone on its multiprocessor nothing else covers the latency of a program's loads, and the ring may be twice as long
-        # (28 over 4 heads, batch 8, 1,024 keys: 14.5 for 15.4); where half of a tile's rows are empty it waits for memory, and
-        # begins sooner with shorter tiles (32 heads, 2,048 keys: 14.0 for 15.0).
-        return Config(1, 32 if rows <= 32 and keys <= 2048 else 64, 6, splits, T > 128, chip.overlap)
-    # Two take turns: one starts and ends while the other multiplies. Where tiles are full they stay for the next ones (28 over
-    # 4 heads, batch 32, 1,024 keys: 39.9 for 41.5); what waits for memory gains nothing (32 heads: 194.7 for 192.8).
+        # Alone on its multiprocessor nothing else covers the latency of a program's loads, and the
+        # ring may be twice as long (28 over 4 heads, batch 8, 1,024 keys: 14.5 for 15.4); where
+        # half of a tile's rows are empty it waits for memory, and begins sooner with shorter tiles
+        # (32 heads, 2,048 keys: 14.0 for 15.0).
+        return Config(
+            1, 32 if rows <= 32 and keys <= 2048 else 64, 6, splits, T > 128, chip.overlap
+        )
+    # Two take turns: one starts and ends while the other multiplies. Where tiles are full they stay
+    # for the next ones (28 over 4 heads, batch 32, 1,024 keys: 39.9 for 41.5); what waits for
+    # memory gains nothing (32 heads: 194.7 for 192.8).
     return Config(1, 64, 3, 1, T > 128, chip.overlap, 2 * places if rows >= 64 else MANY)
 
 
 @gluon.jit
 def _place(item, tiles, HK: gl.constexpr):
-    """(row tile, key head, row of the batch) of an item. In 32 bits, as all that follows from it: see `supports`."""
+    """(row tile, key head, row of the batch) of an item. In 32 bits, as all that follows from it:
+    see `supports`.
+    """
     group = item // tiles
     return item % tiles, group % HK, group // HK
 
 
 @gluon.jit
 def _share(b, tile, T, spans, ROTATE: gl.constexpr, HALF: gl.constexpr, FORM: gl.constexpr):
-    """What this program folds, or the HALF of it that is not None: (block's start, its own positions, (own key, own keys for
-    `_rotate_own`), parts).
+    """What this program folds, or the HALF of it that is not None: (block's start, its own
+    positions, (own key, own keys for `_rotate_own`), parts).
 
-    parts: keys that are streamed, of the prefix, of the suffix and of the block: (first slot, how many) of each, and between
-    which slots the row sees all: a tile that is not full begins early rather than run past the end of those.
+    parts: keys that are streamed, of the prefix, of the suffix and of the block: (first slot, how
+    many) of each, and between which slots the row sees all: a tile that is not full begins early
+    rather than run past the end of those.
     """
     start, length, own, first, prefix, cached = _spans(b, T, spans[0], spans[1], spans[2], spans[3])
     # A tile past the row's block has nothing to compute; its zeros are written all the same.
@@ -135,13 +162,27 @@ def _share(b, tile, T, spans, ROTATE: gl.constexpr, HALF: gl.constexpr, FORM: gl
         half = gl.minimum(begin + (end - begin + 31) // 32 * 16, end)
         half = gl.minimum(half, gl.maximum(begin, cached))  # own keys are the second's
         begin, end = (begin, half) if HALF == 0 else (half, end)
-    in_prefix, in_suffix, in_own = gl.minimum(begin, prefix), gl.maximum(begin, prefix), gl.maximum(begin, cached)
+    in_prefix, in_suffix, in_own = (
+        gl.minimum(begin, prefix),
+        gl.maximum(begin, prefix),
+        gl.maximum(begin, cached),
+    )
     jump, own_keys = start + length - prefix, gl.maximum(end - in_own, 0)
     written = own_keys if ROTATE else 0
     # Past position T there is nothing to read: the copy itself fills in zeros.
-    parts = (first + in_prefix, gl.minimum(end, prefix) - in_prefix, first, first + prefix,
-             jump + in_suffix, gl.maximum(gl.minimum(end, cached) - in_suffix, 0), jump + prefix, jump + cached,
-             in_own - cached, own_keys - written, gl.where(own == T, 2**30, own))  # fmt: skip
+    parts = (
+        first + in_prefix,
+        gl.minimum(end, prefix) - in_prefix,
+        first,
+        first + prefix,
+        jump + in_suffix,
+        gl.maximum(gl.minimum(end, cached) - in_suffix, 0),
+        jump + prefix,
+        jump + cached,
+        in_own - cached,
+        own_keys - written,
+        gl.where(own == T, 2**30, own),
+    )
     return start, own, (in_own - cached, written), parts
 
 
@@ -149,7 +190,11 @@ def _share(b, tile, T, spans, ROTATE: gl.constexpr, HALF: gl.constexpr, FORM: gl
 def _counts(parts, TILE_KEYS: gl.constexpr):
     """(streamed tiles that are not full, all streamed tiles)."""
     REST: gl.constexpr = TILE_KEYS - 1
-    count = (parts[1] + REST) // TILE_KEYS + (parts[5] + REST) // TILE_KEYS + (parts[9] + REST) // TILE_KEYS
+    count = (
+        (parts[1] + REST) // TILE_KEYS
+        + (parts[5] + REST) // TILE_KEYS
+        + (parts[9] + REST) // TILE_KEYS
+    )
     return count - parts[1] // TILE_KEYS - parts[5] // TILE_KEYS - parts[9] // TILE_KEYS, count
 
 
@@ -160,7 +205,8 @@ def _pick(where, prefix, suffix, own):
 
 @gluon.jit
 def _tile(i, parts, TILE_KEYS: gl.constexpr):
-    """Streamed tile i: (0 prefix, 1 suffix, 2 own keys; first slot; rows that count: from, to; rows that the row sees).
+    """Streamed tile i: (0 prefix, 1 suffix, 2 own keys; first slot; rows that count: from, to; rows
+    that the row sees).
 
     Tiles that are not full come first: only they are masked.
     """
@@ -168,12 +214,22 @@ def _tile(i, parts, TILE_KEYS: gl.constexpr):
     first_suffix, suffix, low_suffix, high_suffix = parts[4], parts[5], parts[6], parts[7]
     first_own, own, high_own = parts[8], parts[9], parts[10]
     short, _ = _counts(parts, TILE_KEYS)
-    full, until_suffix, until_own = i - short, prefix // TILE_KEYS, prefix // TILE_KEYS + suffix // TILE_KEYS
+    full, until_suffix, until_own = (
+        i - short,
+        prefix // TILE_KEYS,
+        prefix // TILE_KEYS + suffix // TILE_KEYS,
+    )
     short_prefix = (prefix % TILE_KEYS > 0).to(gl.int32)
     short_suffix = short_prefix + (suffix % TILE_KEYS > 0).to(gl.int32)
-    where = gl.where(i < short, (i >= short_prefix).to(gl.int32) + (i >= short_suffix).to(gl.int32),
-                     (full >= until_suffix).to(gl.int32) + (full >= until_own).to(gl.int32))  # fmt: skip
-    first, keys = _pick(where, first_prefix, first_suffix, first_own), _pick(where, prefix, suffix, own)
+    where = gl.where(
+        i < short,
+        (i >= short_prefix).to(gl.int32) + (i >= short_suffix).to(gl.int32),
+        (full >= until_suffix).to(gl.int32) + (full >= until_own).to(gl.int32),
+    )
+    first, keys = (
+        _pick(where, first_prefix, first_suffix, first_own),
+        _pick(where, prefix, suffix, own),
+    )
     index = gl.where(i < short, keys // TILE_KEYS, full - _pick(where, 0, until_suffix, until_own))
     end, first = first + keys, first + index * TILE_KEYS
     high = _pick(where, high_prefix, high_suffix, high_own)
@@ -190,7 +246,9 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _pass_by(stage, phase, empty, steps, STAGES: gl.constexpr):
-    """Leave out steps that another partition fills; waited for all the same: a barrier tells only even rounds from odd."""
+    """Leave out steps that another partition fills; waited for all the same: a barrier tells only
+    even rounds from odd.
+    """
     for left in range(steps):  # noqa: B007
         mbarrier.wait(empty.index(stage), phase)
         stage, phase = _next(stage, phase, STAGES)
@@ -198,15 +256,21 @@ def _pass_by(stage, phase, empty, steps, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _produce(ring, cached, spans, sizes, ROTATE: gl.constexpr, HALF: gl.constexpr, FORM: gl.constexpr):
-    """Stream the share's cached keys and values (and its own, if nothing rotates them) into the ring, step after step."""
+def _produce(
+    ring, cached, spans, sizes, ROTATE: gl.constexpr, HALF: gl.constexpr, FORM: gl.constexpr
+):
+    """Stream the share's cached keys and values (and its own, if nothing rotates them) into the
+    ring, step after step.
+    """
     k_ring, v_ring, ready, empty = ring
     k_cache, v_cache, k, v, page_table_ptr, page_row = cached
     tiles, items, T, _ = sizes
     if FORM.OVERLAP:
         _gdc_wait()
     first, stage, phase = gl.program_id(0), 0, 1
-    for item in range(first, items if FORM.SEVERAL else first + 1, gl.num_programs(0) if FORM.SEVERAL else 1):
+    for item in range(
+        first, items if FORM.SEVERAL else first + 1, gl.num_programs(0) if FORM.SEVERAL else 1
+    ):
         tile, head, b = _place(item, tiles, FORM.HK)
         row = b
         if page_table_ptr is not None:  # one page a row: where it lies is asked once
@@ -217,8 +281,32 @@ def _produce(ring, cached, spans, sizes, ROTATE: gl.constexpr, HALF: gl.constexp
         for i in range(0, gl.where(count > 0, count + 1, 0)):
             where, slot, _, _, _ = _tile(i, parts, FORM.TILE_KEYS)
             mbarrier.wait(empty.index(stage), phase)
-            _fetch(i < count, k_cache, k, row, b, where, slot, head, ready.index(stage), k_ring.index(stage), ROTATE)
-            _fetch(i > 0, v_cache, v, row, b, last_where, last_slot, head, ready.index(stage), v_ring.index(stage), ROTATE)
+            _fetch(
+                i < count,
+                k_cache,
+                k,
+                row,
+                b,
+                where,
+                slot,
+                head,
+                ready.index(stage),
+                k_ring.index(stage),
+                ROTATE,
+            )
+            _fetch(
+                i > 0,
+                v_cache,
+                v,
+                row,
+                b,
+                last_where,
+                last_slot,
+                head,
+                ready.index(stage),
+                v_ring.index(stage),
+                ROTATE,
+            )
             stage, phase = _next(stage, phase, FORM.STAGES)
             last_where, last_slot = where, slot
         if FORM.SEVERAL:
@@ -229,7 +317,9 @@ def _produce(ring, cached, spans, sizes, ROTATE: gl.constexpr, HALF: gl.constexp
 
 @gluon.jit
 def _fetch(real, cache, fresh, row, b, where, slot, head, full, to, ROTATE: gl.constexpr):
-    """Begin to copy a `real` tile that starts at `slot` of a row of the cache or, where nothing rotates, of the own keys."""
+    """Begin to copy a `real` tile that starts at `slot` of a row of the cache or, where nothing
+    rotates, of the own keys.
+    """
     TILE_KEYS: gl.constexpr = to.shape[0]
     D: gl.constexpr = to.shape[1]
     if real:
@@ -273,12 +363,16 @@ def _rotated(halves, angles):
 @gluon.jit
 def _whole(left, right):
     """Rows of which the halves are given."""
-    return gl.reshape(gl.permute(gl.join(left, right), (0, 2, 1)), (left.shape[0], 2 * left.shape[1]))
+    return gl.reshape(
+        gl.permute(gl.join(left, right), (0, 2, 1)), (left.shape[0], 2 * left.shape[1])
+    )
 
 
 @gluon.jit
 def _clear(v, rows):
-    """Zeros in the rows of v from `rows` on: what lies there may be NaN. The other consumer may write the same."""
+    """Zeros in the rows of v from `rows` on: what lies there may be NaN. The other consumer may
+    write the same.
+    """
     ALL: gl.constexpr = v.shape[0]
     D: gl.constexpr = v.shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
@@ -293,16 +387,19 @@ def _clear(v, rows):
 
 @gluon.jit
 def _weights(s, top, total, scale, low, high, MASKED: gl.constexpr):
-    """Fold scores into the running maximum and sums, in powers of two: (weights, new maximum, sums, what sums shrink by).
+    """Fold scores into the running maximum and sums, in powers of two: (weights, new maximum, sums,
+    what sums shrink by).
 
-    The four lanes of a row each keep a sum of their own; weights [row, 8 columns, lane, neighbour] are for `_packed`.
+    The four lanes of a row each keep a sum of their own; weights [row, 8 columns, lane, neighbour]
+    are for `_packed`.
     """
     COLUMNS: gl.constexpr = s.shape[1]
     LANES: gl.constexpr = total.type.layout
     if MASKED:
         column = gl.arange(0, COLUMNS, gl.SliceLayout(0, s.type.layout))
         s = gl.where(((column >= low) & (column < high))[None, :], s, float("-inf"))
-    # Neighbours first, then a lane's others, then lanes: no chain of dependent steps is longer than it must be.
+    # Neighbours first, then a lane's others, then lanes: no chain of dependent steps is longer than
+    # it must be.
     highest = gl.max(gl.max(gl.max(gl.reshape(s, [64, COLUMNS // 8, 4, 2]), 3), 1), 1)
     new_top = gl.maximum(top, gl.convert_layout(highest, top.type.layout) * scale)
     weights = gl.reshape(gl.exp2(s * scale - new_top[:, None]), [64, COLUMNS // 8, 4, 2])
@@ -314,27 +411,49 @@ def _weights(s, top, total, scale, low, high, MASKED: gl.constexpr):
 
 @gluon.jit
 def _packed(weights, DTYPE: gl.constexpr):
-    """Weights of neighbours in pairs, as products read them; carried one by one, a loop takes them apart and packs again."""
+    """Weights of neighbours in pairs, as products read them; carried one by one, a loop takes them
+    apart and packs again.
+    """
     left, right = gl.split(weights)
     if DTYPE == gl.bfloat16:
-        return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [left, right], gl.int32, True, 1)
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [left, right], gl.int32, True, 1
+        )
     else:
-        return gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [left, right], gl.int32, True, 1)
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [left, right], gl.int32, True, 1
+        )
 
 
 @gluon.jit
 def _unpacked(pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
-    left, right = gl.inline_asm_elementwise("mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], (gl.int16, gl.int16), True, 1)
+    left, right = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], (gl.int16, gl.int16), True, 1
+    )
     left, right = left.to(DTYPE, bitcast=True), right.to(DTYPE, bitcast=True)
     return gl.convert_layout(gl.reshape(gl.join(left, right), [64, 8 * pairs.shape[1]]), LAYOUT)
 
 
 @gluon.jit
 def _fold(
-    i, stage, phase, parts, q, ring, pairs, acc, top, total, scale, SCORES: gl.constexpr, ZEROS: gl.constexpr,
+    i,
+    stage,
+    phase,
+    parts,
+    q,
+    ring,
+    pairs,
+    acc,
+    top,
+    total,
+    scale,
+    SCORES: gl.constexpr,
+    ZEROS: gl.constexpr,
     MASKED: gl.constexpr,
-):  # fmt: skip
-    """Step i, which is there: scores and weights of tile i beside the product of the weights and values of tile i - 1."""
+):
+    """Step i, which is there: scores and weights of tile i beside the product of the weights and
+    values of tile i - 1.
+    """
     k_ring, v_ring, ready, empty = ring
     STAGES: gl.constexpr = k_ring.shape[0]
     TILE_KEYS: gl.constexpr = k_ring.shape[1]
@@ -366,7 +485,9 @@ def _fold(
 
 @gluon.jit
 def _rotate_own(ring, k, v, tables, strides, spans, sizes, HALF: gl.constexpr, FORM: gl.constexpr):
-    """Where there are tables: fill an item's last steps with own keys, rotated, and their values, 32 a step."""
+    """Where there are tables: fill an item's last steps with own keys, rotated, and their values,
+    32 a step.
+    """
     k_ring, v_ring, ready, empty = ring
     tiles, items, T, last = sizes
     D: gl.constexpr = FORM.D
@@ -375,17 +496,28 @@ def _rotate_own(ring, k, v, tables, strides, spans, sizes, HALF: gl.constexpr, F
         if FORM.OVERLAP:
             _gdc_wait()
         first, stage, phase = gl.program_id(0), 0, 1
-        for item in range(first, items if FORM.SEVERAL else first + 1, gl.num_programs(0) if FORM.SEVERAL else 1):
+        for item in range(
+            first, items if FORM.SEVERAL else first + 1, gl.num_programs(0) if FORM.SEVERAL else 1
+        ):
             tile, kv_head, b = _place(item, tiles, FORM.HK)
             start, own, written, parts = _share(b, tile, T, spans, True, HALF, FORM)
             steps = _counts(parts, FORM.TILE_KEYS)[1]
-            stage, phase = _pass_by(stage, phase, empty, gl.where(steps > 0, steps + 1, 0), FORM.STAGES)
-            k_from, v_from = k + b * strides[3] + kv_head * strides[5], v + b * strides[6] + kv_head * strides[8]
+            stage, phase = _pass_by(
+                stage, phase, empty, gl.where(steps > 0, steps + 1, 0), FORM.STAGES
+            )
+            k_from, v_from = (
+                k + b * strides[3] + kv_head * strides[5],
+                v + b * strides[6] + kv_head * strides[8],
+            )
             for at in range(0, written[1], 32):
                 mbarrier.wait(empty.index(stage), phase)
-                for half in gl.static_range(0, 32, 16):  # more at once would not fit this partition's registers
+                for half in gl.static_range(
+                    0, 32, 16
+                ):  # more at once would not fit this partition's registers
                     # Past the last key the last again: no value may be NaN.
-                    row = written[0] + gl.minimum(at + half + gl.arange(0, 16, gl.SliceLayout(1, HALVES)), written[1] - 1)
+                    row = written[0] + gl.minimum(
+                        at + half + gl.arange(0, 16, gl.SliceLayout(1, HALVES)), written[1] - 1
+                    )
                     values = _halves(v_from, row * strides[7], D // 2, HALVES)
                     v_ring.index(stage).slice(half, 16, 0).store(_whole(values[0], values[1]))
                     halves = _halves(k_from, row * strides[4], D // 2, HALVES)
@@ -399,12 +531,16 @@ def _rotate_own(ring, k, v, tables, strides, spans, sizes, HALF: gl.constexpr, F
 
 @gluon.jit
 def _fold_own(q, k, v, keys, top, total, acc, scale):
-    """Own keys, of which `keys` count, into the running maximum, sums and weighted values; whoever reads k and v is done."""
+    """Own keys, of which `keys` count, into the running maximum, sums and weighted values; whoever
+    reads k and v is done.
+    """
     SUMS: gl.constexpr = acc.type.layout
     KEYS: gl.constexpr = k.shape[0]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     zeros = gl.zeros([64, KEYS], gl.float32, SCORES)
-    s = warpgroup_mma_wait(0, deps=[warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)])
+    s = warpgroup_mma_wait(
+        0, deps=[warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)]
+    )
     top = gl.convert_layout(top, gl.SliceLayout(1, SCORES))
     weights, top, total, shrink = _weights(s, top, total, scale, 0, keys, True)
     p = _unpacked(_packed(weights, k.dtype), k.dtype, gl.DotOperandLayout(0, SUMS, 2))
@@ -415,7 +551,9 @@ def _fold_own(q, k, v, keys, top, total, acc, scale):
 
 @gluon.jit
 def _fold_streamed(q, ring, stage, phase, parts, top, total, acc, scale, ZEROS: gl.constexpr):
-    """The queries over an item's streamed steps: the step after them and its parity; running maximum, sums, weighted values."""
+    """The queries over an item's streamed steps: the step after them and its parity; running
+    maximum, sums, weighted values.
+    """
     k_ring, v_ring, ready, empty = ring
     STAGES: gl.constexpr = k_ring.shape[0]
     TILE_KEYS: gl.constexpr = k_ring.shape[1]
@@ -439,12 +577,16 @@ def _fold_streamed(q, ring, stage, phase, parts, top, total, acc, scale, ZEROS: 
                 _clear(v_ring.index(stage), seen)
         for i in range(1, short):
             stage, phase, pairs, acc, top, total = _fold(
-                i, stage, phase, parts, q, ring, pairs, acc, top, total, scale, SCORES, ZEROS, True)  # fmt: skip
+                i, stage, phase, parts, q, ring, pairs, acc, top, total, scale, SCORES, ZEROS, True
+            )
         for i in range(gl.maximum(short, 1), count):
             stage, phase, pairs, acc, top, total = _fold(
-                i, stage, phase, parts, q, ring, pairs, acc, top, total, scale, SCORES, ZEROS, False)  # fmt: skip
+                i, stage, phase, parts, q, ring, pairs, acc, top, total, scale, SCORES, ZEROS, False
+            )
         p = _unpacked(pairs, k_ring.dtype, gl.DotOperandLayout(0, SUMS, 2))
-        acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v_ring.index(stage), acc, is_async=True)])
+        acc = warpgroup_mma_wait(
+            0, deps=[warpgroup_mma(p, v_ring.index(stage), acc, is_async=True)]
+        )
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = _next(stage, phase, STAGES)
     return stage, phase, gl.convert_layout(top, gl.SliceLayout(1, SUMS)), total, acc
@@ -452,16 +594,35 @@ def _fold_streamed(q, ring, stage, phase, parts, top, total, acc, scale, ZEROS: 
 
 @gluon.jit
 def _prepare(
-    first_row, kv_head, b, q_ptr, q, spans, tables, strides, tile, T, last, handed, HALF: gl.constexpr, FORM: gl.constexpr,
-):  # fmt: skip
-    """An item's queries, rotated, into q. Returns its own positions, how many own keys it folds, and its `_share` in parts."""
+    first_row,
+    kv_head,
+    b,
+    q_ptr,
+    q,
+    spans,
+    tables,
+    strides,
+    tile,
+    T,
+    last,
+    handed,
+    HALF: gl.constexpr,
+    FORM: gl.constexpr,
+):
+    """An item's queries, rotated, into q. Returns its own positions, how many own keys it folds,
+    and its `_share` in parts.
+    """
     D: gl.constexpr = FORM.D
     G: gl.constexpr = FORM.G
     ROTATE: gl.constexpr = tables[0] is not None
     HALVES: gl.constexpr = gl.BlockedLayout([1, 8], [512 // D, D // 16], [4, 1], [1, 0])
     WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     FIRST: gl.constexpr = FORM.PREPARED if HALF == 1 else 0  # two of the same rows share the work
-    row = first_row + FIRST + gl.arange(0, FORM.PREPARED, gl.SliceLayout(1, HALVES if ROTATE else WHOLE))
+    row = (
+        first_row
+        + FIRST
+        + gl.arange(0, FORM.PREPARED, gl.SliceLayout(1, HALVES if ROTATE else WHOLE))
+    )
     t = gl.minimum(row // G, T - 1)  # rows past the last read the last again, and are not written
     q_ptr += b * strides[0] + kv_head * G * strides[2]
     offset = t * strides[1] + row % G * strides[2]
@@ -469,7 +630,9 @@ def _prepare(
     if ROTATE:
         halves = _halves(q_ptr, offset, D // 2, HALVES)
     else:
-        queries = gl.load(q_ptr + offset[:, None] + gl.arange(0, D, gl.SliceLayout(0, WHOLE))[None, :])
+        queries = gl.load(
+            q_ptr + offset[:, None] + gl.arange(0, D, gl.SliceLayout(0, WHOLE))[None, :]
+        )
     start, own, written, parts = _share(b, tile, T, spans, ROTATE, HALF, FORM)
     if ROTATE:
         queries = _rotated(halves, _angles(tables, gl.minimum(start + t, last), D // 2, HALVES))
@@ -487,17 +650,33 @@ def _prepare(
 
 
 @gluon.jit
-def _fold_all(q, ring, stage, phase, parts, own_keys, scale, SUMS: gl.constexpr, ROTATE: gl.constexpr, ZEROS: gl.constexpr):
-    """The queries over an item's steps of the ring: the step after them and its parity; maximum, sum and weighted values."""
+def _fold_all(
+    q,
+    ring,
+    stage,
+    phase,
+    parts,
+    own_keys,
+    scale,
+    SUMS: gl.constexpr,
+    ROTATE: gl.constexpr,
+    ZEROS: gl.constexpr,
+):
+    """The queries over an item's steps of the ring: the step after them and its parity; maximum,
+    sum and weighted values.
+    """
     k_ring, v_ring, ready, empty = ring
     STAGES: gl.constexpr = k_ring.shape[0]
     D: gl.constexpr = k_ring.shape[2]
     # How a row's columns lie on four lanes in scores and sums.
     LANES: gl.constexpr = gl.DistributedLinearLayout(
-        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4])
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
+    )
     top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SUMS))
     lanes, acc = gl.zeros([64, 4], gl.float32, LANES), gl.zeros([64, D], gl.float32, SUMS)
-    stage, phase, top, lanes, acc = _fold_streamed(q, ring, stage, phase, parts, top, lanes, acc, scale, ZEROS)
+    stage, phase, top, lanes, acc = _fold_streamed(
+        q, ring, stage, phase, parts, top, lanes, acc, scale, ZEROS
+    )
     if ROTATE:
         for at in range(0, own_keys, 32):
             mbarrier.wait(ready.index(stage), phase)
@@ -510,9 +689,20 @@ def _fold_all(q, ring, stage, phase, parts, own_keys, scale, SUMS: gl.constexpr,
 
 @gluon.jit
 def _consume(
-    ring, q_ptr, q, tables, strides, results, scale, handed, spans, sizes, WHO: gl.constexpr, HALF: gl.constexpr,
+    ring,
+    q_ptr,
+    q,
+    tables,
+    strides,
+    results,
+    scale,
+    handed,
+    spans,
+    sizes,
+    WHO: gl.constexpr,
+    HALF: gl.constexpr,
     FORM: gl.constexpr,
-):  # fmt: skip
+):
     """64 query rows, the WHO-th of each of the program's items, over the steps of the ring."""
     tiles, items, T, last = sizes
     D: gl.constexpr = FORM.D
@@ -521,19 +711,51 @@ def _consume(
     if FORM.OVERLAP:
         _gdc_wait()
     first, stage, phase = gl.program_id(0), 0, 0
-    for item in range(first, items if FORM.SEVERAL else first + 1, gl.num_programs(0) if FORM.SEVERAL else 1):
+    for item in range(
+        first, items if FORM.SEVERAL else first + 1, gl.num_programs(0) if FORM.SEVERAL else 1
+    ):
         tile, kv_head, b = _place(item, tiles, FORM.HK)
-        own, own_keys, parts = _prepare(tile * FORM.ROWS + WHO * 64, kv_head, b, q_ptr, q, spans, tables, strides, tile, T,
-                                        last, handed, HALF, FORM)  # fmt: skip
-        stage, phase, top, total, acc = _fold_all(q, ring, stage, phase, parts, own_keys, scale, SUMS, ROTATE, FORM.ZEROS)
+        own, own_keys, parts = _prepare(
+            tile * FORM.ROWS + WHO * 64,
+            kv_head,
+            b,
+            q_ptr,
+            q,
+            spans,
+            tables,
+            strides,
+            tile,
+            T,
+            last,
+            handed,
+            HALF,
+            FORM,
+        )
+        stage, phase, top, total, acc = _fold_all(
+            q, ring, stage, phase, parts, own_keys, scale, SUMS, ROTATE, FORM.ZEROS
+        )
         if HALF == 1:
             _hand(top, total, acc, handed)
         else:
             if HALF == 0:
                 top, total, acc = _joined(top, total, acc, handed)
-            # Axis 2 has one program: its 0 makes these new values, where the same from above would hold registers in the loops.
+            # Axis 2 has one program: its 0 makes these new values, where the same from above would
+            # hold registers in the loops.
             tile, kv_head, b = _place(item + gl.program_id(2), tiles, FORM.HK)
-            _store(tile * FORM.ROWS + WHO * 64, kv_head, b, own, top, total, acc, q, results, strides, T, FORM)
+            _store(
+                tile * FORM.ROWS + WHO * 64,
+                kv_head,
+                b,
+                own,
+                top,
+                total,
+                acc,
+                q,
+                results,
+                strides,
+                T,
+                FORM,
+            )
 
 
 @gluon.jit
@@ -564,7 +786,9 @@ def _joined(top, total, acc, handed):
 def _store(first_row, kv_head, b, own, top, total, acc, q, results, strides, T, FORM: gl.constexpr):
     """An item's result and log-sum-exp; q is free by now."""
     out_ptr, lse_ptr, lse_split = results
-    LN2: gl.constexpr = 0.6931471805599453  # here, not outside: a launch compares every global that a kernel reads
+    LN2: gl.constexpr = (
+        0.6931471805599453  # here, not outside: a launch compares every global that a kernel reads
+    )
     D: gl.constexpr = FORM.D
     G: gl.constexpr = FORM.G
     SUMS: gl.constexpr = acc.type.layout
@@ -586,7 +810,9 @@ def _store(first_row, kv_head, b, own, top, total, acc, q, results, strides, T, 
 
 
 @gluon.jit
-def _write(result, out_ptr, first_row, own, T, out_at, out_head, G: gl.constexpr, LAYOUT: gl.constexpr):
+def _write(
+    result, out_ptr, first_row, own, T, out_at, out_head, G: gl.constexpr, LAYOUT: gl.constexpr
+):
     """64 rows of the result, zeros where they lie past the row's block."""
     D: gl.constexpr = result.shape[1]
     row = first_row + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
@@ -615,65 +841,216 @@ def _ring(DTYPE: gl.constexpr, READERS: gl.constexpr, FORM: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["tiles", "items", "T", "last", "lse_split"])
 def _attend_hopper(
-    q, k, v, k_cache, v_cache, out, lse, spans, page_table, tables, scale, tiles, items, T, last, page_row, lse_split,
-    strides, FORM: gl.constexpr,
-):  # fmt: skip
-    """Row tiles of key heads (axis 0, `items` in all, tiles fastest so that they share keys in L2) and one split (axis 1).
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    out,
+    lse,
+    spans,
+    page_table,
+    tables,
+    scale,
+    tiles,
+    items,
+    T,
+    last,
+    page_row,
+    lse_split,
+    strides,
+    FORM: gl.constexpr,
+):
+    """Row tiles of key heads (axis 0, `items` in all, tiles fastest so that they share keys in L2)
+    and one split (axis 1).
 
-    spans: block_start, kv_len, kv_start, block_len. tables: cos, sin and their strides. k, v: pointers where there are tables,
-    otherwise descriptors. strides: of q, k, v and out, three each, and of a split of out.
+    spans: block_start, kv_len, kv_start, block_len. tables: cos, sin and their strides. k, v:
+    pointers where there are tables, otherwise descriptors. strides: of q, k, v and out, three each,
+    and of a split of out.
     """
     DTYPE: gl.constexpr = q.dtype.element_ty
     ROTATE: gl.constexpr = tables[0] is not None
-    # Registers of a thread of the second consumer: half of what the others leave of the 504 that three warpgroups have.
+    # Registers of a thread of the second consumer: half of what the others leave of the 504 that
+    # three warpgroups have.
     MOST: gl.constexpr = (504 - FORM.OTHERS) // 16 * 8
     # A thread's sums, four beside each other.
     HANDED: gl.constexpr = gl.SharedLinearLayout(
-        [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]]
-        + ([[0, 64]] if FORM.D == 128 else []))  # fmt: skip
-    cached, results, sizes = (k_cache, v_cache, k, v, page_table, page_row), (out, lse, lse_split), (tiles, items, T, last)
+        [
+            [0, 1],
+            [8, 0],
+            [0, 2],
+            [0, 4],
+            [1, 0],
+            [2, 0],
+            [4, 0],
+            [16, 0],
+            [32, 0],
+            [0, 8],
+            [0, 16],
+            [0, 32],
+        ]
+        + ([[0, 64]] if FORM.D == 128 else [])
+    )
+    cached, results, sizes = (
+        (k_cache, v_cache, k, v, page_table, page_row),
+        (out, lse, lse_split),
+        (tiles, items, T, last),
+    )
     TILES: gl.constexpr = FORM.ROWS // 64
-    queries = gl.allocate_shared_memory(DTYPE, [TILES, 64, FORM.D], gl.NVMMASharedLayout(128, 16, 2))
+    queries = gl.allocate_shared_memory(
+        DTYPE, [TILES, 64, FORM.D], gl.NVMMASharedLayout(128, 16, 2)
+    )
     first, ring = queries.index(0), _ring(DTYPE, TILES, FORM)
     if FORM.APART:
-        halves, barriers = _ring(DTYPE, 1, FORM), gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        halves, barriers = (
+            _ring(DTYPE, 1, FORM),
+            gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
+        )
         mbarrier.init(barriers.index(0), count=2)  # queries are there
         mbarrier.init(barriers.index(1), count=1)  # what the second has is there
         rows = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        handed = (barriers, _recast(halves[0], gl.float32, [64, FORM.D], HANDED), rows)  # those keys have been read by then
+        handed = (
+            barriers,
+            _recast(halves[0], gl.float32, [64, FORM.D], HANDED),
+            rows,
+        )  # those keys have been read by then
     fence_async_shared()
     if FORM.CONSUMERS == 1:
-        gl.warp_specialize([
-            (_consume, (ring, q, first, tables, strides, results, scale, None, spans, sizes, 0, None, FORM)),
-            (_produce, (ring, cached, spans, sizes, ROTATE, None, FORM)),
-            (_rotate_own, (ring, k, v, tables, strides, spans, sizes, None, FORM)),
-        ], [1, 2], [FORM.OTHERS, FORM.OTHERS])  # fmt: skip
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        ring,
+                        q,
+                        first,
+                        tables,
+                        strides,
+                        results,
+                        scale,
+                        None,
+                        spans,
+                        sizes,
+                        0,
+                        None,
+                        FORM,
+                    ),
+                ),
+                (_produce, (ring, cached, spans, sizes, ROTATE, None, FORM)),
+                (_rotate_own, (ring, k, v, tables, strides, spans, sizes, None, FORM)),
+            ],
+            [1, 2],
+            [FORM.OTHERS, FORM.OTHERS],
+        )
     elif FORM.APART:
-        gl.warp_specialize([
-            (_consume, (ring, q, first, tables, strides, results, scale, handed, spans, sizes, 0, 0, FORM)),
-            (_consume, (halves, q, first, tables, strides, results, scale, handed, spans, sizes, 0, 1, FORM)),
-            (_produce, (ring, cached, spans, sizes, ROTATE, 0, FORM)),
-            (_produce, (halves, cached, spans, sizes, ROTATE, 1, FORM)),
-            (_rotate_own, (halves, k, v, tables, strides, spans, sizes, 1, FORM)),
-        ], [4, 1, 1, 2], [MOST, FORM.OTHERS, FORM.OTHERS, FORM.OTHERS])  # fmt: skip
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        ring,
+                        q,
+                        first,
+                        tables,
+                        strides,
+                        results,
+                        scale,
+                        handed,
+                        spans,
+                        sizes,
+                        0,
+                        0,
+                        FORM,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        halves,
+                        q,
+                        first,
+                        tables,
+                        strides,
+                        results,
+                        scale,
+                        handed,
+                        spans,
+                        sizes,
+                        0,
+                        1,
+                        FORM,
+                    ),
+                ),
+                (_produce, (ring, cached, spans, sizes, ROTATE, 0, FORM)),
+                (_produce, (halves, cached, spans, sizes, ROTATE, 1, FORM)),
+                (_rotate_own, (halves, k, v, tables, strides, spans, sizes, 1, FORM)),
+            ],
+            [4, 1, 1, 2],
+            [MOST, FORM.OTHERS, FORM.OTHERS, FORM.OTHERS],
+        )
     else:
-        gl.warp_specialize([
-            (_consume, (ring, q, first, tables, strides, results, scale, None, spans, sizes, 0, None, FORM)),
-            (_consume, (ring, q, queries.index(1), tables, strides, results, scale, None, spans, sizes, 1, None, FORM)),
-            (_produce, (ring, cached, spans, sizes, ROTATE, None, FORM)),
-            (_rotate_own, (ring, k, v, tables, strides, spans, sizes, None, FORM)),
-        ], [4, 1, 2], [MOST, FORM.OTHERS, FORM.OTHERS])  # fmt: skip
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        ring,
+                        q,
+                        first,
+                        tables,
+                        strides,
+                        results,
+                        scale,
+                        None,
+                        spans,
+                        sizes,
+                        0,
+                        None,
+                        FORM,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        ring,
+                        q,
+                        queries.index(1),
+                        tables,
+                        strides,
+                        results,
+                        scale,
+                        None,
+                        spans,
+                        sizes,
+                        1,
+                        None,
+                        FORM,
+                    ),
+                ),
+                (_produce, (ring, cached, spans, sizes, ROTATE, None, FORM)),
+                (_rotate_own, (ring, k, v, tables, strides, spans, sizes, None, FORM)),
+            ],
+            [4, 1, 2],
+            [MOST, FORM.OTHERS, FORM.OTHERS],
+        )
 
 
 def supports(q, k, v, k_cache, v_cache, page_table, cos, out) -> bool:
-    """Whether this kernel takes these inputs: 16-bit, D of 64 or 128, whole cache rows, what TMA reads in 16-byte steps, and
-    but for the cache what 32 bits can count."""
+    """Whether this kernel takes these inputs: 16-bit, D of 64 or 128, whole cache rows, what TMA
+    reads in 16-byte steps, and but for the cache what 32 bits can count.
+    """
     return (
-        q.element_size() == 2 and q.shape[-1] in (64, 128)
+        q.element_size() == 2
+        and q.shape[-1] in (64, 128)
         and (page_table is None or page_table.shape[1] == 1)
-        and all(_aligned(x) for x in ((k_cache, v_cache, k, v) if cos is None else (k_cache, v_cache)))
-        and all(sum(n * s for n, s in zip(x.shape, x.stride(), strict=True)) < 2**31 for x in (q, k, v, out))
-    )  # fmt: skip
+        and all(
+            _aligned(x) for x in ((k_cache, v_cache, k, v) if cos is None else (k_cache, v_cache))
+        )
+        and all(
+            sum(n * s for n, s in zip(x.shape, x.stride(), strict=True)) < 2**31
+            for x in (q, k, v, out)
+        )
+    )
 
 
 def _aligned(x):
@@ -682,17 +1059,71 @@ def _aligned(x):
 
 
 def launch(
-    q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale, out, lse, chosen=None,
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    block_start,
+    kv_len,
+    kv_start,
+    page_table,
+    block_len,
+    cos,
+    sin,
+    scale,
+    out,
+    lse,
+    chosen=None,
 ):
-    """Run the kernel into `out` and `lse` (or None); `chosen`, a Config, replaces the one that `config` picks."""
+    """Run the kernel into `out` and `lse` (or None); `chosen`, a Config, replaces the one that
+    `config` picks.
+    """
     B, T, H, D = q.shape
-    chosen = chosen or config(B, T, H, k.shape[2], D, k_cache.shape[1], q.element_size(), chip_of(q.device))
-    launch_passes(_launch_attend, chosen, q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len,
-                  cos, sin, scale, out, lse)  # fmt: skip
+    chosen = chosen or config(
+        B, T, H, k.shape[2], D, k_cache.shape[1], q.element_size(), chip_of(q.device)
+    )
+    launch_passes(
+        _launch_attend,
+        chosen,
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        block_start,
+        kv_len,
+        kv_start,
+        page_table,
+        block_len,
+        cos,
+        sin,
+        scale,
+        out,
+        lse,
+    )
 
 
-def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale,
-                   out, out_stride, out_split, lse, chosen):  # fmt: skip
+def _launch_attend(
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    block_start,
+    kv_len,
+    kv_start,
+    page_table,
+    block_len,
+    cos,
+    sin,
+    scale,
+    out,
+    out_stride,
+    out_split,
+    lse,
+    chosen,
+):
     B, T, H, D = q.shape
     HK = k.shape[2]
     rows = 64 if chosen.apart else 64 * chosen.CONSUMERS
@@ -702,26 +1133,63 @@ def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, pag
     cached = (k_cache, v_cache) if k_cache.numel() else (k, v)
     tables = (None,) * 4 if cos is None else (cos, sin, cos.stride(0), sin.stride(0))
     items, programs = tiles * B * HK, chosen.programs
-    # Without cached keys, and where no row is shorter, all that a tile runs into is the end of k and v, which TMA makes zeros.
+    # Without cached keys, and where no row is shorter, all that a tile runs into is the end of k
+    # and v, which TMA makes zeros.
     zeros = k_cache.shape[1] > 0 or block_len is not None
-    if chosen.CONSUMERS == 2 and (zeros or chosen.apart):  # Triton 3.9 would spill registers; apart: barriers of one round
+    if chosen.CONSUMERS == 2 and (
+        zeros or chosen.apart
+    ):  # Triton 3.9 would spill registers; apart: barriers of one round
         programs = items
     others, most = _registers(chosen, cos)
     prepared = (32 if T * (H // HK) <= 32 else 64) // (2 if chosen.apart else 1)
-    form = _Form(HK, H // HK, D, chosen.TILE_KEYS, chosen.num_stages, chosen.CONSUMERS, chosen.apart, rows, prepared, scale < 0,
-                 chosen.overlap, chosen.splits == 1, items > programs, zeros, others)  # fmt: skip
+    form = _Form(
+        HK,
+        H // HK,
+        D,
+        chosen.TILE_KEYS,
+        chosen.num_stages,
+        chosen.CONSUMERS,
+        chosen.apart,
+        rows,
+        prepared,
+        scale < 0,
+        chosen.overlap,
+        chosen.splits == 1,
+        items > programs,
+        zeros,
+        others,
+    )
     _attend_hopper[min(items, programs), chosen.splits](
-        q, *fresh, _descriptor(cached[0], chosen), _descriptor(cached[1], chosen), out, lse,
-        (block_start, kv_len, kv_start, block_len), page_table, tables, scale_of(scale), tiles, items, T,
-        0 if cos is None else cos.shape[0] - 1, 0 if page_table is None else page_table.stride(0), B * T * H,
+        q,
+        *fresh,
+        _descriptor(cached[0], chosen),
+        _descriptor(cached[1], chosen),
+        out,
+        lse,
+        (block_start, kv_len, kv_start, block_len),
+        page_table,
+        tables,
+        scale_of(scale),
+        tiles,
+        items,
+        T,
+        0 if cos is None else cos.shape[0] - 1,
+        0 if page_table is None else page_table.stride(0),
+        B * T * H,
         (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out_stride[:3], out_split),
-        FORM=form, num_warps=4, enable_fp_fusion=True, **pdl(chosen.overlap), **most,
-    )  # fmt: skip
+        FORM=form,
+        num_warps=4,
+        enable_fp_fusion=True,
+        **pdl(chosen.overlap),
+        **most,
+    )
 
 
 def _registers(chosen, table):
-    """Registers of a thread of those that do not multiply, and what all are given at the launch: two programs of one consumer
-    and a short ring share a multiprocessor. With others than these Triton 3.9 spills some."""
+    """Registers of a thread of those that do not multiply, and what all are given at the launch:
+    two programs of one consumer and a short ring share a multiprocessor. With others than these
+    Triton 3.9 spills some.
+    """
     alone = chosen.CONSUMERS == 1 and chosen.num_stages > 3
     others = 24 if table is None else 168 if alone else 88
     if chosen.apart and table is not None:
@@ -733,4 +1201,6 @@ def _descriptor(x, chosen):
     """A box of TILE_KEYS rows of one head of x [B, S, HK, D]."""
     strides = [s if n > 1 else x.shape[-1] for s, n in zip(x.stride(), x.shape, strict=True)]
     layout = gl.NVMMASharedLayout(128, 16, 4)
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, chosen.TILE_KEYS, 1, x.shape[-1]], layout)
+    return TensorDescriptor(
+        x, list(x.shape), [*strides[:3], 1], [1, chosen.TILE_KEYS, 1, x.shape[-1]], layout
+    )

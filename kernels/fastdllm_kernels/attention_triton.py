@@ -1,16 +1,19 @@
-"""block_attention in Triton: a flash pass over the keys that a row sees, split over keys where heads cannot fill the GPU.
+"""block_attention in Triton: a flash pass over the keys that a row sees, split over keys where
+heads cannot fill the GPU.
 
-A program owns TILE_ROWS of the T * G query rows of one key head (G = H / HK query heads share it: keys are read once per
-tile, not once per head) and one of `splits` shares of the row's visible keys. Visible keys are numbered without gaps,
+A program owns TILE_ROWS of the T * G query rows of one key head (G = H / HK query heads share it:
+keys are read once per tile, not once per head) and one of `splits` shares of the row's visible
+keys. Visible keys are numbered without gaps,
 
     0 .. prefix - 1         cached slot kv_start + i
     prefix .. cached - 1    cached slot block_start + n + (i - prefix)
     cached .. cached + n    the block's own key i - cached, rotated on the way in
 
-so that the share of a split is arithmetic on device values (short rows stay balanced) and the one loop over the cache knows
-no prefix, suffix or gap. A share's own keys come first, while the sums are empty: rotating them takes registers. With one
-split the kernel writes the result; with more it writes fp32 parts and their log-sum-exp, and `_merge` adds them up in a fixed
-order: equal inputs give equal bits, launch after launch.
+so that the share of a split is arithmetic on device values (short rows stay balanced) and the one
+loop over the cache knows no prefix, suffix or gap. A share's own keys come first, while the sums
+are empty: rotating them takes registers. With one split the kernel writes the result; with more it
+writes fp32 parts and their log-sum-exp, and `_merge` adds them up in a fixed order: equal inputs
+give equal bits, launch after launch.
 """
 
 from dataclasses import dataclass
@@ -24,7 +27,8 @@ from .backend import ceil_div, chip_of, dense, on_device, pdl, power_of_2
 from .pointwise import rope_to_cache
 
 LOG2E = 1.4426950408889634
-# Left alone, the assembler spills a few bytes to fit a third program on a multiprocessor, which shared memory forbids.
+# Left alone, the assembler spills a few bytes to fit a third program on a multiprocessor, which
+# shared memory forbids.
 REGISTERS = {"maxnreg": 255} if torch.version.hip is None else {}
 
 
@@ -32,8 +36,8 @@ REGISTERS = {"maxnreg": 255} if torch.version.hip is None else {}
 class Config:
     """How one call runs: TILE_ROWS query rows by TILE_KEYS keys a program, keys in `splits` shares.
 
-    rotate_first: q and k are rotated by a launch of their own. overlap: launches may begin before what runs ahead of them
-    ends, and wait on the device.
+    rotate_first: q and k are rotated by a launch of their own. overlap: launches may begin before
+    what runs ahead of them ends, and wait on the device.
     """
 
     TILE_ROWS: int
@@ -47,36 +51,51 @@ class Config:
 
 @lru_cache(maxsize=4096)
 def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
-    """The configuration for q [B, T, H, D], k [B, T, HK, D] and `capacity` cached slots a row, `itemsize` bytes an element.
+    """The configuration for q [B, T, H, D], k [B, T, HK, D] and `capacity` cached slots a row,
+    `itemsize` bytes an element.
 
-    Pure: it sees host constants only, so a captured graph replays whatever the spans on the device say.
+    Pure: it sees host constants only, so a captured graph replays whatever the spans on the device
+    say.
     """
     rows, groups, keys, tile_d = T * (H // HK), B * HK, max(capacity, T), _tile_d(D)
     if itemsize == 2 and tile_d <= 128:
-        # 64 rows even where there are fewer: below that Hopper's tensor cores take their slow path (4 queries over 2,048
-        # keys took 20.4 us in tiles of 16 rows, and 15.7). Not 128: two programs of 64 on a multiprocessor take turns, one at
-        # its products while the other is at its exponentials (2,048 queries and keys: 152 us for 160).
-        splits, tiles = _tiles_of_64(ceil_div(rows, 64) * groups, rows, keys, chip.multiprocessors, tile_d > 64)
+        # 64 rows even where there are fewer: below that Hopper's tensor cores take their slow path
+        # (4 queries over 2,048 keys took 20.4 us in tiles of 16 rows, and 15.7). Not 128: two
+        # programs of 64 on a multiprocessor take turns, one at its products while the other is at
+        # its exponentials (2,048 queries and keys: 152 us for 160).
+        splits, tiles = _tiles_of_64(
+            ceil_div(rows, 64) * groups, rows, keys, chip.multiprocessors, tile_d > 64
+        )
     else:
-        # Exact fp32 products run outside the tensor cores, from operands held in registers: small tiles, or they spill. With
-        # D above 128 the sums of 64 rows fill the registers of 8 warps; older chips keep copies of the operands there as well.
+        # Exact fp32 products run outside the tensor cores, from operands held in registers: small
+        # tiles, or they spill. With D above 128 the sums of 64 rows fill the registers of 8 warps;
+        # older chips keep copies of the operands there as well.
         tiles = (16, 16, 8, 2) if itemsize == 4 else (64 if chip.shared > 200000 else 32, 32, 8, 3)
         splits = _splits(ceil_div(rows, tiles[0]) * groups, keys, 2 * chip.multiprocessors)
     tile_rows, tile_keys, warps, stages = _fitted(*tiles, tile_d, itemsize, chip.shared)
-    # Every row tile rotates the block's keys again, off the pipelined path: past a few tiles one more launch is cheaper.
+    # Every row tile rotates the block's keys again, off the pipelined path: past a few tiles one
+    # more launch is cheaper.
     rotate_first = splits == 1 and T > 256
     return Config(tile_rows, tile_keys, warps, stages, splits, rotate_first, chip.overlap)
 
 
 def _tiles_of_64(programs, rows, keys, multiprocessors, wide):
-    """(splits, tiles) of passes in `programs` tiles of 64 rows, `rows` real ones a group; wide: D above 64."""
+    """(splits, tiles) of passes in `programs` tiles of 64 rows, `rows` real ones a group; wide: D
+    above 64.
+    """
     alone = _splits(programs, keys, multiprocessors)
     if wide and 2 * programs <= multiprocessors and keys // alone <= 192:
-        # Bound by latency: one program on a multiprocessor at most, with more warps; more than six parts take long to merge.
+        # Bound by latency: one program on a multiprocessor at most, with more warps; more than six
+        # parts take long to merge.
         return min(alone, 6), (64, 64, 8, 3)
-    # Two programs on each. Tiles half full wait for memory: fewer keys in more stages keep more loads in flight. Where D is 64,
-    # too, 64 keys would make the assembler serialise the products.
-    return _splits(programs, keys, 2 * multiprocessors), (64, 64, 4, 3) if wide and rows >= 64 else (64, 32, 4, 4)
+    # Two programs on each. Tiles half full wait for memory: fewer keys in more stages keep more
+    # loads in flight. Where D is 64, too, 64 keys would make the assembler serialise the products.
+    return _splits(programs, keys, 2 * multiprocessors), (
+        64,
+        64,
+        4,
+        3,
+    ) if wide and rows >= 64 else (64, 32, 4, 4)
 
 
 def _tile_d(D):
@@ -84,7 +103,9 @@ def _tile_d(D):
 
 
 def _fitted(tile_rows, tile_keys, warps, stages, tile_d, itemsize, shared):
-    """The tiles, made smaller until their buffers fit: fewer keys first (the stages hide latency), then stages, then rows."""
+    """The tiles, made smaller until their buffers fit: fewer keys first (the stages hide latency),
+    then stages, then rows.
+    """
     while (tile_rows + 2 * stages * tile_keys) * tile_d * itemsize + 2048 > shared:
         if tile_keys > 32:
             tile_keys //= 2
@@ -108,7 +129,9 @@ def _splits(programs, keys, places):
 
 @triton.jit
 def _columns(D: tl.constexpr, TILE_D: tl.constexpr, PAIRED: tl.constexpr):
-    """Offsets of a tile's columns, and which exist. PAIRED: each half of D in its half of the tile, as rotation leaves it."""
+    """Offsets of a tile's columns, and which exist. PAIRED: each half of D in its half of the tile,
+    as rotation leaves it.
+    """
     column = tl.arange(0, TILE_D)
     if PAIRED and D < TILE_D:
         within = column % (TILE_D // 2)
@@ -127,8 +150,21 @@ def _load(pointers, inside, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _rotated(x_ptr, offset, seen, position, cos_ptr, sin_ptr, cos_at, sin_at, D: tl.constexpr, TILE_D: tl.constexpr):
-    """Rows at `offset` rotated to `position`, with every operation rounded to the tables' dtype, as PyTorch does it."""
+def _rotated(
+    x_ptr,
+    offset,
+    seen,
+    position,
+    cos_ptr,
+    sin_ptr,
+    cos_at,
+    sin_at,
+    D: tl.constexpr,
+    TILE_D: tl.constexpr,
+):
+    """Rows at `offset` rotated to `position`, with every operation rounded to the tables' dtype, as
+    PyTorch does it.
+    """
     HALF: tl.constexpr = D // 2
     rows: tl.constexpr = offset.shape[0]
     column = tl.arange(0, TILE_D // 2)[None, :]
@@ -151,9 +187,22 @@ def _product(x, table):
 
 
 @triton.jit
-def _queries(q_ptr, offset, asked, position, cos_ptr, sin_ptr, cos_at, sin_at, D: tl.constexpr, TILE_D: tl.constexpr,
-             NEGATIVE: tl.constexpr):  # fmt: skip
-    """The tile's queries, rotated where there are tables, with the sign of the scale; rows not `asked` are 0."""
+def _queries(
+    q_ptr,
+    offset,
+    asked,
+    position,
+    cos_ptr,
+    sin_ptr,
+    cos_at,
+    sin_at,
+    D: tl.constexpr,
+    TILE_D: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+):
+    """The tile's queries, rotated where there are tables, with the sign of the scale; rows not
+    `asked` are 0.
+    """
     if cos_ptr is not None:
         q = _rotated(q_ptr, offset, asked, position, cos_ptr, sin_ptr, cos_at, sin_at, D, TILE_D)
     else:
@@ -166,9 +215,12 @@ def _queries(q_ptr, offset, asked, position, cos_ptr, sin_ptr, cos_at, sin_at, D
 
 @triton.jit
 def _fold(q, k, v, at, end, top, total, acc, scale):
-    """Fold a tile, keys at .. and not from `end` on, into the running maximum, sum and weighted values (in powers of two)."""
+    """Fold a tile, keys at .. and not from `end` on, into the running maximum, sum and weighted
+    values (in powers of two).
+    """
     if q.dtype == tl.float32:
-        # Exact products hold their operands in registers: 16 columns of D at a time, spread over the warps, or they spill.
+        # Exact products hold their operands in registers: 16 columns of D at a time, spread over
+        # the warps, or they spill.
         PARTS: tl.constexpr = q.shape[1] // 16
         left = tl.permute(tl.reshape(q, (q.shape[0], PARTS, 16)), (1, 0, 2))
         right = tl.permute(tl.reshape(k, (k.shape[0], PARTS, 16)), (1, 2, 0))
@@ -187,13 +239,35 @@ def _fold(q, k, v, at, end, top, total, acc, scale):
 
 @triton.jit
 def _fold_stored(
-    q, top, total, acc, k_ptr, v_ptr, k_at, v_at, begin, end, prefix, first, jump, page_ptr, k_page, v_page, scale,
-    D: tl.constexpr, TILE_D: tl.constexpr, TILE_KEYS: tl.constexpr, PAIRED: tl.constexpr, PAGE: tl.constexpr,
+    q,
+    top,
+    total,
+    acc,
+    k_ptr,
+    v_ptr,
+    k_at,
+    v_at,
+    begin,
+    end,
+    prefix,
+    first,
+    jump,
+    page_ptr,
+    k_page,
+    v_page,
+    scale,
+    D: tl.constexpr,
+    TILE_D: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    PAIRED: tl.constexpr,
+    PAGE: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
-    """Fold keys begin .. end - 1, read as they are: key i lies in slot first + i below `prefix`, and in jump + i from there.
+):
+    """Fold keys begin .. end - 1, read as they are: key i lies in slot first + i below `prefix`,
+    and in jump + i from there.
 
-    A last tile that is not full repeats the last key, so that no load of a row needs a mask, and only its scores get one.
+    A last tile that is not full repeats the last key, so that no load of a row needs a mask, and
+    only its scores get one.
     """
     k_column, k_inside = _columns(D, TILE_D, PAIRED)
     v_column, v_inside = _columns(D, TILE_D, False)
@@ -215,19 +289,41 @@ def _fold_stored(
 
 @triton.jit
 def _fold_rotated(
-    q, top, total, acc, k_ptr, v_ptr, k_at, v_at, begin, end, start, positions, cos_ptr, sin_ptr, cos_at, sin_at, scale,
-    D: tl.constexpr, TILE_D: tl.constexpr,
-):  # fmt: skip
+    q,
+    top,
+    total,
+    acc,
+    k_ptr,
+    v_ptr,
+    k_at,
+    v_at,
+    begin,
+    end,
+    start,
+    positions,
+    cos_ptr,
+    sin_ptr,
+    cos_at,
+    sin_at,
+    scale,
+    D: tl.constexpr,
+    TILE_D: tl.constexpr,
+):
     """Fold the block's own keys begin .. end - 1, rotated to positions start + key."""
-    TILE_OWN: tl.constexpr = 16 if q.dtype == tl.float32 or D != 128 else 32  # a block at once where that was seen to fit
+    TILE_OWN: tl.constexpr = (
+        16 if q.dtype == tl.float32 or D != 128 else 32
+    )  # a block at once where that was seen to fit
     column, inside = _columns(D, TILE_D, False)
-    # Two stages though nothing here is pipelined: with one, the assembler serialises every product of the kernel.
+    # Two stages though nothing here is pipelined: with one, the assembler serialises every product
+    # of the kernel.
     for at in tl.range(begin, end, TILE_OWN, num_stages=2):
         key = at + tl.arange(0, TILE_OWN)
         seen, row = key < end, key.to(tl.int64)
         position = tl.minimum(start + key, positions - 1)
         k = _rotated(k_ptr, row * k_at, seen, position, cos_ptr, sin_ptr, cos_at, sin_at, D, TILE_D)
-        v = _load(v_ptr + (row * v_at)[:, None] + column[None, :], seen[:, None] & inside[None, :], True)
+        v = _load(
+            v_ptr + (row * v_at)[:, None] + column[None, :], seen[:, None] & inside[None, :], True
+        )
         top, total, acc = _fold(q, k, v, at, end, top, total, acc, scale)
     return top, total, acc
 
@@ -241,7 +337,9 @@ def _place(index, tiles, HK: tl.constexpr):
 
 @triton.jit
 def _spans(b, T, block_start_ptr, kv_len_ptr, kv_start_ptr, block_len_ptr):
-    """What row b sees: (block's start, its length, own keys of it, first cached slot, keys before the block, cached keys)."""
+    """What row b sees: (block's start, its length, own keys of it, first cached slot, keys before
+    the block, cached keys).
+    """
     start, kv_len = tl.load(block_start_ptr + b), tl.load(kv_len_ptr + b)
     first, length = 0, T
     if kv_start_ptr is not None:
@@ -255,7 +353,9 @@ def _spans(b, T, block_start_ptr, kv_len_ptr, kv_start_ptr, block_len_ptr):
 
 @triton.jit
 def _rows(tile, kv_head, own, G: tl.constexpr, TILE_ROWS: tl.constexpr):
-    """A tile's rows: (position in the block, query head, whether the row is one of the block's `own` positions)."""
+    """A tile's rows: (position in the block, query head, whether the row is one of the block's
+    `own` positions).
+    """
     row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
     return row // G, kv_head * G + row % G, row < own * G
 
@@ -270,16 +370,64 @@ def _share(keys):
 
 @triton.jit(do_not_specialize=["tiles", "T", "lse_split", "positions"])
 def _attend(
-    q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, out_ptr, lse_ptr, block_start_ptr, kv_len_ptr, kv_start_ptr,
-    page_table_ptr, block_len_ptr, cos_ptr, sin_ptr, scale, tiles, T, positions,
-    q_row, q_at, q_head, k_row, k_at, k_head, v_row, v_at, v_head, kc_row, kc_at, kc_head, vc_row, vc_at, vc_head,
-    out_row, out_at, out_head, out_split, lse_split, page_row, cos_at, sin_at,
-    HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, TILE_D: tl.constexpr, PAGE: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr, NEGATIVE: tl.constexpr, OVERLAP: tl.constexpr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    out_ptr,
+    lse_ptr,
+    block_start_ptr,
+    kv_len_ptr,
+    kv_start_ptr,
+    page_table_ptr,
+    block_len_ptr,
+    cos_ptr,
+    sin_ptr,
+    scale,
+    tiles,
+    T,
+    positions,
+    q_row,
+    q_at,
+    q_head,
+    k_row,
+    k_at,
+    k_head,
+    v_row,
+    v_at,
+    v_head,
+    kc_row,
+    kc_at,
+    kc_head,
+    vc_row,
+    vc_at,
+    vc_head,
+    out_row,
+    out_at,
+    out_head,
+    out_split,
+    lse_split,
+    page_row,
+    cos_at,
+    sin_at,
+    HK: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    TILE_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
-    """One row tile of one key head (program axis 0, tiles fastest so that they share keys in L2) and one split (axis 1)."""
-    LN2: tl.constexpr = 0.6931471805599453  # here, not outside: a launch compares every global that a kernel reads
+):
+    """One row tile of one key head (program axis 0, tiles fastest so that they share keys in L2)
+    and one split (axis 1).
+    """
+    LN2: tl.constexpr = (
+        0.6931471805599453  # here, not outside: a launch compares every global that a kernel reads
+    )
     if v_at is None:
         v_row, v_at, v_head = k_row, k_at, k_head
     if vc_at is None:
@@ -297,14 +445,27 @@ def _attend(
         if page_table_ptr is not None:  # one page a row: where it lies is asked once
             row = tl.load(page_table_ptr + b * page_row).to(tl.int64)
         k_base, v_base = k_base + row * kc_row, v_base + row * vc_row
-    start, length, own, first, prefix, cached = _spans(b, T, block_start_ptr, kv_len_ptr, kv_start_ptr, block_len_ptr)
+    start, length, own, first, prefix, cached = _spans(
+        b, T, block_start_ptr, kv_len_ptr, kv_start_ptr, block_len_ptr
+    )
     # A tile past the row's block has nothing to compute; its zeros are written all the same.
     busy = tile * TILE_ROWS < own * G
     begin, end = _share(tl.where(busy, cached + own, 0))
 
     t, head, asked = _rows(tile, kv_head, own, G, TILE_ROWS)
-    q = _queries(q_ptr, b * q_row + t.to(tl.int64) * q_at + head * q_head, asked, tl.minimum(start + t, positions - 1),
-                 cos_ptr, sin_ptr, cos_at, sin_at, D, TILE_D, NEGATIVE)  # fmt: skip
+    q = _queries(
+        q_ptr,
+        b * q_row + t.to(tl.int64) * q_at + head * q_head,
+        asked,
+        tl.minimum(start + t, positions - 1),
+        cos_ptr,
+        sin_ptr,
+        cos_at,
+        sin_at,
+        D,
+        TILE_D,
+        NEGATIVE,
+    )
     top = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((TILE_ROWS,), tl.float32)
     acc = tl.zeros((TILE_ROWS, TILE_D), tl.float32)
@@ -312,20 +473,82 @@ def _attend(
     k_own, v_own = k_ptr + b * k_row + kv_head * k_head, v_ptr + b * v_row + kv_head * v_head
     if ROTATE:
         top, total, acc = _fold_rotated(
-            q, top, total, acc, k_own, v_own, k_at, v_at, own_begin, own_end, start, positions, cos_ptr, sin_ptr,
-            cos_at, sin_at, scale, D, TILE_D)  # fmt: skip
+            q,
+            top,
+            total,
+            acc,
+            k_own,
+            v_own,
+            k_at,
+            v_at,
+            own_begin,
+            own_end,
+            start,
+            positions,
+            cos_ptr,
+            sin_ptr,
+            cos_at,
+            sin_at,
+            scale,
+            D,
+            TILE_D,
+        )
     else:
         top, total, acc = _fold_stored(
-            q, top, total, acc, k_own, v_own, k_at, v_at, own_begin, own_end, 0, 0, 0, 0, 0, 0, scale,
-            D, TILE_D, TILE_KEYS, False, 0, STAGES)  # fmt: skip
+            q,
+            top,
+            total,
+            acc,
+            k_own,
+            v_own,
+            k_at,
+            v_at,
+            own_begin,
+            own_end,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            scale,
+            D,
+            TILE_D,
+            TILE_KEYS,
+            False,
+            0,
+            STAGES,
+        )
     top, total, acc = _fold_stored(
-        q, top, total, acc, k_base, v_base, kc_at, vc_at, tl.minimum(begin, cached), tl.minimum(end, cached),
-        prefix, first, start + length - prefix, page_ptr, k_page, v_page, scale,
-        D, TILE_D, TILE_KEYS, ROTATE, PAGE, STAGES)  # fmt: skip
+        q,
+        top,
+        total,
+        acc,
+        k_base,
+        v_base,
+        kc_at,
+        vc_at,
+        tl.minimum(begin, cached),
+        tl.minimum(end, cached),
+        prefix,
+        first,
+        start + length - prefix,
+        page_ptr,
+        k_page,
+        v_page,
+        scale,
+        D,
+        TILE_D,
+        TILE_KEYS,
+        ROTATE,
+        PAGE,
+        STAGES,
+    )
 
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    # Axis 2 has one program: its 0 makes these new values, where the same from above would hold registers in the loops.
+    # Axis 2 has one program: its 0 makes these new values, where the same from above would hold
+    # registers in the loops.
     tile, kv_head, b = _place(tl.program_id(0) + tl.program_id(2), tiles, HK)
     t, head, asked = _rows(tile, kv_head, own, G, TILE_ROWS)
     total = tl.where(total == 0, 1.0, total)
@@ -333,8 +556,11 @@ def _attend(
     column, inside = _columns(D, TILE_D, False)
     split = (tl.program_id(1) + tl.program_id(2)).to(tl.int64)
     offset = split * out_split + b * out_row + t.to(tl.int64) * out_at + head * out_head
-    tl.store(out_ptr + offset[:, None] + column[None, :], result.to(out_ptr.dtype.element_ty),
-             mask=(t < T)[:, None] & inside[None, :])  # fmt: skip
+    tl.store(
+        out_ptr + offset[:, None] + column[None, :],
+        result.to(out_ptr.dtype.element_ty),
+        mask=(t < T)[:, None] & inside[None, :],
+    )
     if lse_ptr is not None:
         lse = tl.where(asked, (top + tl.log2(total)) * LN2, float("-inf"))
         tl.store(lse_ptr + split * lse_split + (b * T + t) * (HK * G) + head, lse, mask=t < T)
@@ -342,11 +568,26 @@ def _attend(
 
 @triton.jit(do_not_specialize=["rows", "T"])
 def _merge(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, rows, T, out_row, out_at, out_head,
-    H: tl.constexpr, D: tl.constexpr, TILE_D: tl.constexpr, SPLITS: tl.constexpr, TILE_SPLITS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """out = sum_s exp(lse_s - lse) part_s for TILE_ROWS of the B * T * H rows; part [SPLITS, rows, D] fp32."""
+    part_ptr,
+    part_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    rows,
+    T,
+    out_row,
+    out_at,
+    out_head,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    TILE_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE_SPLITS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """out = sum_s exp(lse_s - lse) part_s for TILE_ROWS of the B * T * H rows; part [SPLITS, rows,
+    D] fp32.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
     row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
@@ -357,8 +598,11 @@ def _merge(
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    part_lse = tl.load(part_lse_ptr + split.to(tl.int64)[:, None] * rows + index[None, :],
-                       mask=(split < SPLITS)[:, None] & real[None, :], other=float("-inf"))  # fmt: skip
+    part_lse = tl.load(
+        part_lse_ptr + split.to(tl.int64)[:, None] * rows + index[None, :],
+        mask=(split < SPLITS)[:, None] & real[None, :],
+        other=float("-inf"),
+    )
     top = tl.max(part_lse, 0)
     level = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp2((part_lse - level[None, :]) * LOG2E), 0)
@@ -368,40 +612,119 @@ def _merge(
     for s in tl.static_range(SPLITS):
         at = s * tl.cast(rows, tl.int64) + index
         part = tl.load(part_ptr + at[:, None] * D + column[None, :], mask=inside, other=0.0)
-        weight = tl.exp2((tl.load(part_lse_ptr + at, mask=real, other=float("-inf")) - level) * LOG2E)
+        weight = tl.exp2(
+            (tl.load(part_lse_ptr + at, mask=real, other=float("-inf")) - level) * LOG2E
+        )
         result += part * weight[:, None]
-    offset = (row // (H * T)).to(tl.int64) * out_row + (row // H % T).to(tl.int64) * out_at + (row % H) * out_head
-    tl.store(out_ptr + offset[:, None] + column[None, :], (result / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+    offset = (
+        (row // (H * T)).to(tl.int64) * out_row
+        + (row // H % T).to(tl.int64) * out_at
+        + (row % H) * out_head
+    )
+    tl.store(
+        out_ptr + offset[:, None] + column[None, :],
+        (result / total[:, None]).to(out_ptr.dtype.element_ty),
+        mask=inside,
+    )
     if lse_ptr is not None:
         tl.store(lse_ptr + index, top + tl.log2(total) * LN2, mask=real)
 
 
 def launch(
-    q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale, out, lse, chosen=None,
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    block_start,
+    kv_len,
+    kv_start,
+    page_table,
+    block_len,
+    cos,
+    sin,
+    scale,
+    out,
+    lse,
+    chosen=None,
 ):
-    """Run the kernel into `out` and `lse` (or None); `chosen`, a Config, replaces the one that `config` picks."""
+    """Run the kernel into `out` and `lse` (or None); `chosen`, a Config, replaces the one that
+    `config` picks.
+    """
     B, T, H, D = q.shape
     capacity = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
     chosen = chosen or config(B, T, H, k.shape[2], D, capacity, q.element_size(), chip_of(q.device))
-    launch_passes(_launch_attend, chosen, q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len,
-                  cos, sin, scale, out, lse)  # fmt: skip
+    launch_passes(
+        _launch_attend,
+        chosen,
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        block_start,
+        kv_len,
+        kv_start,
+        page_table,
+        block_len,
+        cos,
+        sin,
+        scale,
+        out,
+        lse,
+    )
 
 
 def launch_passes(
-    attend, chosen, q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale, out, lse
+    attend,
+    chosen,
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    block_start,
+    kv_len,
+    kv_start,
+    page_table,
+    block_len,
+    cos,
+    sin,
+    scale,
+    out,
+    lse,
 ):
-    """What `chosen` says around one launch, `attend`: the rotation before it, and the merge of its parts after it."""
+    """What `chosen` says around one launch, `attend`: the rotation before it, and the merge of its
+    parts after it.
+    """
     B, T, H, D = q.shape
-    block_start, kv_len, kv_start, block_len = map(dense, (block_start, kv_len, kv_start, block_len))
+    block_start, kv_len, kv_start, block_len = map(
+        dense, (block_start, kv_len, kv_start, block_len)
+    )
     with on_device(q):
         if chosen.rotate_first and cos is not None:
             q, k = rope_to_cache(q, k, v, cos, sin, block_start)
             cos = sin = None
-        arguments = (q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale)
+        arguments = (
+            q,
+            k,
+            v,
+            k_cache,
+            v_cache,
+            block_start,
+            kv_len,
+            kv_start,
+            page_table,
+            block_len,
+            cos,
+            sin,
+            scale,
+        )
         if chosen.splits == 1:
             attend(*arguments, out, out.stride(), 0, lse, chosen)
             return
-        # From PyTorch's allocator, which keeps what a stream or a captured graph still uses apart: reuse is safe.
+        # From PyTorch's allocator, which keeps what a stream or a captured graph still uses apart:
+        # reuse is safe.
         part = torch.empty((chosen.splits, B, T, H, D), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((chosen.splits, B, T, H), dtype=torch.float32, device=q.device)
         attend(*arguments, part, part.stride()[1:], part.stride(0), part_lse, chosen)
@@ -409,33 +732,87 @@ def launch_passes(
 
 
 def scale_of(scale):
-    """A scale in powers of two, without its sign: that goes into q, so that the largest product is the largest score; 0 becomes
-    too small to matter."""
+    """A scale in powers of two, without its sign: that goes into q, so that the largest product is
+    the largest score; 0 becomes too small to matter.
+    """
     return max(abs(scale) * LOG2E, 1e-37)
 
 
-def _launch_attend(q, k, v, k_cache, v_cache, block_start, kv_len, kv_start, page_table, block_len, cos, sin, scale,
-                   out, out_stride, out_split, lse, chosen):  # fmt: skip
+def _launch_attend(
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    block_start,
+    kv_len,
+    kv_start,
+    page_table,
+    block_len,
+    cos,
+    sin,
+    scale,
+    out,
+    out_stride,
+    out_split,
+    lse,
+    chosen,
+):
     B, T, H, D = q.shape
     HK = k.shape[2]
     tiles = ceil_div(T * (H // HK), chosen.TILE_ROWS)
     # A table of one column names whole rows: no slot needs to be looked up.
     page = 0 if page_table is None or page_table.shape[1] == 1 else k_cache.shape[1]
     _attend[tiles * B * HK, chosen.splits](
-        q, k, v, k_cache, v_cache, out, lse, block_start, kv_len, kv_start, page_table, block_len, cos, sin,
-        scale_of(scale), tiles, T, 0 if cos is None else cos.shape[0],
-        *q.stride()[:3], *_two_strides(k, v), *_two_strides(k_cache, v_cache), *out_stride[:3],
-        out_split, B * T * H, 0 if page_table is None else page_table.stride(0),
-        0 if cos is None else cos.stride(0), 0 if sin is None else sin.stride(0),
-        HK=HK, G=H // HK, D=D, TILE_D=_tile_d(D), PAGE=page,
-        TILE_ROWS=chosen.TILE_ROWS, TILE_KEYS=chosen.TILE_KEYS, NEGATIVE=scale < 0,
-        OVERLAP=chosen.overlap, STAGES=chosen.num_stages,
-        num_warps=chosen.num_warps, num_stages=chosen.num_stages, enable_fp_fusion=True, **pdl(chosen.overlap), **REGISTERS,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        out,
+        lse,
+        block_start,
+        kv_len,
+        kv_start,
+        page_table,
+        block_len,
+        cos,
+        sin,
+        scale_of(scale),
+        tiles,
+        T,
+        0 if cos is None else cos.shape[0],
+        *q.stride()[:3],
+        *_two_strides(k, v),
+        *_two_strides(k_cache, v_cache),
+        *out_stride[:3],
+        out_split,
+        B * T * H,
+        0 if page_table is None else page_table.stride(0),
+        0 if cos is None else cos.stride(0),
+        0 if sin is None else sin.stride(0),
+        HK=HK,
+        G=H // HK,
+        D=D,
+        TILE_D=_tile_d(D),
+        PAGE=page,
+        TILE_ROWS=chosen.TILE_ROWS,
+        TILE_KEYS=chosen.TILE_KEYS,
+        NEGATIVE=scale < 0,
+        OVERLAP=chosen.overlap,
+        STAGES=chosen.num_stages,
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+        enable_fp_fusion=True,
+        **pdl(chosen.overlap),
+        **REGISTERS,
+    )
 
 
 def _two_strides(k, v):
-    """The first three strides of k and of v; None for v's where they are equal: one address then serves both."""
+    """The first three strides of k and of v; None for v's where they are equal: one address then
+    serves both.
+    """
     return (*k.stride()[:3], *((None,) * 3 if k.stride() == v.stride() else v.stride()[:3]))
 
 
@@ -444,8 +821,21 @@ def _launch_merge(part, part_lse, out, lse, chosen):
     tile_splits, tile_d = power_of_2(splits), _tile_d(D)
     tile_rows = max(1, 512 // tile_d)
     _merge[(ceil_div(B * T * H, tile_rows),)](
-        part, part_lse, out, lse, B * T * H, T, *out.stride()[:3],
-        H=H, D=D, TILE_D=tile_d, SPLITS=splits, TILE_SPLITS=tile_splits, TILE_ROWS=tile_rows, OVERLAP=chosen.overlap,
-        num_warps=4, enable_fp_fusion=True, **pdl(chosen.overlap),
-    )  # fmt: skip
-
+        part,
+        part_lse,
+        out,
+        lse,
+        B * T * H,
+        T,
+        *out.stride()[:3],
+        H=H,
+        D=D,
+        TILE_D=tile_d,
+        SPLITS=splits,
+        TILE_SPLITS=tile_splits,
+        TILE_ROWS=tile_rows,
+        OVERLAP=chosen.overlap,
+        num_warps=4,
+        enable_fp_fusion=True,
+        **pdl(chosen.overlap),
+    )

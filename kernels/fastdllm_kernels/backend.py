@@ -1,7 +1,9 @@
-"""The one place that chooses between a Triton kernel and its PyTorch reference, reads the environment and knows the GPU.
+"""The one place that chooses between a Triton kernel and its PyTorch reference, reads the
+environment and knows the GPU.
 
-`FASTDLLM_BACKEND=triton|reference` forces a choice for every op, and a forced choice never falls back: what it cannot run
-raises. Without it, GPU tensors take the kernel and CPU tensors the reference. Read on every call, so a test can change it.
+`FASTDLLM_BACKEND=triton|reference` forces a choice for every op, and a forced choice never falls
+back: what it cannot run raises. Without it, GPU tensors take the kernel and CPU tensors the
+reference. Read on every call, so a test can change it.
 """
 
 import os
@@ -13,14 +15,18 @@ import torch
 
 try:
     import triton
-except ImportError:  # an engine without triton (or a machine that has none) still gets the references
+except (
+    ImportError
+):  # an engine without triton (or a machine that has none) still gets the references
     triton = None
 
 VARIABLE = "FASTDLLM_BACKEND"
 
 
 def forced():
-    """The forced backend, "triton" or "reference", or None; ValueError when the variable says anything else."""
+    """The forced backend, "triton" or "reference", or None; ValueError when the variable says
+    anything else.
+    """
     value = os.environ.get(VARIABLE) or None
     if value not in (None, "triton", "reference"):
         raise ValueError(f"{VARIABLE} must be 'triton' or 'reference', got {value!r}")
@@ -28,15 +34,17 @@ def forced():
 
 
 def interpreting() -> bool:
-    """True where Triton runs its kernels in its CPU interpreter (the variable counts when a kernel is decorated)."""
+    """True where Triton runs its kernels in its CPU interpreter (the variable counts when a kernel
+    is decorated).
+    """
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def use_triton(op: str, tensor: torch.Tensor, unsupported: str | None = None) -> bool:
     """Whether `op` runs as a kernel on `tensor`'s device.
 
-    `unsupported` is a reason why the kernel cannot take these inputs, or None. RuntimeError when the kernel is forced and
-    cannot run.
+    `unsupported` is a reason why the kernel cannot take these inputs, or None. RuntimeError when
+    the kernel is forced and cannot run.
     """
     choice = forced()
     if choice == "reference":
@@ -62,7 +70,9 @@ def on_device(tensor: torch.Tensor):
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up. In plain Python, as `power_of_2` is: triton's own cost a launcher ten times as much."""
+    """a / b, rounded up. In plain Python, as `power_of_2` is: triton's own cost a launcher ten
+    times as much.
+    """
     return -(-a // b)
 
 
@@ -72,14 +82,18 @@ def power_of_2(n: int) -> int:
 
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """A tensor whose elements follow one another (a column of a table is copied, on the device); None stays None."""
+    """A tensor whose elements follow one another (a column of a table is copied, on the device);
+    None stays None.
+    """
     return None if tensor is None else tensor.contiguous()
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What a kernel's configuration needs to know of a GPU: multiprocessors, shared memory of a program in bytes, whether a
-    kernel may be launched while the one before it still runs (`overlap`, Hopper and later), and whether it is a Hopper."""
+    """What a kernel's configuration needs to know of a GPU: multiprocessors, shared memory of a
+    program in bytes, whether a kernel may be launched while the one before it still runs
+    (`overlap`, Hopper and later), and whether it is a Hopper.
+    """
 
     multiprocessors: int
     shared: int
@@ -89,17 +103,23 @@ class Chip:
 
 @cache
 def chip_of(device: torch.device) -> Chip:
-    """What `device` has; for the interpreter on a CPU, one multiprocessor, so that it runs no more programs than it must."""
+    """What `device` has; for the interpreter on a CPU, one multiprocessor, so that it runs no more
+    programs than it must.
+    """
     if device.type != "cuda":
         return Chip(1, 232448)
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 65536)
     overlap = torch.version.cuda is not None and properties.major >= 9 and shared >= 232448
-    return Chip(properties.multi_processor_count, shared, overlap, overlap and properties.major == 9)
+    return Chip(
+        properties.multi_processor_count, shared, overlap, overlap and properties.major == 9
+    )
 
 
 def pdl(overlap: bool) -> dict:
-    """The launch option of a kernel that begins with gdc_wait: it may be launched while the one before it still runs."""
+    """The launch option of a kernel that begins with gdc_wait: it may be launched while the one
+    before it still runs.
+    """
     return {"launch_pdl": True} if overlap else {}
 
 
@@ -112,4 +132,6 @@ def describe() -> str:
         return "reference (triton is not installed)"
     if not torch.cuda.is_available():
         return "reference (no GPU is visible)"
-    return f"triton {triton.__version__} on {torch.cuda.get_device_name()}; reference for CPU tensors"
+    return (
+        f"triton {triton.__version__} on {torch.cuda.get_device_name()}; reference for CPU tensors"
+    )

@@ -1,4 +1,6 @@
-"""Checks of arguments: each returns the value, or raises what names the argument, what was expected and what came."""
+"""Checks of arguments: each returns the value, or raises what names the argument, what was expected
+and what came.
+"""
 
 import math
 import sys
@@ -19,7 +21,14 @@ def integer(name: str, value, low: float = -math.inf, high: float = math.inf) ->
     return value
 
 
-def number(name: str, value, *, above: float = -math.inf, at_least: float = -math.inf, at_most: float = math.inf) -> float:
+def number(
+    name: str,
+    value,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+) -> float:
     """`value` if it is a finite number inside the bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
@@ -39,12 +48,18 @@ def choice(name: str, value, known: tuple[str, ...]) -> str:
 
 
 def tensor(name: str, value, dtypes: tuple, shape=None, device=None, *, optional: bool = False):
-    """`value` if it is a tensor of one of `dtypes`, and of this shape on this device where they are given."""
+    """`value` if it is a tensor of one of `dtypes`, and of this shape on this device where they are
+    given.
+    """
     if value is None and optional:
         return None
     if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name}: expected a tensor of {wanted}, got {getattr(value, 'dtype', type(value).__name__)}")
+        raise TypeError(
+            f"{name}: expected a tensor of {wanted}, got {getattr(value, 'dtype', type(value).__name__)}"
+        )
     if shape is not None and (value.shape != shape or value.device != device):
-        raise ValueError(f"{name}: expected shape {tuple(shape)} on {device}, got {tuple(value.shape)} on {value.device}")
+        raise ValueError(
+            f"{name}: expected shape {tuple(shape)} on {device}, got {tuple(value.shape)} on {value.device}"
+        )
     return value

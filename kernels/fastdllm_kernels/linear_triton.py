@@ -1,12 +1,13 @@
 """The Triton kernel of linear.py: a product of few rows, bound by reading the weight once.
 
-A program owns TILE_OUT rows of the weight and one of `splits` shares of its columns, and computes the transposed tile
-weight x^T: the weight's 64 rows then fill the tensor cores' fixed side, where 32 rows of x would leave half of it empty.
-With one split it writes y (a gated product writes silu(gate) * up); with more it writes fp32 parts [splits, rows, out], which
-the rms_norm that follows adds up anyway. It may be launched while its predecessor drains (Hopper and later).
+A program owns TILE_OUT rows of the weight and one of `splits` shares of its columns, and computes
+the transposed tile weight x^T: the weight's 64 rows then fill the tensor cores' fixed side, where
+32 rows of x would leave half of it empty. With one split it writes y (a gated product writes
+silu(gate) * up); with more it writes fp32 parts [splits, rows, out], which the rms_norm that
+follows adds up anyway. It may be launched while its predecessor drains (Hopper and later).
 
-With an Fp8Weight half the bytes are read: x is quantised row by row by a kernel of its own, the tensor cores multiply e4m3 by
-e4m3, and both scales come onto the fp32 sums.
+With an Fp8Weight half the bytes are read: x is quantised row by row by a kernel of its own, the
+tensor cores multiply e4m3 by e4m3, and both scales come onto the fp32 sums.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from .pointwise_triton import rms_norm, rows_of
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """TILE_OUT rows of the weight by TILE_IN columns at a time, for TILE_ROWS rows of x; columns in `splits` shares.
+    """TILE_OUT rows of the weight by TILE_IN columns at a time, for TILE_ROWS rows of x; columns in
+    `splits` shares.
 
     overlap: the launch may begin before its predecessor ends.
     """
@@ -39,7 +41,8 @@ class LinearConfig:
 
 @lru_cache(maxsize=4096)
 def linear_config(rows, width_in, width_out, gated, splittable, itemsize, chip) -> LinearConfig:
-    """The configuration for x [rows, width_in] and width_out outputs, itemsize bytes an element of the weight. Pure.
+    """The configuration for x [rows, width_in] and width_out outputs, itemsize bytes an element of
+    the weight. Pure.
 
     gated: two rows of the weight for each output. splittable: what follows can add up parts.
     """
@@ -47,18 +50,25 @@ def linear_config(rows, width_in, width_out, gated, splittable, itemsize, chip) 
     tiles = ceil_div(width_out, 64)
     if itemsize == 4:  # outside the tensor cores, from registers; only where somebody forces it
         return LinearConfig(min(tile_rows, 32), 32, 16, 4, 2, 1, chip.overlap)
-    # 64 KB or more of weights in flight on each multiprocessor; with many rows or two tiles of weights half the columns fit.
+    # 64 KB or more of weights in flight on each multiprocessor; with many rows or two tiles of
+    # weights half the columns fit.
     tile_in, stages = (64, 4) if gated or tile_rows > 64 else (128, 3)
     fp8 = itemsize == 1
-    tile_in, warps = (2 * tile_in, 8 if gated and tile_rows > 64 else 4) if fp8 else (tile_in, 4)  # 8: with 4 sums spill
+    tile_in, warps = (
+        (2 * tile_in, 8 if gated and tile_rows > 64 else 4) if fp8 else (tile_in, 4)
+    )  # 8: with 4 sums spill
     if splittable:
-        # Two programs a multiprocessor: with fewer the memory idles, with more the parts cost more than they hide.
+        # Two programs a multiprocessor: with fewer the memory idles, with more the parts cost more
+        # than they hide.
         splits = max(1, min(2 * chip.multiprocessors // tiles, width_in // (4 * tile_in)))
         return LinearConfig(tile_rows, 64, tile_in, warps, stages, splits, chip.overlap)
     narrow = tiles < chip.multiprocessors and not fp8
     if narrow and not gated and tile_rows <= 64 and chip.shared > 200000:
-        return LinearConfig(tile_rows, 64, tile_in, warps, 5, 1, chip.overlap)  # fewer programs, more of each in flight
-    # Elsewhere smaller tiles, so that every multiprocessor has one; but fp8 tensor cores want 64 rows.
+        return LinearConfig(
+            tile_rows, 64, tile_in, warps, 5, 1, chip.overlap
+        )  # fewer programs, more of each in flight
+    # Elsewhere smaller tiles, so that every multiprocessor has one; but fp8 tensor cores want 64
+    # rows.
     return LinearConfig(tile_rows, 32 if narrow else 64, tile_in, warps, stages, 1, chip.overlap)
 
 
@@ -74,12 +84,27 @@ def _plus_product(acc, w, inputs):
 
 @triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
-    x, weight, up_weight, x_scale, w_scale, bias, y, rows, width_in, width_out, x_stride,
-    TILE_ROWS: tl.constexpr, TILE_OUT: tl.constexpr, TILE_IN: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
-    OVERLAP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Grid (tiles of outputs, splits, tiles of rows). GATED: the weight is [gate; up], 2 * width_out rows, or
-    the gate's beside up_weight.
+    x,
+    weight,
+    up_weight,
+    x_scale,
+    w_scale,
+    bias,
+    y,
+    rows,
+    width_in,
+    width_out,
+    x_stride,
+    TILE_ROWS: tl.constexpr,
+    TILE_OUT: tl.constexpr,
+    TILE_IN: tl.constexpr,
+    GATED: tl.constexpr,
+    EVEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid (tiles of outputs, splits, tiles of rows). GATED: the weight is [gate; up], 2 *
+    width_out rows, or the gate's beside up_weight.
 
     x_scale [rows], w_scale: both operands are e4m3, and these undo it (else None).
     """
@@ -107,13 +132,21 @@ def linear_kernel(
             w, inputs = tl.load(w_base + here), tl.load(x_base + here)
         else:
             inside = here < end
-            w, inputs = tl.load(w_base + here, mask=inside, other=0.0), tl.load(x_base + here, mask=inside, other=0.0)
+            w, inputs = (
+                tl.load(w_base + here, mask=inside, other=0.0),
+                tl.load(x_base + here, mask=inside, other=0.0),
+            )
         acc = _plus_product(acc, w, inputs)
         if GATED:
-            up = tl.load(up_base + here) if EVEN else tl.load(up_base + here, mask=here < end, other=0.0)
+            up = (
+                tl.load(up_base + here)
+                if EVEN
+                else tl.load(up_base + here, mask=here < end, other=0.0)
+            )
             acc_up = _plus_product(acc_up, up, inputs)
     if OVERLAP:
-        # Not sooner: programs of the next kernel would take the places that are free now, and leave others idle later.
+        # Not sooner: programs of the next kernel would take the places that are free now, and leave
+        # others idle later.
         tl.extra.cuda.gdc_launch_dependents()
     channel = tl.minimum(out, width_out - 1)
     if x_scale is not None:
@@ -129,7 +162,11 @@ def linear_kernel(
         silu = (gate / (1 + tl.exp(-gate))).to(y.dtype.element_ty).to(tl.float32)
         acc = silu * acc_up.to(y.dtype.element_ty).to(tl.float32)
     offset = (split.to(tl.int64) * rows + row.to(tl.int64))[None, :] * width_out + out[:, None]
-    tl.store(y + offset, acc.to(y.dtype.element_ty), mask=(out < width_out)[:, None] & (row < rows)[None, :])
+    tl.store(
+        y + offset,
+        acc.to(y.dtype.element_ty),
+        mask=(out < width_out)[:, None] & (row < rows)[None, :],
+    )
 
 
 def _width_out(weight, gated, up):
@@ -137,7 +174,9 @@ def _width_out(weight, gated, up):
 
 
 def launch_linear(x, weight, bias, gated, config, up=None):
-    """x [rows, in] by weight [out, in]: y [rows, out] in x's dtype, or fp32 parts [splits, rows, out] where splits > 1."""
+    """x [rows, in] by weight [out, in]: y [rows, out] in x's dtype, or fp32 parts [splits, rows,
+    out] where splits > 1.
+    """
     (rows, width_in), width_out = x.shape, _width_out(weight, gated, up)
     shape = (rows, width_out) if config.splits == 1 else (config.splits, rows, width_out)
     y = torch.empty(shape, dtype=x.dtype if config.splits == 1 else torch.float32, device=x.device)
@@ -147,17 +186,43 @@ def launch_linear(x, weight, bias, gated, config, up=None):
         (x, x_scale), (weight, w_scale) = quantize_rows(x), weight
     with on_device(x):
         linear_kernel[grid](
-            x, weight, up, x_scale, w_scale, bias, y, rows, width_in, width_out, x.stride(0),
-            TILE_ROWS=config.TILE_ROWS, TILE_OUT=config.TILE_OUT, TILE_IN=config.TILE_IN, GATED=gated,
-            EVEN=width_in % (config.TILE_IN * config.splits) == 0, OVERLAP=config.overlap, STAGES=config.num_stages,
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True, **pdl(config.overlap),
-        )  # fmt: skip
+            x,
+            weight,
+            up,
+            x_scale,
+            w_scale,
+            bias,
+            y,
+            rows,
+            width_in,
+            width_out,
+            x.stride(0),
+            TILE_ROWS=config.TILE_ROWS,
+            TILE_OUT=config.TILE_OUT,
+            TILE_IN=config.TILE_IN,
+            GATED=gated,
+            EVEN=width_in % (config.TILE_IN * config.splits) == 0,
+            OVERLAP=config.overlap,
+            STAGES=config.num_stages,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+            **pdl(config.overlap),
+        )
     return y
 
 
 @triton.jit
 def quantize_rows_kernel(
-    x, data, scale, x_stride, width, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr
+    x,
+    data,
+    scale,
+    x_stride,
+    width,
+    LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -166,23 +231,35 @@ def quantize_rows_kernel(
     inside = column < width
     value = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
     largest = tl.maximum(tl.max(tl.abs(value)), SMALLEST)
-    # Divided as IEEE divides, by a tensor; PyTorch multiplies by what a number divides by: every bit is the reference's.
+    # Divided as IEEE divides, by a tensor; PyTorch multiplies by what a number divides by: every
+    # bit is the reference's.
     value *= tl.div_rn(LARGEST, largest)
     tl.store(data + row * width + column, value.to(data.dtype.element_ty), mask=inside)
     tl.store(scale + row, largest * (1 / LARGEST))
 
 
 def quantize_rows(x):
-    """Launches `quantize_rows_kernel` on x [rows, in]; see linear.quantize_rows. 8 values a thread where 4096 are enough."""
+    """Launches `quantize_rows_kernel` on x [rows, in]; see linear.quantize_rows. 8 values a thread
+    where 4096 are enough.
+    """
     x, (rows, width), overlap = rows_of(x), x.shape, chip_of(x.device).overlap
     data = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     tile = power_of_2(width)
     with on_device(x):
         quantize_rows_kernel[(rows,)](
-            x, data, scale, x.stride(0), width, LARGEST=LARGEST, SMALLEST=SMALLEST, TILE=tile, OVERLAP=overlap,
-            num_warps=min(16, max(1, tile // 256)), **pdl(overlap),
-        )  # fmt: skip
+            x,
+            data,
+            scale,
+            x.stride(0),
+            width,
+            LARGEST=LARGEST,
+            SMALLEST=SMALLEST,
+            TILE=tile,
+            OVERLAP=overlap,
+            num_warps=min(16, max(1, tile // 256)),
+            **pdl(overlap),
+        )
     return data, scale
 
 

@@ -1,8 +1,9 @@
 """Triton kernels behind pointwise.py: one launch each, every tensor read and written once.
 
-Results are rounded where the references round: rms_norm casts x * scale before the weight, swiglu casts silu(gate) before the
-product, rope_to_cache rounds to the tables' dtype after every operation. What these kernels cost is memory traffic and the
-ramp of a launch, so a program takes one row, or a few heads of one position, and a thread moves 16 bytes at a time.
+Results are rounded where the references round: rms_norm casts x * scale before the weight, swiglu
+casts silu(gate) before the product, rope_to_cache rounds to the tables' dtype after every
+operation. What these kernels cost is memory traffic and the ramp of a launch, so a program takes
+one row, or a few heads of one position, and a thread moves 16 bytes at a time.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ import triton.language as tl
 
 from .backend import ceil_div, chip_of, dense, on_device, pdl, power_of_2
 
-# A row of up to this many values is held in registers (32 fp32 a thread); a wider one is read twice.
+# A row of up to this many values is held in registers (32 fp32 a thread); a wider one is read
+# twice.
 WIDEST_ROW = 16384
 
 
@@ -34,26 +36,34 @@ class RopeConfig:
 
 
 def rms_norm_config(width: int) -> RowConfig:
-    """The whole row if it fits; 8 values a thread, so that every operand is one 16-byte load in flight."""
+    """The whole row if it fits; 8 values a thread, so that every operand is one 16-byte load in
+    flight.
+    """
     tile = power_of_2(width) if width <= WIDEST_ROW else 4096
     return RowConfig(tile, min(16, max(1, tile // 256)))
 
 
 def swiglu_config(width: int) -> RowConfig:
-    """1024 values: 32 rows of LLaDA's 12288 are 384 programs, enough to keep every multiprocessor loading."""
+    """1024 values: 32 rows of LLaDA's 12288 are 384 programs, enough to keep every multiprocessor
+    loading.
+    """
     tile = min(1024, power_of_2(width))
     return RowConfig(tile, max(1, tile // 256))
 
 
 def rope_config(heads: int, kv_heads: int, half: int) -> RopeConfig:
-    """16 heads (4 warps at D 128) where there are as many key heads; fewer where grouping leaves few, so lanes do not idle."""
+    """16 heads (4 warps at D 128) where there are as many key heads; fewer where grouping leaves
+    few, so lanes do not idle.
+    """
     tile_h = min(16, power_of_2(kv_heads)) if kv_heads > 4 else min(4, power_of_2(heads))
     return RopeConfig(tile_h, min(8, max(1, tile_h * power_of_2(half) // 256)))
 
 
 @triton.jit
 def _sum_at(x, residual, column, inside, x_part, PARTS: tl.constexpr):
-    """x (+ residual, rounded to its dtype) at these columns of a row; x may lie in fp32 PARTS, rounded once added up."""
+    """x (+ residual, rounded to its dtype) at these columns of a row; x may lie in fp32 PARTS,
+    rounded once added up.
+    """
     value = tl.load(x + column, mask=inside, other=0)
     for part in tl.static_range(1, PARTS):
         value += tl.load(x + part * x_part + column, mask=inside, other=0)
@@ -74,9 +84,21 @@ def _scale_and_store(value, scale, weight, y, total, column, inside):
 
 @triton.jit
 def rms_norm_kernel(
-    x, residual, weight, y, total, x_stride, residual_stride, x_part, width, eps, TILE: tl.constexpr, ONE_TILE: tl.constexpr,
-    PARTS: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+    x,
+    residual,
+    weight,
+    y,
+    total,
+    x_stride,
+    residual_stride,
+    x_part,
+    width,
+    eps,
+    TILE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -133,7 +155,12 @@ def _rotated(x, offset, cos, sin, inside, HALF: tl.constexpr):
     table: tl.constexpr = cos.dtype
     first = tl.load(x + offset, mask=inside, other=0)
     second = tl.load(x + offset + HALF, mask=inside, other=0)
-    a, b, c, s = _rounded(first, table), _rounded(second, table), cos.to(tl.float32), sin.to(tl.float32)
+    a, b, c, s = (
+        _rounded(first, table),
+        _rounded(second, table),
+        cos.to(tl.float32),
+        sin.to(tl.float32),
+    )
     low = (_rounded(a * c, table) - _rounded(b * s, table)).to(table)
     high = (_rounded(b * c, table) + _rounded(a * s, table)).to(table)
     return low.to(first.dtype), high.to(first.dtype)
@@ -141,17 +168,55 @@ def _rotated(x, offset, cos, sin, inside, HALF: tl.constexpr):
 
 @triton.jit(do_not_specialize=["steps", "positions", "slots", "page_size"])
 def rope_to_cache_kernel(
-    q, k, v, cos_table, sin_table, start, k_cache, v_cache, length, page_table, q_out, k_out,
-    steps, positions, slots, page_size, table_stride,
-    q_row, q_step, q_head, k_row, k_step, k_head, v_row, v_step, v_head,
-    kc_row, kc_slot, kc_head, vc_row, vc_slot, vc_head,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, TILE_D: tl.constexpr, TILE_H: tl.constexpr,
+    q,
+    k,
+    v,
+    cos_table,
+    sin_table,
+    start,
+    k_cache,
+    v_cache,
+    length,
+    page_table,
+    q_out,
+    k_out,
+    steps,
+    positions,
+    slots,
+    page_size,
+    table_stride,
+    q_row,
+    q_step,
+    q_head,
+    k_row,
+    k_step,
+    k_head,
+    v_row,
+    v_step,
+    v_head,
+    kc_row,
+    kc_slot,
+    kc_head,
+    vc_row,
+    vc_slot,
+    vc_head,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    TILE_D: tl.constexpr,
+    TILE_H: tl.constexpr,
 ):
-    """Programs (position, tile of heads): the first tiles rotate queries, the others keys, whose values go with them."""
+    """Programs (position, tile of heads): the first tiles rotate queries, the others keys, whose
+    values go with them.
+    """
     Q_TILES: tl.constexpr = (HEADS + TILE_H - 1) // TILE_H
     TILES: tl.constexpr = Q_TILES + (KV_HEADS + TILE_H - 1) // TILE_H
     tile, position = tl.program_id(0) % TILES, tl.program_id(0) // TILES
-    row, step, token = (position // steps).to(tl.int64), (position % steps).to(tl.int64), position.to(tl.int64)
+    row, step, token = (
+        (position // steps).to(tl.int64),
+        (position % steps).to(tl.int64),
+        position.to(tl.int64),
+    )
     slot = tl.load(start + row).to(tl.int64) + step
     d = tl.arange(0, TILE_D)[None, :]
     # Rows past their length may overrun the tables.
@@ -161,14 +226,18 @@ def rope_to_cache_kernel(
     if tile < Q_TILES:
         head = tile * TILE_H + tl.arange(0, TILE_H)[:, None]
         inside = (head < HEADS) & (d < HALF)
-        low, high = _rotated(q + row * q_row + step * q_step, head * q_head + d, cos, sin, inside, HALF)
+        low, high = _rotated(
+            q + row * q_row + step * q_step, head * q_head + d, cos, sin, inside, HALF
+        )
         out = q_out + (token * HEADS + head) * (2 * HALF) + d
         tl.store(out, low, mask=inside)
         tl.store(out + HALF, high, mask=inside)
     else:
         head = (tile - Q_TILES) * TILE_H + tl.arange(0, TILE_H)[:, None]
         inside = (head < KV_HEADS) & (d < HALF)
-        low, high = _rotated(k + row * k_row + step * k_step, head * k_head + d, cos, sin, inside, HALF)
+        low, high = _rotated(
+            k + row * k_row + step * k_step, head * k_head + d, cos, sin, inside, HALF
+        )
         out = k_out + (token * KV_HEADS + head) * (2 * HALF) + d
         tl.store(out, low, mask=inside)
         tl.store(out + HALF, high, mask=inside)
@@ -177,7 +246,9 @@ def rope_to_cache_kernel(
             if length is not None:
                 keep &= step < tl.load(length + row)
             if page_table is not None:
-                page = tl.load(page_table + row * table_stride + slot // page_size, mask=keep, other=0)
+                page = tl.load(
+                    page_table + row * table_stride + slot // page_size, mask=keep, other=0
+                )
                 row_there, slot_there = page.to(tl.int64), slot % page_size
             else:
                 row_there, slot_there = row, slot
@@ -207,8 +278,21 @@ def rms_norm(x, weight, eps, residual=None, parts=1):
         added = None if residual is None else rows_of(residual)
         with on_device(x):
             rms_norm_kernel[(y.numel() // width,)](
-                rows, added, dense(weight), y, total, rows.stride(0), 0 if added is None else added.stride(0), y.numel(), width,
-                eps, TILE=config.tile, ONE_TILE=width <= config.tile, PARTS=parts, OVERLAP=overlap, num_warps=config.num_warps,
+                rows,
+                added,
+                dense(weight),
+                y,
+                total,
+                rows.stride(0),
+                0 if added is None else added.stride(0),
+                y.numel(),
+                width,
+                eps,
+                TILE=config.tile,
+                ONE_TILE=width <= config.tile,
+                PARTS=parts,
+                OVERLAP=overlap,
+                num_warps=config.num_warps,
                 **pdl(overlap),
             )
     return y if residual is None else (y, total)
@@ -223,14 +307,23 @@ def swiglu(gate_up):
         tiles, overlap = ceil_div(width, config.tile), chip_of(gate_up.device).overlap
         with on_device(gate_up):
             swiglu_kernel[(rows.shape[0] * tiles,)](
-                rows, y, rows.stride(0), width, tiles, TILE=config.tile, OVERLAP=overlap, num_warps=config.num_warps,
+                rows,
+                y,
+                rows.stride(0),
+                width,
+                tiles,
+                TILE=config.tile,
+                OVERLAP=overlap,
+                num_warps=config.num_warps,
                 **pdl(overlap),
             )
     return y
 
 
 def rope_to_cache(q, k, v, cos, sin, start, k_cache, v_cache, length, page_table):
-    """Launches `rope_to_cache_kernel`; see pointwise.rope_to_cache. The caches' last dimension must be contiguous."""
+    """Launches `rope_to_cache_kernel`; see pointwise.rope_to_cache. The caches' last dimension must
+    be contiguous.
+    """
     (rows, steps, heads), kv_heads, half = q.shape[:3], k.shape[2], q.shape[3] // 2
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
@@ -246,13 +339,38 @@ def rope_to_cache(q, k, v, cos, sin, start, k_cache, v_cache, length, page_table
         table_stride, slots = page_table.shape[1], page_size * page_table.shape[1]
     tiles = ceil_div(heads, config.tile_h) + ceil_div(kv_heads, config.tile_h)
     if rows * steps:
-        # Without fused multiply-adds every bit is the reference's; the arithmetic hides behind the loads anyway.
+        # Without fused multiply-adds every bit is the reference's; the arithmetic hides behind the
+        # loads anyway.
         with on_device(q):
             rope_to_cache_kernel[(rows * steps * tiles,)](
-                q, k, v, cos, sin, start, k_cache, v_cache, dense(length), page_table,
-                q_out, k_out, steps, cos.shape[0], slots, page_size, table_stride,
-                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_strides, *v_strides,
-                HEADS=heads, KV_HEADS=kv_heads, HALF=half, TILE_D=power_of_2(half), TILE_H=config.tile_h,
-                num_warps=config.num_warps, enable_fp_fusion=False,
+                q,
+                k,
+                v,
+                cos,
+                sin,
+                start,
+                k_cache,
+                v_cache,
+                dense(length),
+                page_table,
+                q_out,
+                k_out,
+                steps,
+                cos.shape[0],
+                slots,
+                page_size,
+                table_stride,
+                *q.stride()[:3],
+                *k.stride()[:3],
+                *v.stride()[:3],
+                *k_strides,
+                *v_strides,
+                HEADS=heads,
+                KV_HEADS=kv_heads,
+                HALF=half,
+                TILE_D=power_of_2(half),
+                TILE_H=config.tile_h,
+                num_warps=config.num_warps,
+                enable_fp_fusion=False,
             )
     return q_out, k_out

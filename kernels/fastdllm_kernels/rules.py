@@ -1,8 +1,10 @@
-"""Rules: which proposals of an active block to commit, as frozen dataclasses and their reference meaning.
+"""Rules: which proposals of an active block to commit, as frozen dataclasses and their reference
+meaning.
 
-Source: Fast-dLLM (arXiv 2505.22618), sections 3.3 and 4 (threshold, factor); LLaDA's and Dream's own samplers (quota). A rule
-sees scores [B, T] fp32 (higher is surer), candidates [B, T] bool and each row's step in its block [B], never a model or a
-cache, and returns the commit mask [B, T] bool. Equal scores: the lower position first.
+Source: Fast-dLLM (arXiv 2505.22618), sections 3.3 and 4 (threshold, factor); LLaDA's and Dream's
+own samplers (quota). A rule sees scores [B, T] fp32 (higher is surer), candidates [B, T] bool and
+each row's step in its block [B], never a model or a cache, and returns the commit mask [B, T] bool.
+Equal scores: the lower position first.
 """
 
 from dataclasses import dataclass
@@ -14,8 +16,9 @@ import torch
 class Threshold:
     """Commit every candidate with score >= tau, and always the best one.
 
-    tau: a number >= 0, or a [B] tensor with one per row; above 1 it means one token a step in order of confidence. Scores
-    other than the confidence have other ranges: the negative entropy wants a tau below 0, so any finite number is taken.
+    tau: a number >= 0, or a [B] tensor with one per row; above 1 it means one token a step in order
+    of confidence. Scores other than the confidence have other ranges: the negative entropy wants a
+    tau below 0, so any finite number is taken.
     """
 
     tau: float | torch.Tensor = 0.9
@@ -25,15 +28,18 @@ class Threshold:
 
     def commit(self, scores, candidates, step):
         """The commit mask [B, T] for scores [B, T], candidates [B, T] and step [B]."""
-        return candidates & ((scores >= _column(self.tau, scores)) | (_ranks(scores, candidates) == 0))
+        return candidates & (
+            (scores >= _column(self.tau, scores)) | (_ranks(scores, candidates) == 0)
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """Commit the best max(1, n), n the largest with (n + 1)(1 - c(n)) <= f for the scores c(1) >= c(2) >= ...
+    """Commit the best max(1, n), n the largest with (n + 1)(1 - c(n)) <= f for the scores c(1) >=
+    c(2) >= ...
 
-    f: a number > 0, or a [B] tensor. f = 1 is the bound of the paper's theorem, below which greedy parallel decoding equals
-    greedy sequential decoding.
+    f: a number > 0, or a [B] tensor. f = 1 is the bound of the paper's theorem, below which greedy
+    parallel decoding equals greedy sequential decoding.
     """
 
     f: float | torch.Tensor = 1.0
@@ -53,9 +59,10 @@ class Factor:
 class Quota:
     """Commit a block's masks over a fixed number of steps, the best scores of each step.
 
-    steps: an integer >= 1, or a [B] integer tensor. schedule "even": as evenly as possible, the first steps taking the
-    remainder; "dream": Dream's published schedule, int(m (1 - t[i+1] / t[i])) of the m masks left with
-    t = linspace(1, 0.001, steps + 1), the last step all of them (a step of it may commit nothing).
+    steps: an integer >= 1, or a [B] integer tensor. schedule "even": as evenly as possible, the
+    first steps taking the remainder; "dream": Dream's published schedule, int(m (1 - t[i+1] /
+    t[i])) of the m masks left with t = linspace(1, 0.001, steps + 1), the last step all of them (a
+    step of it may commit nothing).
     """
 
     steps: int | torch.Tensor
@@ -66,9 +73,13 @@ class Quota:
             if self.steps.is_floating_point() or self.steps.dtype == torch.bool:
                 raise TypeError(f"Quota.steps: expected an integer tensor, got {self.steps.dtype}")
             if self.steps.device.type == "cpu" and (self.steps < 1).any():
-                raise ValueError(f"Quota.steps: expected every entry >= 1, got {self.steps.tolist()}")
+                raise ValueError(
+                    f"Quota.steps: expected every entry >= 1, got {self.steps.tolist()}"
+                )
         elif isinstance(self.steps, bool) or not isinstance(self.steps, int):
-            raise TypeError(f"Quota.steps: expected an int or an integer tensor, got {type(self.steps).__name__}")
+            raise TypeError(
+                f"Quota.steps: expected an int or an integer tensor, got {type(self.steps).__name__}"
+            )
         elif self.steps < 1:
             raise ValueError(f"Quota.steps: expected at least 1, got {self.steps}")
         if self.schedule not in ("even", "dream"):
@@ -88,24 +99,32 @@ def quota_count(masks, steps, step, schedule):
     if schedule == "even":
         return (masks + left - 1) // left
     now, then = _dream_time(step, steps), _dream_time(step + 1, steps)
-    return torch.where(left == 1, masks, (masks.to(torch.float32) * (1 - then / now)).to(torch.int64))
+    return torch.where(
+        left == 1, masks, (masks.to(torch.float32) * (1 - then / now)).to(torch.int64)
+    )
 
 
 def _dream_time(i, steps):
-    """torch.linspace(1, 0.001, steps + 1)[i] in float32, in the order of linspace's own arithmetic: the truncations fall as
-    published, but for some 17 in a million where its fused multiply-adds round otherwise."""
+    """torch.linspace(1, 0.001, steps + 1)[i] in float32, in the order of linspace's own arithmetic:
+    the truncations fall as published, but for some 17 in a million where its fused multiply-adds
+    round otherwise.
+    """
     stride = torch.tensor(0.001 - 1, dtype=torch.float32, device=i.device) / steps
     return torch.where(2 * i < steps + 1, 1 + stride * i, 0.001 - stride * (steps - i))
 
 
 def _ranks(scores, candidates):
-    """Each candidate's place [B, T] in descending score, 0 the best, ties to the lower position; others come last."""
+    """Each candidate's place [B, T] in descending score, 0 the best, ties to the lower position;
+    others come last.
+    """
     order = torch.where(candidates, scores, -torch.inf).nan_to_num(nan=-torch.inf)
     order = order.masked_fill(~candidates, -torch.inf)
     # Candidates with a score of -inf still come before positions that are none.
     by_score = torch.argsort(order, dim=1, descending=True, stable=True)
     is_candidate = candidates.gather(1, by_score)
-    by_score = by_score.gather(1, torch.argsort(is_candidate.to(torch.int8), dim=1, descending=True, stable=True))
+    by_score = by_score.gather(
+        1, torch.argsort(is_candidate.to(torch.int8), dim=1, descending=True, stable=True)
+    )
     return torch.argsort(by_score, dim=1)
 
 
@@ -122,8 +141,12 @@ def _check_number(name, value, above=None):
             raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
         wrong = value.isnan() if above is None else ~(value > above)
         if value.device.type == "cpu" and wrong.any():
-            raise ValueError(f"{name}: expected numbers{'' if above is None else f' > {above}'}, got {value.tolist()}")
+            raise ValueError(
+                f"{name}: expected numbers{'' if above is None else f' > {above}'}, got {value.tolist()}"
+            )
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
     elif value != value or (above is not None and not value > above):
-        raise ValueError(f"{name}: expected a number{'' if above is None else f' > {above}'}, got {value}")
+        raise ValueError(
+            f"{name}: expected a number{'' if above is None else f' > {above}'}, got {value}"
+        )

@@ -1,18 +1,19 @@
 """confidence_select: from the logits of a block to its committed tokens.
 
-For every candidate position: a proposal (argmax, or a draw by Gumbel-max), its score, then the rule over the block and the
-commit, in place. With z the logits of a row over V entries, p = softmax(z):
+For every candidate position: a proposal (argmax, or a draw by Gumbel-max), its score, then the rule
+over the block and the commit, in place. With z the logits of a row over V entries, p = softmax(z):
 
     confidence  p[proposal]      margin  the two largest p among what may be proposed, their difference
     entropy     sum p ln p       random  uniform in [0, 1)
 
-The mask id is never proposed and stays in every softmax sum. Ties go to the lowest id. A draw at temperature T is
-argmax_v(z_v / T - ln E_v) with E_v exponential: exact for softmax(z / T). E_v comes from Philox4x32-10, keyed by the row's seed
-and counted by (column pair, position), as the logarithm of a 64-bit uniform that keeps full relative precision where E is
-small: a 32-bit uniform cuts that tail off and distorts rare tokens (arXiv 2409.02908).
+The mask id is never proposed and stays in every softmax sum. Ties go to the lowest id. A draw at
+temperature T is argmax_v(z_v / T - ln E_v) with E_v exponential: exact for softmax(z / T). E_v
+comes from Philox4x32-10, keyed by the row's seed and counted by (column pair, position), as the
+logarithm of a 64-bit uniform that keeps full relative precision where E is small: a 32-bit uniform
+cuts that tail off and distorts rare tokens (arXiv 2409.02908).
 
-What it saves: the logits are read once, in their own dtype, and nothing of size V is written. A softmax in float64 over
-[32, 126464] alone moves 40 times the bytes.
+What it saves: the logits are read once, in their own dtype, and nothing of size V is written. A
+softmax in float64 over [32, 126464] alone moves 40 times the bytes.
 """
 
 import math
@@ -27,11 +28,13 @@ SCORES = ("confidence", "margin", "entropy", "random")
 
 
 class Selection(NamedTuple):
-    """What one step decided: token_ids [B, T] int64, score [B, T] fp32, committed [B, T] bool, remaining [B] int32.
+    """What one step decided: token_ids [B, T] int64, score [B, T] fp32, committed [B, T] bool,
+    remaining [B] int32.
 
-    Where a position is no candidate, token_ids is the token it holds and score is -inf. remaining counts a row's candidates
-    left; -(1 + t) says that the logits of candidate t (the row's first such) hold a NaN: it was not committed, its score is NaN
-    and its entry of token_ids means nothing.
+    Where a position is no candidate, token_ids is the token it holds and score is -inf. remaining
+    counts a row's candidates left; -(1 + t) says that the logits of candidate t (the row's first
+    such) hold a NaN: it was not committed, its score is NaN and its entry of token_ids means
+    nothing.
     """
 
     token_ids: torch.Tensor
@@ -41,7 +44,9 @@ class Selection(NamedTuple):
 
 
 class Confidence(NamedTuple):
-    """token_confidence's result: token_ids [N] int64, score [N] fp32, and on request logsumexp, entropy, margin [N] fp32."""
+    """token_confidence's result: token_ids [N] int64, score [N] fp32, and on request logsumexp,
+    entropy, margin [N] fp32.
+    """
 
     token_ids: torch.Tensor
     score: torch.Tensor
@@ -51,11 +56,13 @@ class Confidence(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """What a part of the vocabulary says of N rows, in [N] tensors (fp32 but for the id and the flag); z are its logits.
+    """What a part of the vocabulary says of N rows, in [N] tensors (fp32 but for the id and the
+    flag); z are its logits.
 
-    maximum: the largest z. total: sum exp(z - maximum). weighted: sum exp(z - maximum)(z - maximum). best: what was compared
-    of the proposal, z or z / T + noise. logit: its z. top, second: the two largest z among what may be proposed. token_ids:
-    the proposal's id in the whole vocabulary, int64. has_nan: bool.
+    maximum: the largest z. total: sum exp(z - maximum). weighted: sum exp(z - maximum)(z -
+    maximum). best: what was compared of the proposal, z or z / T + noise. logit: its z. top,
+    second: the two largest z among what may be proposed. token_ids: the proposal's id in the whole
+    vocabulary, int64. has_nan: bool.
     """
 
     maximum: torch.Tensor
@@ -73,7 +80,8 @@ _M0, _M1, _W0, _W1, _U32 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFF
 
 
 def philox(seed, x0, x1):
-    """Philox4x32-10 (Salmon et al., SC 2011) of counters (x0, x1, 0, 0) under 64-bit keys: four int64 tensors of 32 bits.
+    """Philox4x32-10 (Salmon et al., SC 2011) of counters (x0, x1, 0, 0) under 64-bit keys: four
+    int64 tensors of 32 bits.
 
     seed, x0, x1: int64 tensors that broadcast; of the counters the low 32 bits count.
     """
@@ -93,54 +101,90 @@ def philox_rounds(x0, x1, x2, x3, k0, k1):
 
 
 def _multiply(x, constant):
-    """High and low 32 bits of a 32 x 32 bit product held in int64 (by halves: the full product would overflow)."""
+    """High and low 32 bits of a 32 x 32 bit product held in int64 (by halves: the full product
+    would overflow).
+    """
     low, high = x * (constant & 0xFFFF), x * (constant >> 16)
     middle = high + (low >> 16)
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def log_exponential(high, low):
-    """ln E for E = -ln U, U = (high 2^32 + low + 1/2) / 2^64: fp32, accurate to fp32's relative precision in both tails.
+    """ln E for E = -ln U, U = (high 2^32 + low + 1/2) / 2^64: fp32, accurate to fp32's relative
+    precision in both tails.
 
-    Near U = 1 the direct logarithm loses every digit; there E = -log1p(-(1 - U)) with 1 - U counted from the top.
+    Near U = 1 the direct logarithm loses every digit; there E = -log1p(-(1 - U)) with 1 - U counted
+    from the top.
     """
     near_one, scale = high >= 2**31, 2.0**-32
     high, low = torch.where(near_one, _U32 - high, high), torch.where(near_one, _U32 - low, low)
-    value = (high.float() + (low.float() + 0.5) * scale) * scale  # U, or 1 - U where that is smaller
+    value = (
+        high.float() + (low.float() + 0.5) * scale
+    ) * scale  # U, or 1 - U where that is smaller
     return torch.log(torch.where(near_one, -torch.log1p(-value), -torch.log(value)))
 
 
 def gumbel_noise(seed, position, vocab, start=0):
-    """-ln E [.., vocab] fp32 of rows keyed by seed [..], counted by position [..]: Gumbel variates of columns from start on."""
+    """-ln E [.., vocab] fp32 of rows keyed by seed [..], counted by position [..]: Gumbel variates
+    of columns from start on.
+    """
     column = start // 2 + torch.arange((vocab + 1) // 2, device=seed.device)
     words = philox(seed[..., None], column, position[..., None])
-    pairs = torch.stack([log_exponential(words[0], words[1]), log_exponential(words[2], words[3])], dim=-1)
+    pairs = torch.stack(
+        [log_exponential(words[0], words[1]), log_exponential(words[2], words[3])], dim=-1
+    )
     return -pairs.flatten(-2)[..., :vocab]
 
 
 def uniform(seed, position):
-    """The uniform variate in [0, 1) of the score "random": one for each row, from a counter no column pair uses."""
+    """The uniform variate in [0, 1) of the score "random": one for each row, from a counter no
+    column pair uses.
+    """
     return (philox(seed, torch.full_like(position, _U32), position)[0] >> 8).float() * 2.0**-24
 
 
 def token_confidence_reference(
-    logits, *, mask_id=None, score="confidence", temperature=0.0, seed=None, position=None, vocab_size=None,
-    return_logsumexp=False, return_entropy=False, return_margin=False,
+    logits,
+    *,
+    mask_id=None,
+    score="confidence",
+    temperature=0.0,
+    seed=None,
+    position=None,
+    vocab_size=None,
+    return_logsumexp=False,
+    return_entropy=False,
+    return_margin=False,
 ):
     """See `token_confidence`."""
     draw = dict(seed=seed, position=position)
-    returned = dict(return_logsumexp=return_logsumexp, return_entropy=return_entropy, return_margin=return_margin)
+    returned = dict(
+        return_logsumexp=return_logsumexp,
+        return_entropy=return_entropy,
+        return_margin=return_margin,
+    )
     part = dict(mask_id=mask_id, temperature=temperature, vocab_size=vocab_size, **draw)
-    return merge_confidence_partials([token_confidence_partials_reference(logits, **part)], score=score, **draw, **returned)
+    return merge_confidence_partials(
+        [token_confidence_partials_reference(logits, **part)], score=score, **draw, **returned
+    )
 
 
 def inverse(temperature):
-    """1 / temperature as both backends multiply by it (0 for 0); bounded, so that it is finite in fp32 too."""
+    """1 / temperature as both backends multiply by it (0 for 0); bounded, so that it is finite in
+    fp32 too.
+    """
     return min(1 / temperature, 1e30) if temperature else 0.0
 
 
 def token_confidence_partials_reference(
-    logits, *, vocab_start=0, mask_id=None, temperature=0.0, seed=None, position=None, vocab_size=None
+    logits,
+    *,
+    vocab_start=0,
+    mask_id=None,
+    temperature=0.0,
+    seed=None,
+    position=None,
+    vocab_size=None,
 ):
     """See `token_confidence_partials`."""
     z = logits[:, :vocab_size].float()
@@ -153,7 +197,9 @@ def token_confidence_partials_reference(
     compared = offered
     if temperature > 0:
         noise = gumbel_noise(_seeds(seed, position), position, vocab, vocab_start)
-        compared = torch.where(offered == -math.inf, offered, offered * inverse(temperature) + noise)
+        compared = torch.where(
+            offered == -math.inf, offered, offered * inverse(temperature) + noise
+        )
     # The lowest id of the largest; of a row of -inf the lowest that is not the mask.
     spare = int(barred == 0 and vocab > 1)
     token_ids = torch.where((compared == -math.inf).all(-1), spare, compared.argmax(-1))
@@ -163,19 +209,34 @@ def token_confidence_partials_reference(
     top = offered.topk(min(2, vocab), dim=-1).values
     second = top[:, 1] if vocab > 1 else torch.full_like(maximum, -math.inf)
     return Partials(
-        maximum, power.sum(-1), torch.where(power > 0, power * away, 0 * power).sum(-1), compared[rows, token_ids],
-        offered[rows, token_ids], top[:, 0], second, token_ids + vocab_start, z.isnan().any(-1),
+        maximum,
+        power.sum(-1),
+        torch.where(power > 0, power * away, 0 * power).sum(-1),
+        compared[rows, token_ids],
+        offered[rows, token_ids],
+        top[:, 0],
+        second,
+        token_ids + vocab_start,
+        z.isnan().any(-1),
     )
 
 
 def merge_confidence_partials(
-    partials, *, score="confidence", seed=None, position=None, return_logsumexp=False, return_entropy=False,
+    partials,
+    *,
+    score="confidence",
+    seed=None,
+    position=None,
+    return_logsumexp=False,
+    return_entropy=False,
     return_margin=False,
 ):
-    """The Confidence of N rows from the Partials of the parts of their vocabulary, in any order: small tensors, no logits.
+    """The Confidence of N rows from the Partials of the parts of their vocabulary, in any order:
+    small tensors, no logits.
 
-    partials: a non-empty list of Partials of equal shape on one device, made with equal mask_id, temperature, seed and
-    position. score, seed, position (both for score "random") and the returned fields are those of `token_confidence`.
+    partials: a non-empty list of Partials of equal shape on one device, made with equal mask_id,
+    temperature, seed and position. score, seed, position (both for score "random") and the returned
+    fields are those of `token_confidence`.
     """
     if not partials:
         raise ValueError("partials: expected at least one Partials, got none")
@@ -190,22 +251,42 @@ def merge_confidence_partials(
     # 1 where nothing is above -inf, or where +inf takes all.
     total = torch.where(maximum.isinf(), 1, (part.total * scale).sum(0))
     best = part.best.masked_fill(part.has_nan, math.inf)
-    token_ids = torch.where(best == best.amax(0), part.token_ids, torch.iinfo(torch.int64).max).amin(0)
+    token_ids = torch.where(
+        best == best.amax(0), part.token_ids, torch.iinfo(torch.int64).max
+    ).amin(0)
     logit = torch.where(part.token_ids == token_ids, part.logit, -math.inf).amax(0)
     top, second = torch.cat([part.top, part.second]).topk(2, dim=0).values
     probability, top, second = (torch.exp(z - shift) / total for z in (logit, top, second))
     entropy = torch.where(maximum == math.inf, math.nan, weighted / total - torch.log(total))
-    values = {"confidence": probability, "margin": top - second, "entropy": entropy, "logsumexp": maximum + torch.log(total)}
+    values = {
+        "confidence": probability,
+        "margin": top - second,
+        "entropy": entropy,
+        "logsumexp": maximum + torch.log(total),
+    }
     if score == "random":
         rows = torch.arange(len(maximum), device=maximum.device)
         values["random"] = uniform(_seeds(seed, rows), rows if position is None else position)
     values = {name: value.masked_fill(has_nan, math.nan) for name, value in values.items()}
     returned = {"logsumexp": return_logsumexp, "entropy": return_entropy, "margin": return_margin}
-    return Confidence(token_ids, values[score], *(values[name] if want else None for name, want in returned.items()))
+    return Confidence(
+        token_ids,
+        values[score],
+        *(values[name] if want else None for name, want in returned.items()),
+    )
 
 
 def confidence_select_reference(
-    logits, tokens, *, mask_id, rule, candidates=None, score="confidence", temperature=0.0, seed=None, vocab_size=None,
+    logits,
+    tokens,
+    *,
+    mask_id,
+    rule,
+    candidates=None,
+    score="confidence",
+    temperature=0.0,
+    seed=None,
+    vocab_size=None,
     step=None,
 ):
     """See `confidence_select`."""
@@ -215,17 +296,24 @@ def confidence_select_reference(
     position = torch.arange(width, device=tokens.device).repeat(rows)
     seeds = None if seed is None else _seeds(seed, tokens[:, 0]).repeat_interleave(width)
     best = token_confidence_reference(
-        logits.reshape(-1, vocab), mask_id=mask_id, score=score, temperature=temperature, seed=seeds, position=position,
+        logits.reshape(-1, vocab),
+        mask_id=mask_id,
+        score=score,
+        temperature=temperature,
+        seed=seeds,
+        position=position,
         vocab_size=vocab_size,
     )
     return commit_proposals(rule.commit, best.token_ids, best.score, tokens, candidates, step)
 
 
 def commit_proposals(commit, token_ids, score, tokens, candidates, step) -> Selection:
-    """What follows scoring, in plain PyTorch: ask the rule, commit into `tokens` in place, count what remains.
+    """What follows scoring, in plain PyTorch: ask the rule, commit into `tokens` in place, count
+    what remains.
 
-    commit: (scores [B, T], candidates [B, T], step [B]) -> mask [B, T], as a rule's `commit`. token_ids, score: B * T
-    proposals and their scores, NaN where the logits hold one. tokens, candidates [B, T].
+    commit: (scores [B, T], candidates [B, T], step [B]) -> mask [B, T], as a rule's `commit`.
+    token_ids, score: B * T proposals and their scores, NaN where the logits hold one. tokens,
+    candidates [B, T].
     """
     token_ids = torch.where(candidates, token_ids.view_as(tokens), tokens)
     value = score.view_as(tokens).masked_fill(~candidates, -math.inf)
@@ -233,7 +321,9 @@ def commit_proposals(commit, token_ids, score, tokens, candidates, step) -> Sele
     committed = commit(value, candidates & ~broken, step)
     tokens.copy_(torch.where(committed, token_ids, tokens))
     remaining = (candidates & ~committed).sum(1)
-    remaining = torch.where(broken.any(1), -1 - broken.to(torch.int8).argmax(1), remaining).to(torch.int32)
+    remaining = torch.where(broken.any(1), -1 - broken.to(torch.int8).argmax(1), remaining).to(
+        torch.int32
+    )
     return Selection(token_ids, value, committed, remaining)
 
 
@@ -254,7 +344,8 @@ LIBRARY.define(
     "-> (Tensor token_ids, Tensor has_nan, Tensor values)"
 )
 RULES = {"threshold": Threshold, "factor": Factor, "quota": Quota}
-# One program ranks a row's block, its work growing with the square of the length; past this the reference does it.
+# One program ranks a row's block, its work growing with the square of the length; past this the
+# reference does it.
 WIDEST_KERNEL = 2048
 
 
@@ -279,23 +370,40 @@ def _run_select(*arguments):
     if parameter is None:
         parameter = int(number) if kind == "quota" else number
     selection = confidence_select_reference(
-        logits, tokens, mask_id=mask_id, rule=RULES[kind](parameter, *schedule), candidates=candidates, score=score,
-        temperature=temperature, seed=seed_number if seed is None else seed, vocab_size=vocab_size, step=step,
+        logits,
+        tokens,
+        mask_id=mask_id,
+        rule=RULES[kind](parameter, *schedule),
+        candidates=candidates,
+        score=score,
+        temperature=temperature,
+        seed=seed_number if seed is None else seed,
+        vocab_size=vocab_size,
+        step=step,
     )
     for result, value in zip(arguments[13:], selection, strict=True):
         result.copy_(value)
 
 
 def _run_confidence(*arguments):
-    """score None asks for the partials' numbers in `values`, otherwise they are score, log-sum-exp, entropy and margin."""
-    logits, mask_id, score, temperature, seed, seed_number, position, vocab_size, vocab_start = arguments[:9]
+    """score None asks for the partials' numbers in `values`, otherwise they are score, log-sum-exp,
+    entropy and margin.
+    """
+    logits, mask_id, score, temperature, seed, seed_number, position, vocab_size, vocab_start = (
+        arguments[:9]
+    )
     if backend.use_triton("token_confidence", logits, _unsupported(logits)):
         from .select_triton import launch_confidence
 
         return launch_confidence(*arguments)
     draw = dict(seed=seed_number if seed is None else seed, position=position)
     *values, token_ids, has_nan = partials = token_confidence_partials_reference(
-        logits, vocab_start=vocab_start, mask_id=mask_id, temperature=temperature, vocab_size=vocab_size, **draw
+        logits,
+        vocab_start=vocab_start,
+        mask_id=mask_id,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        **draw,
     )
     if score is not None:
         returned = dict(return_logsumexp=True, return_entropy=True, return_margin=True)
@@ -316,65 +424,130 @@ torch.library.register_fake("fastdllm::token_confidence", _fake_confidence, lib=
 
 
 def confidence_select(
-    logits, tokens, *, mask_id, rule, candidates=None, score="confidence", temperature=0.0, seed=None, vocab_size=None,
+    logits,
+    tokens,
+    *,
+    mask_id,
+    rule,
+    candidates=None,
+    score="confidence",
+    temperature=0.0,
+    seed=None,
+    vocab_size=None,
     step=None,
 ):
-    """Propose, score, choose and commit the tokens of an active block (Fast-dLLM, arXiv 2505.22618, 3.3; spec of the rules).
+    """Propose, score, choose and commit the tokens of an active block (Fast-dLLM, arXiv 2505.22618,
+    3.3; spec of the rules).
 
-    logits [B, T, V] (float16, bfloat16 or float32; rows at any stride, V contiguous): row t predicts position t of the block.
-    tokens [B, T] int64, updated in place where committed. mask_id is never proposed. rule: Threshold, Factor or Quota, whose
-    parameter may be a [B] tensor. candidates [B, T] bool: default tokens == mask_id. score: "confidence", "margin",
-    "entropy" or "random". temperature 0 proposes the argmax, above 0 draws from softmax(logits / temperature); the score is
-    that of the clean softmax. seed: an int, or [B] int64, the key of a row's draws; needed with a temperature or "random".
-    vocab_size: entries past it are padding. step [B] int64 or int32: the row's step in its block, from 0, which Quota counts
-    by (default 0).
+    logits [B, T, V] (float16, bfloat16 or float32; rows at any stride, V contiguous): row t
+    predicts position t of the block. tokens [B, T] int64, updated in place where committed. mask_id
+    is never proposed. rule: Threshold, Factor or Quota, whose parameter may be a [B] tensor.
+    candidates [B, T] bool: default tokens == mask_id. score: "confidence", "margin", "entropy" or
+    "random". temperature 0 proposes the argmax, above 0 draws from softmax(logits / temperature);
+    the score is that of the clean softmax. seed: an int, or [B] int64, the key of a row's draws;
+    needed with a temperature or "random". vocab_size: entries past it are padding. step [B] int64
+    or int32: the row's step in its block, from 0, which Quota counts by (default 0).
 
-    Returns a Selection. Nothing is read back to the host. Raises TypeError for dtypes, ValueError for shapes and values.
+    Returns a Selection. Nothing is read back to the host. Raises TypeError for dtypes, ValueError
+    for shapes and values.
     """
     vocab_size = _check_logits(logits, 3, mask_id, score, temperature, vocab_size)
     checks.tensor("tokens", tokens, (torch.int64,), logits.shape[:2], logits.device)
     kind, parameter, number = _rule(rule, tokens)
-    checks.tensor("candidates", candidates, (torch.bool,), tokens.shape, tokens.device, optional=True)
+    checks.tensor(
+        "candidates", candidates, (torch.bool,), tokens.shape, tokens.device, optional=True
+    )
     seed, seed_number = _seed_arguments(seed, tokens, temperature > 0 or score == "random")
-    checks.tensor("step", step, (torch.int64, torch.int32), tokens.shape[:1], tokens.device, optional=True)
-    each = (tokens.new_empty(tokens.shape, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.bool))
+    checks.tensor(
+        "step", step, (torch.int64, torch.int32), tokens.shape[:1], tokens.device, optional=True
+    )
+    each = (
+        tokens.new_empty(tokens.shape, dtype=dtype)
+        for dtype in (torch.int64, torch.float32, torch.bool)
+    )
     selection = Selection(*each, tokens.new_empty(len(tokens), dtype=torch.int32))
     torch.ops.fastdllm.confidence_select(
-        logits, tokens, candidates, mask_id, kind, parameter, number, score, float(temperature), seed, seed_number, vocab_size,
-        step, *selection,
+        logits,
+        tokens,
+        candidates,
+        mask_id,
+        kind,
+        parameter,
+        number,
+        score,
+        float(temperature),
+        seed,
+        seed_number,
+        vocab_size,
+        step,
+        *selection,
     )
     return selection
 
 
 def token_confidence(
-    logits, *, mask_id=None, score="confidence", temperature=0.0, seed=None, position=None, vocab_size=None,
-    return_logsumexp=False, return_entropy=False, return_margin=False,
+    logits,
+    *,
+    mask_id=None,
+    score="confidence",
+    temperature=0.0,
+    seed=None,
+    position=None,
+    vocab_size=None,
+    return_logsumexp=False,
+    return_entropy=False,
+    return_margin=False,
 ):
-    """The proposal and score of each row of logits [N, V], without a rule: for engines that bring their own.
+    """The proposal and score of each row of logits [N, V], without a rule: for engines that bring
+    their own.
 
-    mask_id (optional) is never proposed; score, temperature and vocab_size as in `confidence_select`; seed an int or [N] int64,
-    position [N] int64 what a row's draws are counted by (default its index). Returns a Confidence: token_ids [N] int64, score
-    [N] fp32 (NaN where the row holds a NaN), and on request the log-sum-exp, the negative entropy and the top-2 margin.
+    mask_id (optional) is never proposed; score, temperature and vocab_size as in
+    `confidence_select`; seed an int or [N] int64, position [N] int64 what a row's draws are counted
+    by (default its index). Returns a Confidence: token_ids [N] int64, score [N] fp32 (NaN where the
+    row holds a NaN), and on request the log-sum-exp, the negative entropy and the top-2 margin.
     """
     vocab_size = _check_logits(logits, 2, mask_id, score, temperature, vocab_size)
     seed, seed_number = _seed_arguments(seed, logits, temperature > 0 or score == "random")
-    checks.tensor("position", position, (torch.int64,), logits.shape[:1], logits.device, optional=True)
+    checks.tensor(
+        "position", position, (torch.int64,), logits.shape[:1], logits.device, optional=True
+    )
     token_ids, _, values = torch.ops.fastdllm.token_confidence(
-        logits, mask_id, score, float(temperature), seed, seed_number, position, vocab_size, 0, return_entropy, return_margin,
+        logits,
+        mask_id,
+        score,
+        float(temperature),
+        seed,
+        seed_number,
+        position,
+        vocab_size,
+        0,
+        return_entropy,
+        return_margin,
     )
     wanted = (True, return_logsumexp, return_entropy, return_margin)
-    return Confidence(token_ids, *(value if want else None for value, want in zip(values, wanted, strict=True)))
+    return Confidence(
+        token_ids, *(value if want else None for value, want in zip(values, wanted, strict=True))
+    )
 
 
 def token_confidence_partials(
-    logits, *, vocab_start=0, mask_id=None, temperature=0.0, seed=None, position=None, vocab_size=None
+    logits,
+    *,
+    vocab_start=0,
+    mask_id=None,
+    temperature=0.0,
+    seed=None,
+    position=None,
+    vocab_size=None,
 ):
-    """What one part of the vocabulary says of N rows, for `merge_confidence_partials`: nothing of size V leaves a device.
+    """What one part of the vocabulary says of N rows, for `merge_confidence_partials`: nothing of
+    size V leaves a device.
 
-    logits [N, V_part]: columns vocab_start .. vocab_start + V_part of the whole matrix; vocab_start is even, as two columns
-    share a draw. mask_id is an id of the whole vocabulary; seed and position must be those of the other parts: then the
-    merged proposals and draws are those of `token_confidence` on the whole. vocab_size: this part's entries past it are
-    padding. Returns Partials. Raises as `token_confidence` does.
+    logits [N, V_part]: columns vocab_start .. vocab_start + V_part of the whole matrix; vocab_start
+    is even, as two columns share a draw. mask_id is an id of the whole vocabulary; seed and
+    position must be those of the other parts: then the merged proposals and draws are those of
+    `token_confidence` on the whole. vocab_size: this part's entries past it are padding. Returns
+    Partials. Raises as `token_confidence` does.
     """
     if checks.integer("vocab_start", vocab_start, 0) % 2:
         raise ValueError(f"vocab_start: expected an even number, got {vocab_start}")
@@ -382,9 +555,21 @@ def token_confidence_partials(
         checks.integer("mask_id", mask_id)
     vocab_size = _check_logits(logits, 2, None, "confidence", temperature, vocab_size)
     seed, seed_number = _seed_arguments(seed, logits, temperature > 0)
-    checks.tensor("position", position, (torch.int64,), logits.shape[:1], logits.device, optional=True)
+    checks.tensor(
+        "position", position, (torch.int64,), logits.shape[:1], logits.device, optional=True
+    )
     token_ids, has_nan, values = torch.ops.fastdllm.token_confidence(
-        logits, mask_id, None, float(temperature), seed, seed_number, position, vocab_size, vocab_start, True, True,
+        logits,
+        mask_id,
+        None,
+        float(temperature),
+        seed,
+        seed_number,
+        position,
+        vocab_size,
+        vocab_start,
+        True,
+        True,
     )
     return Partials(*values, token_ids, has_nan)
 
@@ -400,25 +585,37 @@ def _check_logits(logits, ndim, mask_id, score, temperature, vocab_size):
     if mask_id is not None or ndim == 3:
         checks.integer("mask_id", mask_id, 0, vocab - 1)
         if mask_id >= vocab_size:
-            raise ValueError(f"mask_id: expected a value below vocab_size = {vocab_size}, got {mask_id}")
+            raise ValueError(
+                f"mask_id: expected a value below vocab_size = {vocab_size}, got {mask_id}"
+            )
     if ndim == 3:
-        checks.integer("vocab_size", vocab_size, 2)  # the mask id, which is never proposed, and another
+        checks.integer(
+            "vocab_size", vocab_size, 2
+        )  # the mask id, which is never proposed, and another
     checks.choice("score", score, SCORES)
     checks.number("temperature", temperature, at_least=0)
     return vocab_size
 
 
 def _seed_arguments(seed, rows, needed):
-    """The seed as the ops take it: a checked tensor or None, and the number that stands where it is None."""
+    """The seed as the ops take it: a checked tensor or None, and the number that stands where it is
+    None.
+    """
     if seed is None and needed:
-        raise ValueError("seed: expected an int or a tensor where temperature > 0 or score is 'random', got None")
+        raise ValueError(
+            "seed: expected an int or a tensor where temperature > 0 or score is 'random', got None"
+        )
     if seed is None or isinstance(seed, torch.Tensor):
-        return checks.tensor("seed", seed, (torch.int64,), rows.shape[:1], rows.device, optional=True), 0
+        return checks.tensor(
+            "seed", seed, (torch.int64,), rows.shape[:1], rows.device, optional=True
+        ), 0
     return None, checks.integer("seed", seed, -(2**63), 2**63 - 1)
 
 
 def _rule(rule, tokens):
-    """The rule's name in the op, and its parameter as a checked tensor or None, and the number that stands where it is None."""
+    """The rule's name in the op, and its parameter as a checked tensor or None, and the number that
+    stands where it is None.
+    """
     kind = next((name for name, known in RULES.items() if type(rule) is known), None)
     if kind is None:
         raise TypeError(f"rule: expected Threshold, Factor or Quota, got {type(rule).__name__}")
@@ -427,6 +624,8 @@ def _rule(rule, tokens):
     if not isinstance(parameter, torch.Tensor):
         return name, None, float(parameter)
     if parameter.shape != tokens.shape[:1]:
-        raise ValueError(f"rule: expected a parameter of shape [{tokens.shape[0]}], got {tuple(parameter.shape)}")
+        raise ValueError(
+            f"rule: expected a parameter of shape [{tokens.shape[0]}], got {tuple(parameter.shape)}"
+        )
     dtype = torch.int64 if kind == "quota" else torch.float32
     return name, parameter.to(device=tokens.device, dtype=dtype), 0.0

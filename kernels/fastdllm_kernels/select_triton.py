@@ -1,11 +1,13 @@
-"""The Triton kernels of select.py: a scan of the logits, then a merge that scores, applies the rule and commits.
+"""The Triton kernels of select.py: a scan of the logits, then a merge that scores, applies the rule
+and commits.
 
 scan_kernel     one program for each (row, part of the vocabulary): reads its logits once, leaves one partial record
 commit_kernel   one program for each batch row: merges its positions' records, scores, ranks, commits in place
 merge_kernel    the same merge without a rule, for token_confidence and its partials
 
-A record is FIELDS fp32 numbers and two int32 in a workspace [fields, rows, parts]: nothing of size V is written. What a
-program decides depends on no order of execution, so equal inputs give equal bits. Only candidates are read.
+A record is FIELDS fp32 numbers and two int32 in a workspace [fields, rows, parts]: nothing of size
+V is written. What a program decides depends on no order of execution, so equal inputs give equal
+bits. Only candidates are read.
 """
 
 from dataclasses import dataclass
@@ -17,11 +19,13 @@ import triton.language as tl
 from .backend import Chip, ceil_div, chip_of, dense, on_device, pdl, power_of_2
 from .select import inverse
 
-# The fields of a record, in natural units: largest logit m, sum exp(z - m), sum exp(z - m)(z - m), what was compared of the
-# proposal (its logit, or logit / T + noise), its logit, and the two largest logits among what may be proposed.
+# The fields of a record, in natural units: largest logit m, sum exp(z - m), sum exp(z - m)(z - m),
+# what was compared of the proposal (its logit, or logit / T + noise), its logit, and the two
+# largest logits among what may be proposed.
 FIELDS = 7
 MAXIMUM, TOTAL, WEIGHTED, BEST, LOGIT, TOP, SECOND = map(tl.constexpr, range(FIELDS))
-# The int32 ones: the proposal's id (NOTHING when no logit is above -inf), and 1 where a logit is NaN.
+# The int32 ones: the proposal's id (NOTHING when no logit is above -inf), and 1 where a logit is
+# NaN.
 TOKEN, NAN = map(tl.constexpr, range(2))
 
 NOTHING, INFINITY, LOG2E = map(tl.constexpr, (2**31 - 1, float("inf"), 1.4426950408889634))
@@ -33,8 +37,8 @@ NOISE_BOUND = tl.constexpr(45.25)
 class SelectConfig:
     """How the scan is cut: `parts` programs to a row, each `tiles` tiles of tile_vocab logits.
 
-    overlap: the scan is launched while what comes before it drains, the merge while the scan runs; each waits on the device
-    for what it reads (Hopper and later).
+    overlap: the scan is launched while what comes before it drains, the merge while the scan runs;
+    each waits on the device for what it reads (Hopper and later).
     """
 
     tile_vocab: int
@@ -47,18 +51,21 @@ class SelectConfig:
 def select_config(rows: int, vocab: int, chip: Chip, draw: bool = False) -> SelectConfig:
     """The cut for `rows` rows of `vocab` logits; draw: the temperature is above 0. Pure."""
     tile = min(1024 if draw else 4096, max(16, power_of_2(vocab)))
-    # Few rows: four programs a multiprocessor, all of one size and there at once, read as fast as eight and leave half the
-    # records to merge (H200, V 126464, 32 rows: 8.2 us with 16 parts of two tiles, 10.2 with 31 of one). Records are merged by
-    # powers of two: 16 of them where that many still fill the GPU (H100, V 152064, 32 rows: 9.5 us with 13 parts of three
-    # tiles, 11.2 with 19 of two).
+    # Few rows: four programs a multiprocessor, all of one size and there at once, read as fast as
+    # eight and leave half the records to merge (H200, V 126464, 32 rows: 8.2 us with 16 parts of
+    # two tiles, 10.2 with 31 of one). Records are merged by powers of two: 16 of them where that
+    # many still fill the GPU (H100, V 152064, 32 rows: 9.5 us with 13 parts of three tiles, 11.2
+    # with 19 of two).
     few = rows * ceil_div(vocab, tile) <= 16 * chip.multiprocessors
     programs, warps = (16, 4) if draw else (4, 4) if few else (21, 2)
     if not draw and not few and rows < 1024:
-        # More rows: of programs of two warps so many fit that one reads while another is at its end (256 rows: 23.8 us with 6
-        # parts of 11 tiles, with four warps and tiles twice as long 27.5). A thousand: two waves and a half of them, so that a
-        # short last one costs little (74.5 with 3 parts of 11 tiles, with four warps 78.1).
+        # More rows: of programs of two warps so many fit that one reads while another is at its end
+        # (256 rows: 23.8 us with 6 parts of 11 tiles, with four warps and tiles twice as long
+        # 27.5). A thousand: two waves and a half of them, so that a short last one costs little
+        # (74.5 with 3 parts of 11 tiles, with four warps 78.1).
         tile, programs = min(2048, tile), 11
-    # Draws keep ten values alive for each logit, and are bound by arithmetic: two waves of eight programs.
+    # Draws keep ten values alive for each logit, and are bound by arithmetic: two waves of eight
+    # programs.
     count = ceil_div(vocab, tile)
     tiles = max(1, round(rows * count / (programs * chip.multiprocessors)))
     if few and not draw and 16 * rows >= 2 * chip.multiprocessors:
@@ -70,13 +77,16 @@ def select_config(rows: int, vocab: int, chip: Chip, draw: bool = False) -> Sele
 
 @triton.jit
 def _log_exponential(high, low):
-    """ln E for E = -ln U of the 64-bit uniform U (see `log_exponential`); U is counted from its nearer end."""
+    """ln E for E = -ln U of the 64-bit uniform U (see `log_exponential`); U is counted from its
+    nearer end.
+    """
     near_one = high >= 0x80000000
     high = tl.where(near_one, ~high, high).to(tl.float32)
     low = tl.where(near_one, ~low, low).to(tl.float32)
     value = (high + (low + 0.5) * 2.0**-32) * 2.0**-32
-    # -log1p(-v) = 2 atanh(v / (2 - v)), v <= 1/2: the series' first term left out is below 2^-26 of the sum. No log1p here,
-    # and a logarithm near 1 that is accurate only in absolute terms would lose the tail.
+    # -log1p(-v) = 2 atanh(v / (2 - v)), v <= 1/2: the series' first term left out is below 2^-26 of
+    # the sum. No log1p here, and a logarithm near 1 that is accurate only in absolute terms would
+    # lose the tail.
     s = value / (2.0 - value)
     q = s * s
     series = 1 / 9 + q * (1 / 11 + q * (1 / 13))
@@ -86,7 +96,9 @@ def _log_exponential(high, low):
 
 @triton.jit
 def _gumbel(column, position, seed, TILE: tl.constexpr):
-    """Standard Gumbel variates of columns `column` (even) to column + TILE - 1: two columns share one Philox call."""
+    """Standard Gumbel variates of columns `column` (even) to column + TILE - 1: two columns share
+    one Philox call.
+    """
     pair = (column // 2 + tl.arange(0, TILE // 2)).to(tl.uint32)
     zero = tl.zeros([TILE // 2], tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, pair, zero + position, zero, zero)
@@ -109,14 +121,18 @@ def _barred(mask_id, vocab_start):
 
 @triton.jit
 def _lowest_at(z, peak, start, barred, TILE: tl.constexpr, GROUP: tl.constexpr):
-    """The lowest column but `barred` whose entry equals peak, or NOTHING. A bit mask for each GROUP of neighbours, which one
-    thread holds, costs a fraction of the registers that a column number for each entry would."""
+    """The lowest column but `barred` whose entry equals peak, or NOTHING. A bit mask for each GROUP
+    of neighbours, which one thread holds, costs a fraction of the registers that a column number
+    for each entry would.
+    """
     hit = tl.reshape(z, [TILE // GROUP, GROUP]) == peak
-    # Added up as fp32, which is exact: from integers the compiler builds an array of bits in local memory.
+    # Added up as fp32, which is exact: from integers the compiler builds an array of bits in local
+    # memory.
     weight = (1 << tl.arange(0, GROUP)).to(tl.float32)[None, :]
     bits = tl.sum(tl.where(hit, weight, 0.0), 1).to(tl.int32)
     first = start + GROUP * tl.arange(0, TILE // GROUP)
-    # Elsewhere the mask's distance is past the group, or wraps around: then a bit is cleared that no group has.
+    # Elsewhere the mask's distance is past the group, or wraps around: then a bit is cleared that
+    # no group has.
     bits &= ~(1 << tl.minimum((barred - first).to(tl.uint32), 31).to(tl.int32))
     # The number of the lowest bit is the exponent of that bit as fp32.
     lowest = ((bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
@@ -133,7 +149,9 @@ def _add_tile(z, largest, maximum, total, weighted, ENTROPY: tl.constexpr):
     rescale = tl.exp2((maximum - shift) * LOG2E)
     if ENTROPY:
         moved = tl.where(maximum == -INFINITY, 0.0, maximum - shift)
-        weighted = (weighted + moved * total) * rescale + tl.sum(power * tl.where(power > 0, away, 0.0))
+        weighted = (weighted + moved * total) * rescale + tl.sum(
+            power * tl.where(power > 0, away, 0.0)
+        )
     return bound, total * rescale + tl.sum(power), weighted
 
 
@@ -160,7 +178,19 @@ def _top_two(z, ids, start, barred, top, second, TILE: tl.constexpr, GROUP: tl.c
 
 @triton.jit
 def _store_fields(
-    floats, size, at, mask, maximum, total, weighted, best, logit, top, second, TWO: tl.constexpr, ENTROPY: tl.constexpr
+    floats,
+    size,
+    at,
+    mask,
+    maximum,
+    total,
+    weighted,
+    best,
+    logit,
+    top,
+    second,
+    TWO: tl.constexpr,
+    ENTROPY: tl.constexpr,
 ):
     """The fp32 fields of records, at `at` of [FIELDS, size]."""
     tl.store(floats + MAXIMUM * size + at, maximum, mask=mask)
@@ -174,15 +204,37 @@ def _store_fields(
         tl.store(floats + SECOND * size + at, second, mask=mask)
 
 
-@triton.jit(do_not_specialize=["vocab_start", "mask_id", "seed_value", "width", "token_b", "token_t"])
+@triton.jit(
+    do_not_specialize=["vocab_start", "mask_id", "seed_value", "width", "token_b", "token_t"]
+)
 def scan_kernel(
-    logits, tokens, candidates, seeds, positions, floats, integers,
-    stride_b, stride_t, vocab, vocab_start, mask_id, seed_value, inverse_temperature,
-    width, token_b, token_t,
-    DRAW: tl.constexpr, TWO: tl.constexpr, ENTROPY: tl.constexpr, TILE_VOCAB: tl.constexpr, TILES: tl.constexpr,
+    logits,
+    tokens,
+    candidates,
+    seeds,
+    positions,
+    floats,
+    integers,
+    stride_b,
+    stride_t,
+    vocab,
+    vocab_start,
+    mask_id,
+    seed_value,
+    inverse_temperature,
+    width,
+    token_b,
+    token_t,
+    DRAW: tl.constexpr,
+    TWO: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TILE_VOCAB: tl.constexpr,
+    TILES: tl.constexpr,
     OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Grid (rows, parts). DRAW: temperature > 0. TWO: the two largest logits are wanted. ENTROPY: so is its sum."""
+):
+    """Grid (rows, parts). DRAW: temperature > 0. TWO: the two largest logits are wanted. ENTROPY:
+    so is its sum.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -190,7 +242,9 @@ def scan_kernel(
     b, t = (row // width).to(tl.int64), (row % width).to(tl.int64)
     if tokens is not None:
         token_at = tokens + b * token_b + t * token_t
-        wanted = tl.load(token_at) == mask_id if candidates is None else tl.load(candidates + row) != 0
+        wanted = (
+            tl.load(token_at) == mask_id if candidates is None else tl.load(candidates + row) != 0
+        )
         if not wanted:
             return
     if DRAW:
@@ -201,7 +255,15 @@ def scan_kernel(
             position = tl.load(positions + row)
     source = logits + b * stride_b + t * stride_t
     lowest, zero = tl.full([], -INFINITY, tl.float32), tl.full([], 0.0, tl.float32)
-    maximum, best, logit, top, second, total, weighted = lowest, lowest, lowest, lowest, lowest, zero, zero
+    maximum, best, logit, top, second, total, weighted = (
+        lowest,
+        lowest,
+        lowest,
+        lowest,
+        lowest,
+        zero,
+        zero,
+    )
     token, nan = tl.full([], NOTHING, tl.int32), tl.full([], 0, tl.int32)
     barred = _barred(mask_id, vocab_start)
     GROUP: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
@@ -211,17 +273,25 @@ def scan_kernel(
     lane = tl.arange(0, TILE_VOCAB)
     for start in range(first, end, TILE_VOCAB):
         # One moving address and fixed offsets: no 64-bit arithmetic for each load.
-        z = tl.load(source + start + lane, mask=lane < vocab - start, other=-INFINITY).to(tl.float32)
+        z = tl.load(source + start + lane, mask=lane < vocab - start, other=-INFINITY).to(
+            tl.float32
+        )
         largest = tl.max(z)
         maximum, total, weighted = _add_tile(z, largest, maximum, total, weighted, ENTROPY)
         # From here on, what few tiles reach: those with a logit that can win.
         if TWO:
             if largest > second:
-                top, second = _top_two(z, start + lane, start, barred, top, second, TILE_VOCAB, GROUP)
+                top, second = _top_two(
+                    z, start + lane, start, barred, top, second, TILE_VOCAB, GROUP
+                )
         if DRAW:
             if largest * inverse_temperature + NOISE_BOUND > best:
-                compared = z * inverse_temperature + _gumbel(vocab_start + start, position.to(tl.uint32), seed, TILE_VOCAB)
-                compared = tl.where((start + lane == barred) | (z == -INFINITY), -INFINITY, compared)
+                compared = z * inverse_temperature + _gumbel(
+                    vocab_start + start, position.to(tl.uint32), seed, TILE_VOCAB
+                )
+                compared = tl.where(
+                    (start + lane == barred) | (z == -INFINITY), -INFINITY, compared
+                )
                 peak = tl.max(compared)
                 if peak > best:
                     best, token = peak, _lowest_at(compared, peak, start, barred, TILE_VOCAB, GROUP)
@@ -236,14 +306,20 @@ def scan_kernel(
             nan = tl.maximum(nan, tl.max((z != z).to(tl.int32)))
     size = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
     record = row.to(tl.int64) * tl.num_programs(1) + part
-    _store_fields(floats, size, record, None, maximum, total, weighted, best, logit, top, second, TWO, ENTROPY)
+    _store_fields(
+        floats, size, record, None, maximum, total, weighted, best, logit, top, second, TWO, ENTROPY
+    )
     tl.store(integers + TOKEN * size + record, token)
     tl.store(integers + NAN * size + record, nan)
 
 
 @triton.jit
-def _merge(floats, integers, at, mask, size, barred, vocab, TWO: tl.constexpr, ENTROPY: tl.constexpr):
-    """A record's fields, token and nan for rows, from their records at [rows, parts]; equal bests: the lowest id."""
+def _merge(
+    floats, integers, at, mask, size, barred, vocab, TWO: tl.constexpr, ENTROPY: tl.constexpr
+):
+    """A record's fields, token and nan for rows, from their records at [rows, parts]; equal bests:
+    the lowest id.
+    """
     maxima = tl.load(floats + MAXIMUM * size + at, mask=mask, other=-INFINITY)
     totals = tl.load(floats + TOTAL * size + at, mask=mask, other=0.0)
     bests = tl.load(floats + BEST * size + at, mask=mask, other=-INFINITY)
@@ -275,7 +351,9 @@ def _merge(floats, integers, at, mask, size, barred, vocab, TWO: tl.constexpr, E
 
 @triton.jit
 def _probability(logit, maximum, total):
-    """exp(logit) over the row's sum; exactly 1 where it is all of the sum, however a division rounds."""
+    """exp(logit) over the row's sum; exactly 1 where it is all of the sum, however a division
+    rounds.
+    """
     shift = tl.where(maximum == -INFINITY, 0.0, maximum)
     power = tl.exp2((logit - shift) * LOG2E)
     return tl.where(power == total, 1.0, power / total)
@@ -298,7 +376,9 @@ def _scores(maximum, total, weighted, logit, top, second, SCORE: tl.constexpr):
 
 @triton.jit
 def _ranks(order, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """Places in descending order [WIDTH], equals to the lower position; compared CHUNK others at a time."""
+    """Places in descending order [WIDTH], equals to the lower position; compared CHUNK others at a
+    time.
+    """
     mine = tl.arange(0, WIDTH)
     rank = tl.zeros([WIDTH], tl.int32)
     grid = tl.reshape(order, [WIDTH // CHUNK, CHUNK])
@@ -306,14 +386,18 @@ def _ranks(order, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     for i in range(WIDTH // CHUNK):
         others = tl.max(tl.where(line[:, None] == i, grid, -INFINITY), 0)[:, None]
         position = i * CHUNK + tl.arange(0, CHUNK)[:, None]
-        ahead = (others > order[None, :]) | ((others == order[None, :]) & (position < mine[None, :]))
+        ahead = (others > order[None, :]) | (
+            (others == order[None, :]) & (position < mine[None, :])
+        )
         rank += tl.sum(ahead.to(tl.int32), 0)
     return rank
 
 
 @triton.jit
 def _dream_time(i, steps):
-    """`rules._dream_time`: the same fp32 operations (no fused multiply-add), so that the truncation falls alike."""
+    """`rules._dream_time`: the same fp32 operations (no fused multiply-add), so that the truncation
+    falls alike.
+    """
     stride = tl.div_rn(tl.full([], 0.001 - 1, tl.float32), steps.to(tl.float32))
     from_start = 1.0 + stride * i.to(tl.float32)
     from_end = 0.001 - stride * (steps - i).to(tl.float32)
@@ -334,7 +418,9 @@ def _quota(masks, steps, step, DREAM: tl.constexpr):
 
 
 @triton.jit
-def _chosen(scores, able, parameter, step, RULE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+def _chosen(
+    scores, able, parameter, step, RULE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr
+):
     """The commit mask [WIDTH] of one row: the rule's meaning in rules.py."""
     order = tl.where(able, scores, -INFINITY)
     if RULE == "threshold":
@@ -351,15 +437,45 @@ def _chosen(scores, able, parameter, step, RULE: tl.constexpr, WIDTH: tl.constex
     return able & chosen
 
 
-@triton.jit(do_not_specialize=[
-    "vocab", "mask_id", "seed_value", "parameter_value", "width", "parts", "token_b", "token_t",
-])
+@triton.jit(
+    do_not_specialize=[
+        "vocab",
+        "mask_id",
+        "seed_value",
+        "parameter_value",
+        "width",
+        "parts",
+        "token_b",
+        "token_t",
+    ]
+)
 def commit_kernel(
-    tokens, candidates, seeds, steps, parameters, floats, integers, token_ids, values, committed, remaining,
-    vocab, mask_id, seed_value, parameter_value, width, parts, token_b, token_t,
-    RULE: tl.constexpr, SCORE: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
+    tokens,
+    candidates,
+    seeds,
+    steps,
+    parameters,
+    floats,
+    integers,
+    token_ids,
+    values,
+    committed,
+    remaining,
+    vocab,
+    mask_id,
+    seed_value,
+    parameter_value,
+    width,
+    parts,
+    token_b,
+    token_t,
+    RULE: tl.constexpr,
+    SCORE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
     OVERLAP: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (B,). WIDTH and PARTS are width and parts rounded up to powers of two."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -375,7 +491,8 @@ def commit_kernel(
     mask = part[None, :] < tl.where(candidate, parts, 0)[:, None]
     size = tl.num_programs(0).to(tl.int64) * width * parts
     maximum, total, weighted, _, logit, top, second, token, nan = _merge(
-        floats, integers, at, mask, size, mask_id, vocab, SCORE == "margin", SCORE == "entropy")  # fmt: skip
+        floats, integers, at, mask, size, mask_id, vocab, SCORE == "margin", SCORE == "entropy"
+    )
     score, _, _, _ = _scores(maximum, total, weighted, logit, top, second, SCORE)
     if SCORE == "random":
         score = _uniform(t.to(tl.uint32), seed_value if seeds is None else tl.load(seeds + b))
@@ -397,12 +514,29 @@ def commit_kernel(
 
 @triton.jit(do_not_specialize=["rows", "parts", "vocab", "vocab_start", "mask_id", "seed_value"])
 def merge_kernel(
-    floats, integers, seeds, positions, token_ids, has_nan, values,
-    rows, parts, vocab, vocab_start, mask_id, seed_value,
-    SCORE: tl.constexpr, TWO: tl.constexpr, ENTROPY: tl.constexpr, TILE_ROWS: tl.constexpr, PARTS: tl.constexpr,
+    floats,
+    integers,
+    seeds,
+    positions,
+    token_ids,
+    has_nan,
+    values,
+    rows,
+    parts,
+    vocab,
+    vocab_start,
+    mask_id,
+    seed_value,
+    SCORE: tl.constexpr,
+    TWO: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Grid (rows / TILE_ROWS,). Writes merged records where SCORE is None, else score, log-sum-exp, entropy, margin."""
+):
+    """Grid (rows / TILE_ROWS,). Writes merged records where SCORE is None, else score, log-sum-exp,
+    entropy, margin.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
@@ -413,11 +547,26 @@ def merge_kernel(
     size = parts * tl.cast(rows, tl.int64)
     barred = _barred(mask_id, vocab_start)
     maximum, total, weighted, best, logit, top, second, token, nan = _merge(
-        floats, integers, at, mask, size, barred, vocab, TWO, ENTROPY)  # fmt: skip
+        floats, integers, at, mask, size, barred, vocab, TWO, ENTROPY
+    )
     tl.store(token_ids + row, token.to(tl.int64) + vocab_start, mask=inside)
     tl.store(has_nan + row, nan, mask=inside)
     if SCORE is None:
-        _store_fields(values, rows, row, inside, maximum, total, weighted, best, logit, top, second, TWO, ENTROPY)
+        _store_fields(
+            values,
+            rows,
+            row,
+            inside,
+            maximum,
+            total,
+            weighted,
+            best,
+            logit,
+            top,
+            second,
+            TWO,
+            ENTROPY,
+        )
     else:
         score, lse, entropy, margin = _scores(maximum, total, weighted, logit, top, second, SCORE)
         if SCORE == "random":
@@ -432,36 +581,96 @@ def merge_kernel(
 
 
 def launch_select(
-    logits, tokens, candidates, mask_id, rule, parameter, number, score, temperature, seed, seed_number, vocab_size, step,
-    token_ids, values, committed, remaining, config=None,
+    logits,
+    tokens,
+    candidates,
+    mask_id,
+    rule,
+    parameter,
+    number,
+    score,
+    temperature,
+    seed,
+    seed_number,
+    vocab_size,
+    step,
+    token_ids,
+    values,
+    committed,
+    remaining,
+    config=None,
 ):
-    """Run both kernels of confidence_select into its results; `config` replaces what select_config picks."""
+    """Run both kernels of confidence_select into its results; `config` replaces what select_config
+    picks.
+    """
     rows, width = tokens.shape
-    config = config or select_config(rows * width, vocab_size, chip_of(logits.device), temperature > 0)
+    config = config or select_config(
+        rows * width, vocab_size, chip_of(logits.device), temperature > 0
+    )
     candidates, seed, step, parameter = map(dense, (candidates, seed, step, parameter))
     with on_device(logits):
         numbers = (vocab_size, 0, mask_id, seed_number, inverse(temperature), width)
         floats, integers = _scan(
-            config, rows * width, (logits, tokens, candidates, seed, None), (*logits.stride()[:2], *numbers, *tokens.stride()),
-            DRAW=temperature > 0, TWO=score == "margin", ENTROPY=score == "entropy",
+            config,
+            rows * width,
+            (logits, tokens, candidates, seed, None),
+            (*logits.stride()[:2], *numbers, *tokens.stride()),
+            DRAW=temperature > 0,
+            TWO=score == "margin",
+            ENTROPY=score == "entropy",
         )
         tile_width, tile_parts = power_of_2(width), power_of_2(config.parts)
         chunk = min(tile_width, max(1, 8192 // tile_width))
         # Fused multiply-adds would round the rules' arithmetic unlike the reference.
         commit_kernel[(rows,)](
-            tokens, candidates, seed, step, parameter, floats, integers, token_ids, values, committed, remaining,
-            vocab_size, mask_id, seed_number, number, width, config.parts, *tokens.stride(),
-            RULE=rule, SCORE=score, WIDTH=tile_width, PARTS=tile_parts, CHUNK=chunk, OVERLAP=config.overlap,
-            num_warps=4 if tile_width <= 32 else 8 if tile_width <= 256 else 16, enable_fp_fusion=False, **pdl(config.overlap),
-        )  # fmt: skip
+            tokens,
+            candidates,
+            seed,
+            step,
+            parameter,
+            floats,
+            integers,
+            token_ids,
+            values,
+            committed,
+            remaining,
+            vocab_size,
+            mask_id,
+            seed_number,
+            number,
+            width,
+            config.parts,
+            *tokens.stride(),
+            RULE=rule,
+            SCORE=score,
+            WIDTH=tile_width,
+            PARTS=tile_parts,
+            CHUNK=chunk,
+            OVERLAP=config.overlap,
+            num_warps=4 if tile_width <= 32 else 8 if tile_width <= 256 else 16,
+            enable_fp_fusion=False,
+            **pdl(config.overlap),
+        )
 
 
 def launch_confidence(
-    logits, mask_id, score, temperature, seed, seed_number, position, vocab_size, vocab_start, entropy, margin, config=None
+    logits,
+    mask_id,
+    score,
+    temperature,
+    seed,
+    seed_number,
+    position,
+    vocab_size,
+    vocab_start,
+    entropy,
+    margin,
+    config=None,
 ):
     """Run both kernels of token_confidence: (token_ids [N], has_nan [N], values [4 or FIELDS, N]).
 
-    score None asks for merged records (FIELDS values), otherwise the values are score, log-sum-exp, entropy, margin.
+    score None asks for merged records (FIELDS values), otherwise the values are score, log-sum-exp,
+    entropy, margin.
     """
     rows = len(logits)
     mask_id = -1 if mask_id is None else mask_id
@@ -469,20 +678,58 @@ def launch_confidence(
     config = config or select_config(rows, vocab_size, chip_of(logits.device), temperature > 0)
     token_ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
     has_nan = torch.empty(rows, dtype=torch.bool, device=logits.device)
-    values = torch.empty(FIELDS if score is None else 4, rows, dtype=torch.float32, device=logits.device)
+    values = torch.empty(
+        FIELDS if score is None else 4, rows, dtype=torch.float32, device=logits.device
+    )
     seed, position = dense(seed), dense(position)
     with on_device(logits):
-        numbers = (logits.stride(0), 0, vocab_size, vocab_start, mask_id, seed_number, inverse(temperature), 1, 0, 0)
+        numbers = (
+            logits.stride(0),
+            0,
+            vocab_size,
+            vocab_start,
+            mask_id,
+            seed_number,
+            inverse(temperature),
+            1,
+            0,
+            0,
+        )
         floats, integers = _scan(
-            config, rows, (logits, None, None, seed, position), numbers, DRAW=temperature > 0, TWO=margin, ENTROPY=entropy
+            config,
+            rows,
+            (logits, None, None, seed, position),
+            numbers,
+            DRAW=temperature > 0,
+            TWO=margin,
+            ENTROPY=entropy,
         )
         tile_parts = power_of_2(config.parts)
         tile_rows = max(1, min(power_of_2(rows), 512 // tile_parts))
         merge_kernel[(ceil_div(rows, tile_rows),)](
-            floats, integers, seed, position, token_ids, has_nan, values, rows, config.parts, vocab_size, vocab_start,
-            mask_id, seed_number, SCORE=score, TWO=margin, ENTROPY=entropy, TILE_ROWS=tile_rows, PARTS=tile_parts,
-            OVERLAP=config.overlap, num_warps=4, enable_fp_fusion=False, **pdl(config.overlap),
-        )  # fmt: skip
+            floats,
+            integers,
+            seed,
+            position,
+            token_ids,
+            has_nan,
+            values,
+            rows,
+            config.parts,
+            vocab_size,
+            vocab_start,
+            mask_id,
+            seed_number,
+            SCORE=score,
+            TWO=margin,
+            ENTROPY=entropy,
+            TILE_ROWS=tile_rows,
+            PARTS=tile_parts,
+            OVERLAP=config.overlap,
+            num_warps=4,
+            enable_fp_fusion=False,
+            **pdl(config.overlap),
+        )
     return token_ids, has_nan, values
 
 
@@ -492,7 +739,16 @@ def _scan(config, rows, tensors, numbers, **flags):
     floats = torch.empty(FIELDS, rows, config.parts, dtype=torch.float32, device=tensors[0].device)
     integers = torch.empty(2, rows, config.parts, dtype=torch.int32, device=tensors[0].device)
     scan_kernel[(rows, config.parts)](
-        *tensors, floats, integers, *numbers, **flags, TILE_VOCAB=config.tile_vocab, TILES=config.tiles, OVERLAP=config.overlap,
-        num_warps=config.num_warps, enable_fp_fusion=True, **pdl(config.overlap),
-    )  # fmt: skip
+        *tensors,
+        floats,
+        integers,
+        *numbers,
+        **flags,
+        TILE_VOCAB=config.tile_vocab,
+        TILES=config.tiles,
+        OVERLAP=config.overlap,
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,
+        **pdl(config.overlap),
+    )
     return floats, integers

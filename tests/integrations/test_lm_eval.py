@@ -1,4 +1,6 @@
-"""lm-eval: the model "fastdllm" in the real harness, on the embedded model and its arithmetic problems."""
+"""lm-eval: the model "fastdllm" in the real harness, on the embedded model and its arithmetic
+problems.
+"""
 
 import itertools
 import json
@@ -25,8 +27,18 @@ from fastdllm.integrations import lm_eval as integration  # noqa: E402
 from fastdllm.integrations.lm_eval_options import read_options  # noqa: E402
 
 COUNT = 20
-SETTING = {"cache": "dual", "rule": "threshold 0.5", "block_length": 128}  # fast, and wrong often enough to tell
-ARGUMENTS = {"pretrained": "tiny-llada", "device": "cpu", "gen_length": 128, "block_length": 128, "threshold": 0.5}
+SETTING = {
+    "cache": "dual",
+    "rule": "threshold 0.5",
+    "block_length": 128,
+}  # fast, and wrong often enough to tell
+ARGUMENTS = {
+    "pretrained": "tiny-llada",
+    "device": "cpu",
+    "gen_length": 128,
+    "block_length": 128,
+    "threshold": 0.5,
+}
 
 
 # The arguments.
@@ -41,32 +53,63 @@ def decoding(**given):
 
 def test_our_own_names():
     assert decoding() == ("dual", 32, repr(Threshold(0.9)), "confidence")
-    assert decoding(cache="prefix", threshold=0.8, block_length=16) == ("prefix", 16, repr(Threshold(0.8)), "confidence")
+    assert decoding(cache="prefix", threshold=0.8, block_length=16) == (
+        "prefix",
+        16,
+        repr(Threshold(0.8)),
+        "confidence",
+    )
     assert decoding(factor=1.0, score="margin") == ("dual", 32, repr(Factor(1.0)), "margin")
     assert decoding(gen_length=256, steps=128) == ("dual", 32, repr(Quota(16)), "confidence")
 
 
 def test_the_published_llada_arguments():
-    one_by_one = {"model_path": "x", "gen_length": 256, "steps": 256, "block_length": 32, "show_speed": True}
+    one_by_one = {
+        "model_path": "x",
+        "gen_length": 256,
+        "steps": 256,
+        "block_length": 32,
+        "show_speed": True,
+    }
     assert decoding(**one_by_one) == ("none", 32, repr(Quota(32)), "confidence")
     cached = one_by_one | {"use_cache": True, "steps": 8}
     assert decoding(**cached) == ("prefix", 32, repr(Quota(1)), "confidence")
     assert decoding(**cached, threshold=0.9) == ("prefix", 32, repr(Threshold(0.9)), "confidence")
-    assert decoding(**cached, dual_cache=True, factor=1.0) == ("dual", 32, repr(Factor(1.0)), "confidence")
+    assert decoding(**cached, dual_cache=True, factor=1.0) == (
+        "dual",
+        32,
+        repr(Factor(1.0)),
+        "confidence",
+    )
     assert decoding(model_path="x", gen_length=64) == ("none", 64, repr(Quota(64)), "confidence")
     assert decoding(model_path="x", gen_length=64, remasking="random")[3] == "random"
-    options = read_options({"model_path": "x", "save_dir": "y", "mc_num": 64, "is_check_greedy": False, "mask_id": 3})
-    assert (options.pretrained, options.resume, options.mc_num, options.is_check_greedy) == ("x", "y", 64, False)
+    options = read_options(
+        {"model_path": "x", "save_dir": "y", "mc_num": 64, "is_check_greedy": False, "mask_id": 3}
+    )
+    assert (options.pretrained, options.resume, options.mc_num, options.is_check_greedy) == (
+        "x",
+        "y",
+        64,
+        False,
+    )
 
 
 def test_the_published_dream_arguments():
     base = {"max_new_tokens": 256, "diffusion_steps": 256, "add_bos_token": True}
     assert decoding(**base, alg="entropy") == ("none", 256, repr(Quota(256, "dream")), "entropy")
     assert decoding(**base) == decoding(**base, alg="entropy", threshold=0.9)
-    assert decoding(**base, alg="topk_margin")[3] == "margin" and decoding(**base, alg="maskgit_plus")[3] == "confidence"
+    assert (
+        decoding(**base, alg="topk_margin")[3] == "margin"
+        and decoding(**base, alg="maskgit_plus")[3] == "confidence"
+    )
     fast = base | {"diffusion_steps": 8, "alg": "confidence_threshold", "use_cache": True}
     assert decoding(**fast, threshold=0.8) == ("prefix", 32, repr(Threshold(0.8)), "confidence")
-    assert decoding(**fast, dual_cache=True, alg_temp=0.0, nll_type="mc") == ("dual", 32, repr(Threshold(0.9)), "confidence")
+    assert decoding(**fast, dual_cache=True, alg_temp=0.0, nll_type="mc") == (
+        "dual",
+        32,
+        repr(Threshold(0.9)),
+        "confidence",
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +154,9 @@ def harness(tmp_path):
     def build(config, **options):
         made = object.__new__(integration.Harness)
         made.model, _ = tiny.build(tmp_path, config)
-        made.tokenizer = SimpleNamespace(eos_token_id=made.model.config.stop_ids[0], bos_token_id=None)
+        made.tokenizer = SimpleNamespace(
+            eos_token_id=made.model.config.stop_ids[0], bos_token_id=None
+        )
         made.options = read_options({"pretrained": "x", **options})
         made.max_length = made.model.config.max_positions
         return made
@@ -155,11 +200,16 @@ def test_the_estimate_comes_to_the_sum_over_all_masks(harness, family):
 def test_is_greedy(harness, family):
     lm = harness(tiny.FAMILIES[family], mc_num=2)
     context = [3, 1, 4, 1]
-    done = fastdllm.generate(lm.model, [context], gen_length=3, cache="none", rule=Quota(32), stop_ids=())
+    done = fastdllm.generate(
+        lm.model, [context], gen_length=3, cache="none", rule=Quota(32), stop_ids=()
+    )
     target = done.tokens[0][4:].tolist()
     other = [*target[:2], (target[2] + 1) % 30]
     pairs = [("", context, target), ("", context, other)]
-    assert [greedy for _, greedy in lm._loglikelihood_tokens(pairs, disable_tqdm=True)] == [True, False]
+    assert [greedy for _, greedy in lm._loglikelihood_tokens(pairs, disable_tqdm=True)] == [
+        True,
+        False,
+    ]
     lm.options.is_check_greedy = False
     assert not lm._loglikelihood_tokens(pairs[:1], disable_tqdm=True)[0][1]
 
@@ -186,7 +236,11 @@ metadata: {{version: 1}}
 def write_task(folder, prompt="Question: {{question}} Answer:"):
     problems = [make_problem(index, "test") for index in range(COUNT)]
     data = folder / "problems.jsonl"
-    data.write_text("".join(json.dumps({"question": p.question, "final": str(p.final)}) + "\n" for p in problems))
+    data.write_text(
+        "".join(
+            json.dumps({"question": p.question, "final": str(p.final)}) + "\n" for p in problems
+        )
+    )
     (folder / "arithmetic_words.yaml").write_text(TASK.format(data=data, prompt=prompt))
     return folder / "arithmetic_words.yaml"
 
@@ -215,10 +269,24 @@ def model_args(**more):
 
 
 def fastdllm_eval(folder, task, *arguments, **more):
-    command = [sys.executable, "-m", "fastdllm", "eval", str(task), "--model_args", model_args(**more), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "fastdllm",
+        "eval",
+        str(task),
+        "--model_args",
+        model_args(**more),
+        *arguments,
+    ]
     command += ["--output_path", str(folder / "out"), "--log_samples"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "FASTDLLM_BACKEND": "reference"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "FASTDLLM_BACKEND": "reference",
+    }
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (samples,) = (folder / "out").rglob("samples_*.jsonl")
     rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
@@ -227,7 +295,9 @@ def fastdllm_eval(folder, task, *arguments, **more):
 
 @pytest.mark.parametrize("how", ["prompt in the task", "chat template"])
 def test_the_accuracy_is_that_of_bench_quality_to_the_problem(offline, wanted, tmp_path, how):
-    """tiny-llada's chat template writes what its prompts look like, so both ways give the same text."""
+    """tiny-llada's chat template writes what its prompts look like, so both ways give the same
+    text.
+    """
     chat = how == "chat template"
     task = write_task(tmp_path, "{{question}}") if chat else write_task(tmp_path)
     flags = ["--apply_chat_template"] * chat
@@ -268,7 +338,12 @@ def test_registered_once_and_found_by_name(offline):
 def test_stop_strings_cut_at_the_first(lm):
     (prompt,) = prompts(1)
     whole, a, b, none = lm.generate_until(
-        requests((prompt, {"until": []}), (prompt, {"until": ["####", "\n"]}), (prompt, {"until": "####"}), (prompt, {})),
+        requests(
+            (prompt, {"until": []}),
+            (prompt, {"until": ["####", "\n"]}),
+            (prompt, {"until": "####"}),
+            (prompt, {}),
+        ),
         disable_tqdm=True,
     )
     assert "####" in whole and whole == none and not whole.endswith("<|endoftext|>")
@@ -288,7 +363,9 @@ def test_gen_length_of_the_task_counts_where_none_is_given(lm, monkeypatch):
     monkeypatch.setattr(lm.options, "gen_length", None)
     monkeypatch.setattr(lm.options, "block_length", 8)
     before = lm.speed["tokens"]
-    lm.generate_until(requests((prompts(1)[0], {"until": [], "max_gen_toks": 8})), disable_tqdm=True)
+    lm.generate_until(
+        requests((prompts(1)[0], {"until": [], "max_gen_toks": 8})), disable_tqdm=True
+    )
     assert lm.speed["tokens"] - before <= 8
 
 
@@ -296,7 +373,9 @@ def test_sampling_is_reproducible_and_only_when_asked_for(lm):
     pair = (prompts(1)[0], {"until": [], "do_sample": True, "temperature": 9.0})
     greedy = (pair[0], {"until": [], "do_sample": False, "temperature": 9.0})
     a, b = (lm.generate_until(requests(pair, greedy), disable_tqdm=True) for _ in range(2))
-    assert a == b and a[0] != a[1] == lm.generate_until(requests((pair[0], {})), disable_tqdm=True)[0]
+    assert (
+        a == b and a[0] != a[1] == lm.generate_until(requests((pair[0], {})), disable_tqdm=True)[0]
+    )
 
 
 def test_a_run_goes_on_where_it_stopped(offline, tmp_path):
@@ -304,7 +383,9 @@ def test_a_run_goes_on_where_it_stopped(offline, tmp_path):
     pairs.append(pairs[0])
 
     def run(**more):
-        made = integration.register()(**ARGUMENTS | more, batch_size=2, save_dir=str(tmp_path / "answers"))
+        made = integration.register()(
+            **ARGUMENTS | more, batch_size=2, save_dir=str(tmp_path / "answers")
+        )
         return made.generate_until(requests(*pairs), disable_tqdm=True), made.speed["answers"]
 
     answers, generated = run()
@@ -333,10 +414,14 @@ def test_loglikelihood_prefers_what_is_right(lm):
     (prompt,) = prompts(1)
     answer = " " + make_problem(0, "test").answer_text
     wrong = answer[:-1] + str((int(answer[-1]) + 1) % 10)
-    made = [Instance("loglikelihood", {}, (prompt, text), i) for i, text in enumerate((answer, wrong))]
+    made = [
+        Instance("loglikelihood", {}, (prompt, text), i) for i, text in enumerate((answer, wrong))
+    ]
     (right, greedy), (other, _) = lm.loglikelihood(made, disable_tqdm=True)
     assert right > other + 1 and greedy in (True, False)
-    rolling = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (prompt,), 0)], disable_tqdm=True)
+    rolling = lm.loglikelihood_rolling(
+        [Instance("loglikelihood_rolling", {}, (prompt,), 0)], disable_tqdm=True
+    )
     assert len(rolling) == 1 and rolling[0] < 0
 
 
@@ -348,12 +433,20 @@ def test_a_wrong_mask_id_is_refused(offline):
 def test_without_lm_eval_the_command_says_so(tmp_path):
     code = "import sys; sys.modules['lm_eval'] = None; from fastdllm.cli import main; sys.exit(main(['eval', 'gsm8k']))"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "pip install lm-eval" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (
+        done.returncode == 1
+        and "pip install lm-eval" in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
 def test_importing_the_file_imports_no_lm_eval():
     code = "import sys, fastdllm.integrations.lm_eval; print('lm_eval' in sys.modules, 'transformers' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.stdout.split() == ["False", "False"], done.stderr

@@ -1,4 +1,6 @@
-"""transformers: the real Llama, Qwen2 and Qwen3 classes with attn_implementation="fastdllm" against sdpa."""
+"""transformers: the real Llama, Qwen2 and Qwen3 classes with attn_implementation="fastdllm" against
+sdpa.
+"""
 
 import subprocess
 import sys
@@ -14,9 +16,13 @@ from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3
 from fastdllm.integrations.transformers import register  # noqa: E402
 
 SIZES = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=50,
     max_position_embeddings=64,
-)  # fmt: skip
+)
 CLASSES = {
     "llama": (LlamaModel, LlamaConfig, dict(num_key_value_heads=4)),
     "llama, grouped": (LlamaModel, LlamaConfig, dict(num_key_value_heads=2)),
@@ -54,7 +60,9 @@ def ids_and_mask(spans, width=12):
 
 
 def full(mask, queries=None, dtype=torch.float32):
-    """The 4-D mask that says the same to sdpa and to eager: every query sees every key that is no padding."""
+    """The 4-D mask that says the same to sdpa and to eager: every query sees every key that is no
+    padding.
+    """
     visible = mask[:, None, None].expand(-1, 1, queries or mask.shape[1], -1)
     return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
@@ -68,7 +76,9 @@ def choose(model, name):
 
 def expected(model, ids, mask, **options):
     choose(model, "sdpa")
-    hidden = model(ids, attention_mask=full(mask, ids.shape[1], model.dtype), **options).last_hidden_state
+    hidden = model(
+        ids, attention_mask=full(mask, ids.shape[1], model.dtype), **options
+    ).last_hidden_state
     choose(model, "fastdllm")
     return hidden
 
@@ -81,13 +91,18 @@ def test_full_attention_equals_sdpa_where_there_is_no_padding(model, padding):
     assert hidden.isfinite().all()
     if padding != "none":
         unpadded = model(ids, is_causal=False).last_hidden_state
-        assert not torch.allclose(hidden[mask], unpadded[mask], atol=1e-3), "the padding made no difference"
+        assert not torch.allclose(hidden[mask], unpadded[mask], atol=1e-3), (
+            "the padding made no difference"
+        )
 
 
 def test_what_the_padding_holds_makes_no_difference(model):
     ids, mask = ids_and_mask(PADDINGS["both"])
     other = torch.where(mask, ids, (ids + 1) % 50)
-    a, b = (model(tokens, attention_mask=mask, is_causal=False).last_hidden_state for tokens in (ids, other))
+    a, b = (
+        model(tokens, attention_mask=mask, is_causal=False).last_hidden_state
+        for tokens in (ids, other)
+    )
     assert torch.equal(a[mask], b[mask])
 
 
@@ -141,7 +156,10 @@ def test_a_full_mask_of_the_callers_own_needs_no_flag(model, padding, kind):
 def test_masks_that_differ_between_queries_are_refused(model):
     ids, mask = ids_and_mask(PADDINGS["none"])
     causal = torch.ones(3, 1, 12, 12, dtype=torch.bool).tril()
-    for given in (causal, torch.zeros(3, 1, 12, 12).masked_fill(~causal, torch.finfo(torch.float32).min)):
+    for given in (
+        causal,
+        torch.zeros(3, 1, 12, 12).masked_fill(~causal, torch.finfo(torch.float32).min),
+    ):
         with pytest.raises(ValueError, match="queries differ"):
             model(ids, attention_mask=given)
     with pytest.raises(ValueError, match="bias"):
@@ -149,15 +167,22 @@ def test_masks_that_differ_between_queries_are_refused(model):
 
 
 def test_packed_sequences_are_refused_where_transformers_tells_of_them(model):
-    """With is_causal=False newer versions ask for a bidirectional mask, and look for packed sequences in causal ones only."""
+    """With is_causal=False newer versions ask for a bidirectional mask, and look for packed
+    sequences in causal ones only.
+    """
     ids, mask = ids_and_mask(PADDINGS["none"])
-    options = {"position_ids": torch.cat([torch.arange(5), torch.arange(7)]).expand(3, -1), "use_cache": False}
+    options = {
+        "position_ids": torch.cat([torch.arange(5), torch.arange(7)]).expand(3, -1),
+        "use_cache": False,
+    }
     try:
         hidden = model(ids, is_causal=False, **options).last_hidden_state
     except ValueError as error:
         assert "queries differ" in str(error)
     else:
-        torch.testing.assert_close(hidden, expected(model, ids, mask, **options), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            hidden, expected(model, ids, mask, **options), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_a_mask_with_a_gap_is_refused(model):
@@ -177,7 +202,9 @@ def test_new_tokens_see_the_cache_and_each_other(model, padding):
     for name in ("sdpa", "fastdllm"):
         choose(model, name)
         options = {"is_causal": False} if name == "fastdllm" else {}
-        prompt = model(ids, attention_mask=full(mask) if name == "sdpa" else mask, use_cache=True, **options)
+        prompt = model(
+            ids, attention_mask=full(mask) if name == "sdpa" else mask, use_cache=True, **options
+        )
         given = full(seen, 4) if name == "sdpa" else seen
         done = model(block, attention_mask=given, past_key_values=prompt.past_key_values, **options)
         results.append(done.last_hidden_state)
@@ -186,14 +213,20 @@ def test_new_tokens_see_the_cache_and_each_other(model, padding):
 
 def test_a_sliding_window_counts_only_where_it_is_shorter():
     ids, mask = ids_and_mask(PADDINGS["both"])
-    window = dict(use_sliding_window=True, max_window_layers=0, layer_types=["sliding_attention"] * 2)
+    window = dict(
+        use_sliding_window=True, max_window_layers=0, layer_types=["sliding_attention"] * 2
+    )
     for size in (12, 5):
         torch.manual_seed(0)
-        config = Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16, sliding_window=size, **window)
+        config = Qwen3Config(
+            **SIZES, num_key_value_heads=2, head_dim=16, sliding_window=size, **window
+        )
         model = Qwen3Model._from_config(config, attn_implementation="fastdllm").eval()
         if size == 12:
             hidden = model(ids, attention_mask=mask, is_causal=False).last_hidden_state
-            torch.testing.assert_close(hidden[mask], expected(model, ids, mask)[mask], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                hidden[mask], expected(model, ids, mask)[mask], rtol=1e-4, atol=1e-5
+            )
         else:
             with pytest.raises(ValueError, match="window"):
                 model(ids, attention_mask=mask, is_causal=False)
@@ -209,7 +242,9 @@ def test_a_static_cache_is_refused(model):
     with pytest.raises(ValueError, match="static"):
         model(ids, attention_mask=mask, past_key_values=cache, is_causal=False)
     with pytest.raises(ValueError, match="beside a cache"):
-        model(ids, attention_mask=full(torch.arange(20).expand(3, -1) < 12, 12), past_key_values=cache)
+        model(
+            ids, attention_mask=full(torch.arange(20).expand(3, -1) < 12, 12), past_key_values=cache
+        )
 
 
 def test_training_is_refused(model):
@@ -218,7 +253,9 @@ def test_training_is_refused(model):
         model(ids, is_causal=False)
 
 
-@pytest.mark.skipif(not NEWER, reason="encoders dispatch through the interface since transformers 5")
+@pytest.mark.skipif(
+    not NEWER, reason="encoders dispatch through the interface since transformers 5"
+)
 def test_an_encoder_needs_no_flag():
     from transformers import BertConfig, BertModel
 
