@@ -753,6 +753,19 @@ SELECT = [
         ValueError,
         "^rule:",
     ),
+    ("a rule's class", lambda f: select(rule=Threshold), TypeError, "^rule:.*Threshold"),
+    (
+        "a function that returns no mask",
+        lambda f: select(rule=lambda s, c, step: s),
+        TypeError,
+        "^rule:.*float32",
+    ),
+    (
+        "a function that commits nothing",
+        lambda f: select(rule=lambda s, c, step: c & False),
+        ValueError,
+        "^rule: row 0 commits nothing",
+    ),
     ("an unknown score", lambda f: select(score="best"), ValueError, "^score:.*best"),
     (
         "a negative temperature",
@@ -838,6 +851,40 @@ RULES = [
     ("a tensor of float steps", lambda f: Quota(torch.tensor([2.0])), TypeError, "steps"),
     ("a tensor with 0 steps", lambda f: Quota(torch.tensor([2, 0])), ValueError, "steps"),
     ("an unknown schedule", lambda f: Quota(4, schedule="cosine"), ValueError, "schedule.*cosine"),
+    ("a threshold that vanishes in float32", lambda f: Threshold(1e-60), ValueError, "tau.*1e-60"),
+    ("a threshold past float32", lambda f: Threshold(1e39), ValueError, r"tau.*1e\+39"),
+    ("a threshold past float64", lambda f: Threshold(10**400), ValueError, "tau.*1000"),
+    ("a threshold of -infinity", lambda f: Threshold(-INF), ValueError, "tau.*-inf"),
+    (
+        "a tensor with a threshold that vanishes",
+        lambda f: Threshold(torch.tensor([0.5, 1e-60], dtype=torch.float64)),
+        ValueError,
+        "tau.*1e-60",
+    ),
+    ("a factor that vanishes in float32", lambda f: Factor(1e-60), ValueError, r"\bf\b.*1e-60"),
+    ("a factor past float32", lambda f: Factor(1e60), ValueError, r"\bf\b.*1e\+60"),
+    ("a factor past float64", lambda f: Factor(10**400), ValueError, r"\bf\b.*1000"),
+    ("an infinite factor", lambda f: Factor(INF), ValueError, r"\bf\b.*inf"),
+    (
+        "a tensor with an infinite factor",
+        lambda f: Factor(torch.tensor([1.0, INF])),
+        ValueError,
+        r"\bf\b.*inf",
+    ),
+    ("a quota of 2^63 steps", lambda f: Quota(2**63), ValueError, "steps.*9223372036854775808"),
+    ("a quota past 2^24 steps", lambda f: Quota(2**24 + 1), ValueError, "steps.*16777217"),
+    (
+        "a tensor of steps past 2^24",
+        lambda f: Quota(torch.tensor([1, 2**40])),
+        ValueError,
+        "steps.*1099511627776",
+    ),
+    (
+        "a tensor of truth values for steps",
+        lambda f: Quota(torch.tensor([True])),
+        TypeError,
+        "steps.*bool",
+    ),
 ]
 
 POINTWISE = [

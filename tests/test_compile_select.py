@@ -8,9 +8,12 @@ import compile_check
 import pytest
 import torch
 
+from fastdllm_kernels import Factor, Quota, Threshold
+
 V = 126464
 SCORES = ("confidence", "margin", "entropy", "random")
-RULES = ("threshold", "factor", "quota_even", "quota_dream")
+THRESHOLD, FACTOR, EVEN, DREAM = Threshold(), Factor(), Quota(4), Quota(4, "dream")
+RULES = (THRESHOLD, FACTOR, EVEN, DREAM)
 
 
 def cases():
@@ -21,14 +24,14 @@ def cases():
     yield from (
         (1, 32, V, bf16, rule, score, 0.0) for rule, score in zip(RULES, SCORES, strict=True)
     )
-    yield 1, 32, V, bf16, "threshold", "confidence", 0.5
-    yield 1, 32, V, bf16, "quota_dream", "margin", 0.5
+    yield 1, 32, V, bf16, THRESHOLD, "confidence", 0.5
+    yield 1, 32, V, bf16, DREAM, "margin", 0.5
     yield from (
-        (rows, 32, V, bf16, "threshold", "confidence", 0.0) for rows in (8, 32)
+        (rows, 32, V, bf16, THRESHOLD, "confidence", 0.0) for rows in (8, 32)
     )  # more tiles a program
-    yield 1, 256, V, torch.float32, "factor", "margin", 0.0  # ranks over the widest usual block
-    yield 1, 2048, 1024, torch.float16, "quota_even", "entropy", 0.0  # and over the widest of all
-    yield 4, 1, 257, bf16, "threshold", "confidence", 0.0  # loads that cannot be wide
+    yield 1, 256, V, torch.float32, FACTOR, "margin", 0.0  # ranks over the widest usual block
+    yield 1, 2048, 1024, torch.float16, EVEN, "entropy", 0.0  # and over the widest of all
+    yield 4, 1, 257, bf16, THRESHOLD, "confidence", 0.0  # loads that cannot be wide
     if os.environ.get("FASTDLLM_COMPILE_ALL"):
         for dtype in (bf16, torch.float16, torch.float32):
             for score in SCORES:
@@ -40,6 +43,7 @@ def cases():
 def launches(arch):
     """Launch both ops as they would on that chip."""
     from fastdllm_kernels.backend import Chip
+    from fastdllm_kernels.rules import flatten, with_row_values
     from fastdllm_kernels.select_triton import launch_confidence, launch_select, select_config
 
     chip = Chip(
@@ -58,14 +62,14 @@ def launches(arch):
         flags, left = empty(rows, width, dtype=torch.bool), empty(rows, dtype=torch.int32)
         each = {"dtype": torch.int64} if score in ("margin", "random") else None
         vector = empty(rows, **each) if each else None
+        if each:
+            rule = with_row_values(rule, [empty(rows, dtype=torch.float64)])
         launch_select(
             empty(rows, width, vocab, dtype=dtype),
             tokens,
             flags if each else None,
             5,
-            rule,
-            None,
-            0.5,
+            *flatten(rule, tokens.device),
             score,
             temperature,
             vector,

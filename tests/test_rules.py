@@ -1,12 +1,29 @@
 """The reference meaning of the rules, on [B, T] tensors."""
 
+import dataclasses
+import math
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_decode import choose, even_plan
 
-from fastdllm_kernels import Factor, Quota, Threshold
+from fastdllm_kernels import (
+    Factor,
+    Quota,
+    Threshold,
+    branch_of,
+    check_rule,
+    commit_of,
+    fixed_values,
+    per_row,
+    per_row_fields,
+    row_values,
+    rules,
+    with_row_values,
+)
 
 CHECKED = settings(derandomize=True, deadline=None, max_examples=80)
 
@@ -138,12 +155,38 @@ def published_dream_counts(masks, steps):
 
 
 @pytest.mark.parametrize(
-    "masks, steps", [(32, 8), (32, 16), (32, 5), (64, 48), (20, 30), (31, 7), (9, 1), (128, 100)]
+    "masks, steps", [(32, 8), (32, 16), (32, 5), (64, 48), (31, 7), (9, 1), (128, 100)]
 )
 def test_dreams_schedule_is_the_published_one(masks, steps):
     wanted = published_dream_counts(masks, steps)
     counts = run_quota(Quota(steps, schedule="dream"), masks)
     assert counts + [0] * (steps - len(counts)) == wanted
+
+
+def dream_share(masks, steps, step):
+    """The schedule's share as it is published, in the rules' own arithmetic."""
+    now, then = rules._dream_time(step, steps), rules._dream_time(step + 1, steps)
+    share = (masks.to(torch.float32) * (1 - then / now)).to(torch.int64)
+    return torch.where(steps - step <= 1, masks, share)
+
+
+def test_dreams_shares_are_the_published_ones_where_there_are_masks_for_all_steps():
+    for steps in range(1, 65):
+        masks = torch.arange(steps, 65)  # a row for every block that has as many masks or more
+        each = torch.full_like(masks, steps)
+        for step in range(steps):
+            at = torch.full_like(masks, step)
+            count = rules.quota_count(masks, each, at, "dream")
+            assert torch.equal(count, dream_share(masks, each, at))
+            masks = masks - count
+        assert not masks.any()
+
+
+@pytest.mark.parametrize("steps", [21, 30, 1000, 20_000, 2**24])
+def test_dreams_schedule_takes_no_more_forwards_than_there_are_masks(steps):
+    for masks in (1, 2, 5, 20):
+        counts = run_quota(Quota(steps, schedule="dream"), masks)
+        assert min(counts) >= 1 and len(counts) <= masks
 
 
 @pytest.mark.parametrize("schedule", ["even", "dream"])
@@ -180,7 +223,7 @@ def test_each_row_may_have_its_own_parameter(rule, alone):
         )
 
 
-rules = st.one_of(
+stated_rules = st.one_of(
     st.floats(0, 1.5, width=32).map(lambda tau: (("threshold", tau), Threshold(tau))),
     st.floats(0.015625, 4, width=32).map(lambda f: (("factor", f), Factor(f))),
     st.integers(1, 12).map(lambda steps: (("quota", steps), Quota(steps))),
@@ -190,7 +233,7 @@ rules = st.one_of(
 
 @CHECKED
 @given(
-    rules,
+    stated_rules,
     # Multiples of 1/16: every product in a rule is exact, so ties and bounds fall on the same side
     # in any precision.
     st.lists(st.tuples(st.integers(0, 16), st.booleans()), min_size=1, max_size=12),
@@ -219,3 +262,232 @@ def test_rules_commit_what_their_statement_says(rule, row, step):
     assert committed == sorted(wanted)
     assert all(candidates[position] for position in committed)
     assert committed or stated[0] == "dream"
+
+
+# What the rest of the project asks of a rule.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Band:
+    """Two parameters and no branch: commit what scores in [low, high], and the first candidate."""
+
+    low: float | torch.Tensor = per_row(0.25)
+    limit: int | torch.Tensor = per_row(dtype=torch.int64, default=3)
+    name: str = "band"
+
+    def commit(self, scores, candidates, step):
+        first = candidates & (candidates.cumsum(1) == 1)
+        return first | (candidates & (scores >= rules._column(self.low, scores)))
+
+
+class Cautious(Threshold):
+    """A subclass with another meaning."""
+
+    def commit(self, scores, candidates, step):
+        return Quota(2).commit(scores, candidates, step)
+
+
+def first_candidate(scores, candidates, step):
+    return candidates & (candidates.cumsum(1) == 1)
+
+
+def test_a_rule_says_its_own_fields():
+    assert [field.name for field in per_row_fields(Quota(3))] == ["steps"]
+    assert fixed_values(Quota(3, "dream")) == (("schedule", "dream"),)
+    assert [field.name for field in per_row_fields(Band())] == ["low", "limit"]
+    assert fixed_values(Band(name="x")) == (("name", "x"),)
+    assert per_row_fields(first_candidate) == () == fixed_values(first_candidate)
+    assert [branch_of(rule) for rule in (Threshold(), Factor(), Quota(1))] == [
+        "threshold",
+        "factor",
+        "quota",
+    ]
+    assert branch_of(first_candidate) is None and branch_of(Band()) is None
+
+
+def test_a_subclass_does_not_inherit_the_branch():
+    assert branch_of(Cautious()) is None
+
+
+def test_a_field_named_branch_is_a_field():
+    @dataclasses.dataclass(frozen=True)
+    class Tree:
+        branch: str = "threshold"
+
+        def commit(self, scores, candidates, step):
+            return candidates
+
+    assert branch_of(Tree()) is None and fixed_values(Tree()) == (("branch", "threshold"),)
+
+
+def test_two_classes_cannot_have_one_branch_but_a_class_may_be_defined_again():
+    def define(qualname):
+        @dataclasses.dataclass(frozen=True)
+        class Again:
+            __qualname__ = qualname
+            branch: ClassVar[str] = "defined again"
+            share: float = per_row(0.5)
+
+            def commit(self, scores, candidates, step):
+                return candidates
+
+        return Again
+
+    first, second, other = define("Again"), define("Again"), define("Other")
+    flat = [rules.flatten(kind(), torch.device("cpu")) for kind in (first, second)]
+    assert type(rules.unflatten(*flat[0])) is second
+    with pytest.raises(ValueError, match="declares the branch 'defined again'"):
+        branch_of(other())
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Threshold(0.3),
+        Threshold(math.inf),
+        Factor(torch.tensor([0.1, 1, 3], dtype=torch.float64)),
+        Quota(7, "dream"),
+        Quota(torch.tensor([1, 2**24, 5], dtype=torch.int32)),
+        Band(torch.tensor([0.1, 0.2, 0.3]), 2),
+    ],
+)
+def test_row_values_and_back(rule):
+    """As the loop does it: float64 bits in a plan of integers, and tensors of them on the device."""
+    rows = row_values(rule, 3)
+    columns = [torch.tensor(row, dtype=torch.float64).view(torch.int64) for row in rows]
+    again = with_row_values(rule, [column.view(torch.float64) for column in columns])
+    assert type(again) is type(rule) and fixed_values(again) == fixed_values(rule)
+    for field in per_row_fields(rule):
+        value, dtype = getattr(again, field.name), field.metadata["per_row"]
+        assert value.dtype == dtype
+        wanted = torch.as_tensor(getattr(rule, field.name)).to(dtype).expand(3)
+        assert torch.equal(value, wanted)
+
+
+def test_row_values_does_not_run_the_classs_own_checks():
+    @dataclasses.dataclass(frozen=True)
+    class Checked:
+        share: float = per_row(0.5)
+
+        def __post_init__(self):
+            assert not isinstance(self.share, torch.Tensor)
+
+        def commit(self, scores, candidates, step):
+            return candidates
+
+    changed = with_row_values(Checked(), [torch.tensor([0.25, 0.5], dtype=torch.float64)])
+    assert changed.share.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Threshold(0.3),
+        Threshold(torch.tensor([0.25, 0.5])),
+        Factor(2.5),
+        Quota(3, "dream"),
+        Quota(torch.tensor([1, 3])),
+    ],
+)
+def test_a_rule_survives_the_operators_flat_arguments(rule):
+    again = rules.unflatten(*rules.flatten(rule, torch.device("cpu")))
+    assert type(again) is type(rule) and fixed_values(again) == fixed_values(rule)
+    for field in per_row_fields(rule):
+        value, wanted = getattr(again, field.name), getattr(rule, field.name)
+        assert type(value) is type(wanted)
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(wanted))
+
+
+def not_frozen():
+    @dataclasses.dataclass
+    class Loose:
+        def commit(self, scores, candidates, step):
+            return candidates
+
+    return Loose()
+
+
+@dataclasses.dataclass(frozen=True)
+class NoCommit:
+    share: float = 0.5
+
+
+class NoDataclass:
+    def commit(self, scores, candidates, step):
+        return candidates
+
+
+@pytest.mark.parametrize(
+    "rule, error, message",
+    [
+        (Threshold, TypeError, "rule: expected an instance.*Threshold"),
+        (None, TypeError, "rule: expected a frozen dataclass.*None"),
+        (0.9, TypeError, "rule: expected a frozen dataclass.*0.9"),
+        ("threshold", TypeError, "rule: expected a frozen dataclass"),
+        (not_frozen(), TypeError, "rule: expected a frozen dataclass.*Loose"),
+        (NoCommit(), TypeError, "rule: expected a frozen dataclass.*NoCommit"),
+        (NoDataclass(), TypeError, "rule: expected a frozen dataclass.*NoDataclass"),
+        (Threshold(torch.zeros(3)), ValueError, r"Threshold.tau.*each of 2 rows.*\(3,\)"),
+        (Quota(torch.ones(1, 2).long()), ValueError, r"Quota.steps.*\(1, 2\)"),
+        (Band(0.5, torch.ones(4).long()), ValueError, r"Band.limit.*\(4,\)"),
+    ],
+)
+def test_what_is_no_rule_is_named(rule, error, message):
+    with pytest.raises(error, match=message):
+        check_rule(rule, 2)
+
+
+def test_what_is_a_rule_passes():
+    ours = Threshold(0.9), Factor(torch.ones(2)), Quota(3)
+    for rule in (*ours, Band(), Cautious(), first_candidate):
+        check_rule(rule, 2)
+
+
+@pytest.mark.parametrize(
+    "mask, error, message",
+    [
+        (lambda c: None, TypeError, "rule: expected commit to return a tensor, got NoneType"),
+        (lambda c: c.float(), TypeError, r"rule: .*bool \(2, 3\), got torch.float32 \(2, 3\)"),
+        (lambda c: c[:, :2], TypeError, r"rule: .*got torch.bool \(2, 2\)"),
+        (lambda c: c.to("meta"), TypeError, "rule: .*on cpu, got meta"),
+        (lambda c: ~c, ValueError, r"rule: row 0 commits position 0.*candidates are \[1, 2\]"),
+        (lambda c: c & False, ValueError, "rule: row 0 commits nothing"),
+    ],
+)
+def test_a_wrong_mask_of_a_users_rule_is_named(mask, error, message):
+    candidates = torch.tensor([[False, True, True], [False, False, False]])
+    commit = commit_of(lambda scores, candidates, step: mask(candidates))
+    with pytest.raises(error, match=message):
+        commit(torch.rand(2, 3), candidates, torch.zeros(2).long())
+
+
+def test_a_users_rule_sees_no_nan_and_cannot_change_the_candidates():
+    def commit(scores, candidates, step):
+        assert not scores.isnan().any()
+        mask = candidates.clone()
+        candidates.fill_(False)
+        return mask
+
+    candidates = torch.tensor([[True, False]])
+    scores = torch.tensor([[math.nan, 0.5]])
+    assert commit_of(commit)(scores, candidates, torch.zeros(1)).tolist() == [[True, False]]
+    assert candidates.tolist() == [[True, False]]
+
+
+def test_a_value_that_no_kernel_can_be_compiled_for_is_named():
+    @dataclasses.dataclass(frozen=True)
+    class Odd:
+        branch: ClassVar[str] = "odd"
+        weights: tuple = (1.0, 2.0)
+
+        def commit(self, scores, candidates, step):
+            return candidates
+
+    with pytest.raises(TypeError, match="rule: expected Odd.weights .*tuple"):
+        rules.flatten(Odd(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("number", [0.0, 2.0**-149, -3.0, 3.4e38, -3.4e38, math.inf, 2**100])
+def test_a_threshold_that_float32_holds(number):
+    assert Threshold(number).tau == number
+    assert not Threshold(torch.tensor([number], dtype=torch.float64)).tau.float().isnan()

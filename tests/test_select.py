@@ -2,7 +2,9 @@
 oracle and each other.
 """
 
+import dataclasses
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -160,6 +162,144 @@ def test_each_row_may_have_its_own_parameter_step_and_seed(triton_backend, devic
     assert not torch.equal(one[0][0].token_ids[0], one[0][0].token_ids[1])
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decay:
+    """A rule of two parameters: commit what scores at least tau less `ease` a step, and the best
+    candidate. `strict`: only what scores more.
+    """
+
+    tau: float | torch.Tensor = rules.per_row(0.5)
+    ease: float | torch.Tensor = rules.per_row(0.125)
+    strict: bool = False
+
+    def commit(self, scores, candidates, step):
+        bound = rules._column(self.tau, scores)
+        bound = bound - rules._column(self.ease, scores) * step[:, None].float()
+        sure = scores > bound if self.strict else scores >= bound
+        return candidates & (sure | (rules._ranks(scores, candidates) == 0))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FusedDecay(Decay):
+    """The same with a branch of the kernel."""
+
+    branch: ClassVar[str] = "decay"
+
+
+@triton.jit
+def _chosen_decay(
+    scores,
+    able,
+    parameters,
+    step,
+    RULE: tl.constexpr,
+    FIXED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """What Decay's branch in select_triton._chosen would be."""
+    tl.static_assert(RULE == "decay")
+    tau, ease = parameters[0], parameters[1]
+    bound = tau - ease * step.to(tl.float32)
+    sure = scores > bound if FIXED[0] else scores >= bound
+    order = tl.where(able, scores, float("-inf"))
+    return able & (sure | (select_triton._ranks(order, WIDTH, CHUNK) == 0))
+
+
+DECAYS = [(0.6, 0.25), (torch.tensor([0.9, 0.2]), 0.25), (torch.tensor([0.9, 0.2]), None)]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("tau, ease", DECAYS)
+def test_a_rule_of_two_parameters_is_a_dataclass_and_a_branch(
+    either_backend, device, monkeypatch, tau, ease, strict
+):
+    """Nothing else knows of it: its own fields, its own branch."""
+    monkeypatch.setattr(select_triton, "_chosen", _chosen_decay)
+    if isinstance(tau, torch.Tensor):
+        tau = tau.to(device)
+    if ease is None:
+        ease = torch.tensor([0.0, 0.0625], dtype=torch.float64, device=device)
+    logits = random_logits(device, torch.float32, 2, 9, 30, seed=7)
+    tokens = torch.full((2, 9), 29, device=device)
+    step = torch.tensor([0, 3], device=device)
+    results = []
+    for kind in (FusedDecay, Decay):
+        after = tokens.clone()
+        rule = kind(tau, ease, strict)
+        result = fk.confidence_select(logits, after, mask_id=29, rule=rule, step=step)
+        results.append((result, after))
+    assert_same(*results)
+    masks = torch.ones_like(tokens, dtype=torch.bool)
+    wanted = Decay(tau, ease, strict).commit(results[1][0].score, masks, step)
+    assert torch.equal(results[0][0].committed, wanted) and 2 < wanted.sum() < 18
+
+
+def test_a_branch_that_the_kernel_does_not_have_is_no_silent_other_rule(triton_backend, device):
+    logits = random_logits(device, torch.float32, 1, 3, 10)
+    with pytest.raises(Exception, match="no branch of this name"):
+        fk.confidence_select(
+            logits, torch.full((1, 3), 9, device=device), mask_id=9, rule=FusedDecay()
+        )
+
+
+def leftmost(scores, candidates, step):
+    return candidates & (candidates.cumsum(1) == 1)
+
+
+class Bolder(Threshold):
+    """A subclass with a commit of its own, which must be the one that runs."""
+
+    def commit(self, scores, candidates, step):
+        return candidates
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("score", SCORES)
+def test_a_rule_without_a_branch_sees_the_same_proposals_and_scores(
+    either_backend, device, dtype, score, temperature
+):
+    logits = random_logits(device, dtype, 2, 5, 40)
+    tokens = torch.full((2, 5), 39, device=device)
+    tokens[0, :2] = 7
+    options = dict(
+        mask_id=39,
+        score=score,
+        temperature=temperature,
+        seed=torch.tensor([3, 4], device=device),
+        vocab_size=40,
+    )
+    fused = fk.confidence_select(logits, tokens.clone(), rule=Threshold(0.5), **options)
+    for rule, count in ((leftmost, 2), (Bolder(0.5), 8)):
+        after = tokens.clone()
+        got = fk.confidence_select(logits, after, rule=rule, **options)
+        assert torch.equal(got.token_ids, fused.token_ids)
+        torch.testing.assert_close(got.score, fused.score, rtol=1e-6, atol=1e-6)
+        assert got.committed.sum() == count and got.remaining.sum() == 8 - count
+        assert torch.equal(after, torch.where(got.committed, got.token_ids, tokens))
+
+
+def test_a_nan_is_reported_to_a_rule_without_a_branch_too(either_backend, device):
+    logits = random_logits(device, torch.float32, 2, 3, 20)
+    logits[0, 1, 4] = NAN
+    tokens = torch.full((2, 3), 19, device=device)
+    got = fk.confidence_select(logits, tokens, mask_id=19, rule=lambda s, c, step: c)
+    assert got.remaining.tolist() == [-2, 0] and got.score[0, 1].isnan()
+    assert got.committed.tolist() == [[True, False, True], [True, True, True]]
+
+
+@pytest.mark.parametrize("rule", [*RULES, Threshold(INF)])
+def test_the_compiler_sees_one_node_whatever_the_rule(device, rule):
+    logits = random_logits(device, torch.float32, 2, 4, 20)
+
+    def call(tokens):
+        return fk.confidence_select(logits, tokens, mask_id=19, rule=rule).committed
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    tokens = torch.full((2, 4), 19, device=device)
+    assert torch.equal(compiled(tokens.clone()), call(tokens.clone()))
+
+
 @triton.jit
 def _quota_kernel(masks, steps, step, even, dream, N: tl.constexpr):
     at = tl.arange(0, N)
@@ -173,6 +313,7 @@ def test_quotas_are_counted_exactly_as_in_the_rules(device):
     N = 16384
     masks = torch.randint(0, 257, (N,), generator=generator).to(device)
     steps = torch.randint(1, 257, (N,), generator=generator).to(device)
+    steps[::5] = torch.randint(257, 2**24 + 1, steps[::5].shape, generator=generator).to(device)
     step = (torch.rand(N, generator=generator).to(device) * (steps + 1)).long()
     even, dream = torch.full((2, N), -1, device=device)
     _quota_kernel[(1,)](masks, steps, step, even, dream, N=N, enable_fp_fusion=False, num_warps=16)

@@ -1,48 +1,83 @@
-"""Rules: which proposals of an active block to commit, as frozen dataclasses and their reference
-meaning.
+"""Rules: which proposals of an active block to commit.
+
+A rule is an instance of a frozen dataclass with a method
+
+    commit(scores [B, T] fp32, candidates [B, T] bool, step [B] int64) -> mask [B, T] bool
+
+or a plain function of the same arguments. scores: higher is surer. candidates: the positions that
+may be committed. step: how many steps each row has made in its block. A rule never sees a model or
+a cache. It commits at least one candidate of each row that has any, and no other position; of equal
+scores the rules here take the lower position first.
+
+The class says the rest itself, once, in its body:
+
+    tau: float | torch.Tensor = per_row(0.9)    a field that may be a [B] tensor, one entry a row
+    schedule: str = "even"                      any other field is fixed for a whole launch
+    branch: ClassVar[str] = "threshold"         the rule's branch in the select kernel, if it has one
+
+Without a branch `commit` runs after the scoring, in PyTorch, and the mask it returns is checked.
+With one the kernel decides (`select_triton._chosen`) and `commit` is its reference. A subclass does
+not inherit the branch: its `commit` may differ.
 
 Source: Fast-dLLM (arXiv 2505.22618), sections 3.3 and 4 (threshold, factor); LLaDA's and Dream's
-own samplers (quota). A rule sees scores [B, T] fp32 (higher is surer), candidates [B, T] bool and
-each row's step in its block [B], never a model or a cache, and returns the commit mask [B, T] bool.
-Equal scores: the lower position first.
+own samplers (quota).
 """
 
+import ast
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+
+FLOAT32 = torch.finfo(torch.float32)
+SMALLEST_FLOAT32 = 2.0**-149
+LARGEST_COUNT = 2**24  # float32 holds every integer up to here
+
+
+def per_row(default: Any = dataclasses.MISSING, dtype: torch.dtype = torch.float32) -> Any:
+    """A dataclass field that may be a number or a [B] tensor with one entry for each row.
+
+    dtype is what the rule's commit and its kernel compare it in: torch.float32 or torch.int64.
+    """
+    return dataclasses.field(default=default, metadata={"per_row": dtype})
 
 
 @dataclass(frozen=True, eq=False)
 class Threshold:
     """Commit every candidate with score >= tau, and always the best one.
 
-    tau: a number >= 0, or a [B] tensor with one per row; above 1 it means one token a step in order
-    of confidence. Scores other than the confidence have other ranges: the negative entropy wants a
-    tau below 0, so any finite number is taken.
+    tau: a number, or a [B] tensor with one per row; above 1 it means one token a step in order of
+    confidence. Scores other than the confidence have other ranges: the negative entropy wants a
+    tau below 0. Infinity commits the best one alone.
     """
 
-    tau: float | torch.Tensor = 0.9
+    tau: float | torch.Tensor = per_row(0.9)
+    branch: ClassVar[str] = "threshold"
 
     def __post_init__(self):
-        _check_number("Threshold.tau", self.tau)
+        _check_number("Threshold.tau", self.tau, at_most=torch.inf)
 
     def commit(self, scores, candidates, step):
         """The commit mask [B, T] for scores [B, T], candidates [B, T] and step [B]."""
-        return candidates & (
-            (scores >= _column(self.tau, scores)) | (_ranks(scores, candidates) == 0)
-        )
+        sure = scores >= _column(self.tau, scores)
+        best = _ranks(scores, candidates) == 0
+        return candidates & (sure | best)
 
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """Commit the best max(1, n), n the largest with (n + 1)(1 - c(n)) <= f for the scores c(1) >=
-    c(2) >= ...
+    """Commit the best max(1, n) candidates, n the largest with (n + 1)(1 - c(n)) <= f.
 
-    f: a number > 0, or a [B] tensor. f = 1 is the bound of the paper's theorem, below which greedy
-    parallel decoding equals greedy sequential decoding.
+    c(1) >= c(2) >= ... are the scores. f: a number > 0, or a [B] tensor. f = 1 is the bound of the
+    paper's theorem, below which greedy parallel decoding equals greedy sequential decoding.
     """
 
-    f: float | torch.Tensor = 1.0
+    f: float | torch.Tensor = per_row(1.0)
+    branch: ClassVar[str] = "factor"
 
     def __post_init__(self):
         _check_number("Factor.f", self.f, above=0)
@@ -59,29 +94,19 @@ class Factor:
 class Quota:
     """Commit a block's masks over a fixed number of steps, the best scores of each step.
 
-    steps: an integer >= 1, or a [B] integer tensor. schedule "even": as evenly as possible, the
-    first steps taking the remainder; "dream": Dream's published schedule, int(m (1 - t[i+1] /
-    t[i])) of the m masks left with t = linspace(1, 0.001, steps + 1), the last step all of them (a
-    step of it may commit nothing).
+    steps: an integer in [1, 2^24], or a [B] integer tensor. schedule "even": as evenly as possible,
+    the first steps taking the remainder. "dream": Dream's published schedule, int(m (1 - t[i+1] /
+    t[i])) of the m masks left with t = linspace(1, 0.001, steps + 1), the last step all of them.
+    Its first step may commit nothing where there are as many masks as steps or more; every other
+    step commits at least one, so that a block takes at most as many forwards as it has masks.
     """
 
-    steps: int | torch.Tensor
+    steps: int | torch.Tensor = per_row(dtype=torch.int64)
     schedule: str = "even"
+    branch: ClassVar[str] = "quota"
 
     def __post_init__(self):
-        if isinstance(self.steps, torch.Tensor):
-            if self.steps.is_floating_point() or self.steps.dtype == torch.bool:
-                raise TypeError(f"Quota.steps: expected an integer tensor, got {self.steps.dtype}")
-            if self.steps.device.type == "cpu" and (self.steps < 1).any():
-                raise ValueError(
-                    f"Quota.steps: expected every entry >= 1, got {self.steps.tolist()}"
-                )
-        elif isinstance(self.steps, bool) or not isinstance(self.steps, int):
-            raise TypeError(
-                f"Quota.steps: expected an int or an integer tensor, got {type(self.steps).__name__}"
-            )
-        elif self.steps < 1:
-            raise ValueError(f"Quota.steps: expected at least 1, got {self.steps}")
+        _check_count("Quota.steps", self.steps)
         if self.schedule not in ("even", "dream"):
             raise ValueError(f"Quota.schedule: expected 'even' or 'dream', got {self.schedule!r}")
 
@@ -94,38 +119,40 @@ class Quota:
 
 
 def quota_count(masks, steps, step, schedule):
-    """How many of `masks` [B] a quota of `steps` commits at `step` [B] (counted from 0); int64 [B]."""
+    """How many of `masks` [B] a quota of `steps` commits at `step` [B] (from 0); int64 [B]."""
     left = (steps - step).clamp(min=1)
     if schedule == "even":
         return (masks + left - 1) // left
     now, then = _dream_time(step, steps), _dream_time(step + 1, steps)
-    return torch.where(
-        left == 1, masks, (masks.to(torch.float32) * (1 - then / now)).to(torch.int64)
-    )
+    share = (masks.to(torch.float32) * (1 - then / now)).to(torch.int64)
+    # With more steps than masks most shares round to 0, forwards that would change nothing.
+    may_be_empty = (masks == 0) | ((step == 0) & (steps <= masks))
+    share = torch.where(may_be_empty, share, share.clamp(min=1))
+    return torch.where(left == 1, masks, share)
 
 
 def _dream_time(i, steps):
-    """torch.linspace(1, 0.001, steps + 1)[i] in float32, in the order of linspace's own arithmetic:
-    the truncations fall as published, but for some 17 in a million where its fused multiply-adds
-    round otherwise.
+    """torch.linspace(1, 0.001, steps + 1)[i] in float32, in the order of linspace's own arithmetic.
+
+    The truncations fall as published, but for some 17 in a million where linspace's fused
+    multiply-adds round otherwise.
     """
     stride = torch.tensor(0.001 - 1, dtype=torch.float32, device=i.device) / steps
     return torch.where(2 * i < steps + 1, 1 + stride * i, 0.001 - stride * (steps - i))
 
 
 def _ranks(scores, candidates):
-    """Each candidate's place [B, T] in descending score, 0 the best, ties to the lower position;
-    others come last.
+    """Each candidate's place [B, T] in descending score, 0 the best, ties to the lower position.
+
+    Positions that are no candidates come last.
     """
     order = torch.where(candidates, scores, -torch.inf).nan_to_num(nan=-torch.inf)
     order = order.masked_fill(~candidates, -torch.inf)
     # Candidates with a score of -inf still come before positions that are none.
     by_score = torch.argsort(order, dim=1, descending=True, stable=True)
     is_candidate = candidates.gather(1, by_score)
-    by_score = by_score.gather(
-        1, torch.argsort(is_candidate.to(torch.int8), dim=1, descending=True, stable=True)
-    )
-    return torch.argsort(by_score, dim=1)
+    first = torch.argsort(is_candidate.to(torch.int8), dim=1, descending=True, stable=True)
+    return torch.argsort(by_score.gather(1, first), dim=1)
 
 
 def _column(value, scores):
@@ -135,18 +162,276 @@ def _column(value, scores):
     return value
 
 
-def _check_number(name, value, above=None):
+def _check_number(name, value, above=-torch.inf, at_most=FLOAT32.max):
+    """A number in (above, at_most], or a tensor of them, that neither overflows nor vanishes in
+    float32. Tensors are read where that costs nothing, on the CPU.
+    """
     if isinstance(value, torch.Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
-        wrong = value.isnan() if above is None else ~(value > above)
-        if value.device.type == "cpu" and wrong.any():
-            raise ValueError(
-                f"{name}: expected numbers{'' if above is None else f' > {above}'}, got {value.tolist()}"
-            )
+        if value.device.type != "cpu":
+            return
+        values = value.flatten().tolist()
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-    elif value != value or (above is not None and not value > above):
+    else:
+        values = [value]
+    for number in values:
+        in_range = number == at_most or (above < number and abs(number) <= FLOAT32.max)
+        if not in_range or 0 < abs(number) < SMALLEST_FLOAT32:
+            bound = "" if above == -torch.inf else f" above {above}"
+            raise ValueError(
+                f"{name}: expected numbers{bound} that float32 holds (size {SMALLEST_FLOAT32:.1e} "
+                f"to {FLOAT32.max:.1e}), got {number}"
+            )
+
+
+def _check_count(name, value):
+    """An int in [1, LARGEST_COUNT], or an integer tensor of them."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name}: expected an integer tensor, got {value.dtype}")
+        if value.device.type != "cpu":
+            return
+        values = value.flatten().tolist()
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int or an integer tensor, got {type(value).__name__}")
+    else:
+        values = [value]
+    for number in values:
+        if not 1 <= number <= LARGEST_COUNT:
+            raise ValueError(f"{name}: expected an int in [1, {LARGEST_COUNT}], got {number}")
+
+
+# What the rest of the project asks of a rule.
+
+
+class _Layout(NamedTuple):
+    """What a frozen dataclass says of its rules: (name, dtype) of the per-row fields, the names of
+    the others, the branch.
+    """
+
+    per_row: tuple[tuple[str, torch.dtype], ...]
+    fixed: tuple[str, ...]
+    branch: str | None
+
+
+_CLASSES: dict[str, type] = {}  # the class of each branch, for `unflatten`
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot follow how it is read
+def _layout(kind: type) -> _Layout | None:
+    """The layout of a class's rules; None for what is no frozen dataclass (a function's class).
+
+    A class that declares a branch enters itself in _CLASSES. ValueError where another is there.
+    """
+    return _read_layout(kind)
+
+
+@functools.cache
+def _read_layout(kind):
+    if not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen:
+        return None
+    fields = {field.name: field.metadata for field in dataclasses.fields(kind)}
+    branch = vars(kind).get("branch")  # not getattr: a subclass has none unless it says so
+    if not isinstance(branch, str) or "branch" in fields:
+        branch = None
+    else:
+        _register(branch, kind)
+    return _Layout(
+        tuple((name, data["per_row"]) for name, data in fields.items() if "per_row" in data),
+        tuple(name for name, data in fields.items() if "per_row" not in data),
+        branch,
+    )
+
+
+def _register(branch, kind):
+    """Enter the class of a branch. One that was defined again (a module read anew, a notebook's
+    cell) takes the place of the first.
+    """
+    known = _CLASSES.get(branch, kind)
+    if (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
         raise ValueError(
-            f"{name}: expected a number{'' if above is None else f' > {above}'}, got {value}"
+            f"rule: {kind.__name__} declares the branch {branch!r}, which is {known.__name__}'s"
         )
+    _CLASSES[branch] = kind
+
+
+def check_rule(rule, rows: int) -> None:
+    """TypeError unless `rule` is one; ValueError where a per-row tensor has not `rows` entries."""
+    if isinstance(rule, type):
+        raise TypeError(
+            f"rule: expected an instance such as {rule.__name__}(...), got the class itself"
+        )
+    layout = _layout(type(rule))
+    commits = callable(getattr(rule, "commit", None))
+    if layout is None or not commits:
+        if callable(rule) and not commits:
+            return  # a function
+        raise TypeError(
+            "rule: expected a frozen dataclass with commit(scores, candidates, step), or a function"
+            f" of these, got {rule!r}"
+        )
+    for name, _ in layout.per_row:
+        value = getattr(rule, name)
+        if isinstance(value, torch.Tensor) and value.shape != (rows,):
+            raise ValueError(
+                f"rule: expected {type(rule).__name__}.{name} with one entry for each of "
+                f"{rows} rows, got shape {tuple(value.shape)}"
+            )
+
+
+def per_row_fields(rule) -> tuple[dataclasses.Field, ...]:
+    """The rule's fields that may be [B] tensors, in order; none for a function."""
+    fields = dataclasses.fields(rule) if _layout(type(rule)) else ()
+    return tuple(field for field in fields if "per_row" in field.metadata)
+
+
+def fixed_values(rule) -> tuple[tuple[str, Any], ...]:
+    """(name, value) of the rule's other fields, in order; none for a function."""
+    layout = _layout(type(rule))
+    return tuple((name, getattr(rule, name)) for name in layout.fixed) if layout else ()
+
+
+def branch_of(rule) -> str | None:
+    """The name of the rule's branch in the select kernel; None where it has none."""
+    layout = _layout(type(rule))
+    return layout.branch if layout else None
+
+
+def row_values(rule, rows: int) -> list[list[float]]:
+    """For each per-row field its value for each of `rows` rows, as numbers that float64 holds.
+
+    Reads a device's tensors. ValueError for an integer past 2^53.
+    """
+    columns = []
+    for field in per_row_fields(rule):
+        value = getattr(rule, field.name)
+        column = value.tolist() if isinstance(value, torch.Tensor) else [value] * rows
+        if any(isinstance(number, int) and abs(number) > 2**53 for number in column):
+            raise ValueError(
+                f"{type(rule).__name__}.{field.name}: expected integers up to 2^53, got {column}"
+            )
+        columns.append(column)
+    return columns
+
+
+def with_row_values(rule, columns):
+    """The rule with the device tensors `columns`, one [B] for each per-row field, in those fields.
+
+    Cast to the fields' dtypes. Neither the class's own checks nor this function read them, so it
+    may run while a CUDA graph is captured.
+    """
+    changed = copy.copy(rule)
+    for field, column in zip(per_row_fields(rule), columns, strict=True):
+        object.__setattr__(changed, field.name, column.to(field.metadata["per_row"]))
+    return changed
+
+
+def commit_of(rule) -> Callable:
+    """The rule's commit; where it has no branch, a commit that checks the mask it returns.
+
+    What nobody but its author knows could lose tokens, or commit nothing for ever. The check reads
+    the device.
+    """
+    if branch_of(rule) is not None:
+        return rule.commit
+    return functools.partial(_checked, rule if _layout(type(rule)) is None else rule.commit)
+
+
+def _checked(commit, scores, candidates, step):
+    """commit's mask, if it is one: TypeError or ValueError naming what came."""
+    mask = commit(scores.nan_to_num(nan=-torch.inf), candidates.clone(), step)
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"rule: expected commit to return a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool or mask.shape != candidates.shape:
+        raise TypeError(
+            f"rule: expected commit to return bool {tuple(candidates.shape)}, "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        )
+    if mask.device != candidates.device:
+        raise TypeError(
+            f"rule: expected commit to return a mask on {candidates.device}, got {mask.device}"
+        )
+    outside = mask & ~candidates
+    if outside.any():
+        row, position = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"rule: row {row} commits position {position}, which is no candidate; its candidates "
+            f"are {candidates[row].nonzero()[:, 0].tolist()}"
+        )
+    empty = candidates.any(1) & ~mask.any(1)
+    if empty.any():
+        raise ValueError(
+            f"rule: row {empty.nonzero()[0].item()} commits nothing, and must commit at least one "
+            "of its candidates"
+        )
+    return mask
+
+
+# A rule with a branch as an operator's flat arguments, and back.
+
+
+class FlatRule(NamedTuple):
+    """A rule with a branch, flat.
+
+    For each per-row field: a tensor [B] of the field's dtype in `tensors`, or None and its value in
+    `numbers`. fixed: the values of the other fields, as Python writes their tuple.
+    """
+
+    branch: str
+    tensors: list[torch.Tensor | None]
+    numbers: list[float]
+    fixed: str
+
+
+def flatten(rule, device) -> FlatRule:
+    """A rule with a branch, flat, its tensors on `device`.
+
+    ValueError for an integer that float32 does not hold, TypeError for a fixed value that cannot be
+    a constant of a kernel.
+    """
+    kind = type(rule)
+    layout = _layout(kind)
+    tensors: list[torch.Tensor | None] = []
+    numbers = []
+    for name, dtype in layout.per_row:
+        value = getattr(rule, name)
+        if isinstance(value, torch.Tensor):
+            tensors.append(value.to(device=device, dtype=dtype))
+            numbers.append(0.0)
+            continue
+        if isinstance(value, int) and abs(value) > LARGEST_COUNT:
+            raise ValueError(
+                f"rule: expected {kind.__name__}.{name} up to {LARGEST_COUNT}, got {value}"
+            )
+        tensors.append(None)
+        numbers.append(float(value))
+    fixed = tuple([getattr(rule, name) for name in layout.fixed])
+    for name, value in zip(layout.fixed, fixed, strict=True):
+        if type(value) not in (str, int, bool, type(None)):
+            raise TypeError(
+                f"rule: expected {kind.__name__}.{name} to be a str, int, bool or None, which a "
+                f"kernel can be compiled for, got {type(value).__name__}"
+            )
+    return FlatRule(layout.branch, tensors, numbers, repr(fixed))
+
+
+def unflatten(branch, tensors, numbers, fixed):
+    """The rule that `flatten` made these of, its numbers as the fields' dtypes hold them."""
+    kind = _CLASSES[branch]
+    layout = _layout(kind)
+    rule = object.__new__(kind)  # without the class's own checks: they may read the device
+    for (name, dtype), tensor, number in zip(layout.per_row, tensors, numbers, strict=True):
+        if tensor is None:
+            tensor = number if dtype.is_floating_point else int(number)
+        object.__setattr__(rule, name, tensor)
+    for name, value in zip(layout.fixed, constants(fixed), strict=True):
+        object.__setattr__(rule, name, value)
+    return rule
+
+
+@functools.cache
+def constants(fixed: str) -> tuple:
+    """The values of FlatRule.fixed."""
+    return ast.literal_eval(fixed)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from . import backend, checks
-from .rules import Factor, Quota, Threshold
+from .rules import branch_of, check_rule, commit_of, flatten, unflatten
 
 SCORES = ("confidence", "margin", "entropy", "random")
 
@@ -290,28 +290,39 @@ def confidence_select_reference(
     step=None,
 ):
     """See `confidence_select`."""
-    rows, width, vocab = logits.shape
-    candidates = tokens == mask_id if candidates is None else candidates
-    step = torch.zeros(rows, dtype=torch.int64, device=tokens.device) if step is None else step
-    position = torch.arange(width, device=tokens.device).repeat(rows)
-    seeds = None if seed is None else _seeds(seed, tokens[:, 0]).repeat_interleave(width)
-    best = token_confidence_reference(
-        logits.reshape(-1, vocab),
+    return _select_with(
+        token_confidence_reference,
+        logits,
+        tokens,
+        rule,
+        candidates,
+        seed,
+        step,
         mask_id=mask_id,
         score=score,
         temperature=temperature,
-        seed=seeds,
-        position=position,
         vocab_size=vocab_size,
     )
-    return commit_proposals(rule.commit, best.token_ids, best.score, tokens, candidates, step)
+
+
+def _select_with(propose, logits, tokens, rule, candidates, seed, step, **options) -> Selection:
+    """confidence_select in two parts: `propose` (token_confidence or its reference), then the rule
+    in PyTorch.
+    """
+    rows, width, vocab = logits.shape
+    candidates = tokens == options["mask_id"] if candidates is None else candidates
+    step = torch.zeros(rows, dtype=torch.int64, device=tokens.device) if step is None else step
+    position = torch.arange(width, device=tokens.device).repeat(rows)
+    seeds = None if seed is None else _seeds(seed, tokens[:, 0]).repeat_interleave(width)
+    best = propose(logits.reshape(-1, vocab), seed=seeds, position=position, **options)
+    return commit_proposals(commit_of(rule), best.token_ids, best.score, tokens, candidates, step)
 
 
 def commit_proposals(commit, token_ids, score, tokens, candidates, step) -> Selection:
     """What follows scoring, in plain PyTorch: ask the rule, commit into `tokens` in place, count
     what remains.
 
-    commit: (scores [B, T], candidates [B, T], step [B]) -> mask [B, T], as a rule's `commit`.
+    commit: (scores [B, T], candidates [B, T], step [B]) -> mask [B, T]: `rules.commit_of(rule)`.
     token_ids, score: B * T proposals and their scores, NaN where the logits hold one. tokens,
     candidates [B, T].
     """
@@ -334,8 +345,8 @@ def _seeds(seed, like):
 
 LIBRARY = torch.library.Library("fastdllm", "FRAGMENT")
 LIBRARY.define(
-    "confidence_select(Tensor logits, Tensor(a!) tokens, Tensor? candidates, int mask_id, str rule, Tensor? parameter, "
-    "float number, str score, float temperature, Tensor? seed, int seed_number, int vocab_size, Tensor? step, "
+    "confidence_select(Tensor logits, Tensor(a!) tokens, Tensor? candidates, int mask_id, str rule, "
+    "Tensor?[] tensors, float[] numbers, str fixed, str score, float temperature, Tensor? seed, int seed_number, int vocab_size, Tensor? step, "
     "Tensor(b!) token_ids, Tensor(c!) value, Tensor(d!) committed, Tensor(e!) remaining) -> ()"
 )
 LIBRARY.define(
@@ -343,7 +354,6 @@ LIBRARY.define(
     "Tensor? position, int vocab_size, int vocab_start, bool entropy, bool margin) "
     "-> (Tensor token_ids, Tensor has_nan, Tensor values)"
 )
-RULES = {"threshold": Threshold, "factor": Factor, "quota": Quota}
 # One program ranks a row's block, its work growing with the square of the length; past this the
 # reference does it.
 WIDEST_KERNEL = 2048
@@ -359,21 +369,18 @@ def _unsupported(logits):
 
 
 def _run_select(*arguments):
-    logits, tokens, candidates, mask_id, rule, parameter, number, *options, step = arguments[:13]
+    logits, tokens, candidates, mask_id, *flat_rule = arguments[:8]
+    score, temperature, seed, seed_number, vocab_size, step = arguments[8:14]
     if backend.use_triton("confidence_select", logits, _unsupported(logits)):
         from .select_triton import launch_select
 
         launch_select(*arguments)
         return
-    score, temperature, seed, seed_number, vocab_size = options
-    kind, *schedule = rule.split("_")
-    if parameter is None:
-        parameter = int(number) if kind == "quota" else number
     selection = confidence_select_reference(
         logits,
         tokens,
         mask_id=mask_id,
-        rule=RULES[kind](parameter, *schedule),
+        rule=unflatten(*flat_rule),
         candidates=candidates,
         score=score,
         temperature=temperature,
@@ -381,7 +388,7 @@ def _run_select(*arguments):
         vocab_size=vocab_size,
         step=step,
     )
-    for result, value in zip(arguments[13:], selection, strict=True):
+    for result, value in zip(arguments[14:], selection, strict=True):
         result.copy_(value)
 
 
@@ -441,48 +448,68 @@ def confidence_select(
 
     logits [B, T, V] (float16, bfloat16 or float32; rows at any stride, V contiguous): row t
     predicts position t of the block. tokens [B, T] int64, updated in place where committed. mask_id
-    is never proposed. rule: Threshold, Factor or Quota, whose parameter may be a [B] tensor.
-    candidates [B, T] bool: default tokens == mask_id. score: "confidence", "margin", "entropy" or
+    is never proposed. rule: a frozen dataclass with `commit`, or a function like it (see rules.py);
+    parameters may be [B] tensors. One without a branch in the kernel commits in PyTorch, after the
+    kernels that propose and score, and its mask is checked. candidates [B, T] bool: default tokens == mask_id. score: "confidence", "margin", "entropy" or
     "random". temperature 0 proposes the argmax, above 0 draws from softmax(logits / temperature);
     the score is that of the clean softmax. seed: an int, or [B] int64, the key of a row's draws;
     needed with a temperature or "random". vocab_size: entries past it are padding. step [B] int64
     or int32: the row's step in its block, from 0, which Quota counts by (default 0).
 
-    Returns a Selection. Nothing is read back to the host. Raises TypeError for dtypes, ValueError
-    for shapes and values.
+    Returns a Selection. Nothing is read back to the host, but to check a mask. Raises TypeError for
+    dtypes, ValueError for shapes and values.
     """
     vocab_size = _check_logits(logits, 3, mask_id, score, temperature, vocab_size)
     checks.tensor("tokens", tokens, (torch.int64,), logits.shape[:2], logits.device)
-    kind, parameter, number = _rule(rule, tokens)
+    check_rule(rule, len(tokens))
     checks.tensor(
         "candidates", candidates, (torch.bool,), tokens.shape, tokens.device, optional=True
     )
-    seed, seed_number = _seed_arguments(seed, tokens, temperature > 0 or score == "random")
+    key, seed_number = _seed_arguments(seed, tokens, temperature > 0 or score == "random")
     checks.tensor(
         "step", step, (torch.int64, torch.int32), tokens.shape[:1], tokens.device, optional=True
     )
-    each = (
-        tokens.new_empty(tokens.shape, dtype=dtype)
-        for dtype in (torch.int64, torch.float32, torch.bool)
-    )
-    selection = Selection(*each, tokens.new_empty(len(tokens), dtype=torch.int32))
+    if branch_of(rule) is None:
+        return _select_with(
+            token_confidence,
+            logits,
+            tokens,
+            rule,
+            candidates,
+            seed,
+            step,
+            mask_id=mask_id,
+            score=score,
+            temperature=temperature,
+            vocab_size=vocab_size,
+        )
+    selection = _empty_selection(tokens)
     torch.ops.fastdllm.confidence_select(
         logits,
         tokens,
         candidates,
         mask_id,
-        kind,
-        parameter,
-        number,
+        *flatten(rule, tokens.device),
         score,
         float(temperature),
-        seed,
+        key,
         seed_number,
         vocab_size,
         step,
         *selection,
     )
     return selection
+
+
+def _empty_selection(tokens) -> Selection:
+    # empty_like takes a third of new_empty's time on the host.
+    dense = {"memory_format": torch.contiguous_format}
+    return Selection(
+        torch.empty_like(tokens, **dense),
+        torch.empty_like(tokens, dtype=torch.float32, **dense),
+        torch.empty_like(tokens, dtype=torch.bool, **dense),
+        tokens.new_empty(len(tokens), dtype=torch.int32),
+    )
 
 
 def token_confidence(
@@ -610,22 +637,3 @@ def _seed_arguments(seed, rows, needed):
             "seed", seed, (torch.int64,), rows.shape[:1], rows.device, optional=True
         ), 0
     return None, checks.integer("seed", seed, -(2**63), 2**63 - 1)
-
-
-def _rule(rule, tokens):
-    """The rule's name in the op, and its parameter as a checked tensor or None, and the number that
-    stands where it is None.
-    """
-    kind = next((name for name, known in RULES.items() if type(rule) is known), None)
-    if kind is None:
-        raise TypeError(f"rule: expected Threshold, Factor or Quota, got {type(rule).__name__}")
-    parameter, *schedule = vars(rule).values()  # a quota's schedule becomes part of its name
-    name = "_".join([kind, *schedule])
-    if not isinstance(parameter, torch.Tensor):
-        return name, None, float(parameter)
-    if parameter.shape != tokens.shape[:1]:
-        raise ValueError(
-            f"rule: expected a parameter of shape [{tokens.shape[0]}], got {tuple(parameter.shape)}"
-        )
-    dtype = torch.int64 if kind == "quota" else torch.float32
-    return name, parameter.to(device=tokens.device, dtype=dtype), 0.0

@@ -11,12 +11,14 @@ bits. Only candidates are read.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
 from .backend import Chip, ceil_div, chip_of, dense, on_device, pdl, power_of_2
+from .rules import constants
 from .select import inverse
 
 # The fields of a record, in natural units: largest logit m, sum exp(z - m), sum exp(z - m)(z - m),
@@ -48,6 +50,7 @@ class SelectConfig:
     overlap: bool = False
 
 
+@lru_cache(maxsize=4096)
 def select_config(rows: int, vocab: int, chip: Chip, draw: bool = False) -> SelectConfig:
     """The cut for `rows` rows of `vocab` logits; draw: the temperature is above 0. Pure."""
     tile = min(1024 if draw else 4096, max(16, power_of_2(vocab)))
@@ -411,6 +414,8 @@ def _quota(masks, steps, step, DREAM: tl.constexpr):
     if DREAM:
         kept = tl.div_rn(_dream_time(step + 1, steps), _dream_time(step, steps))
         count = (masks.to(tl.float32) * (1.0 - kept)).to(tl.int32)
+        may_be_empty = (masks == 0) | ((step == 0) & (steps <= masks))
+        count = tl.where(may_be_empty, count, tl.maximum(count, 1))
         count = tl.where(left == 1, masks, count)
     else:
         count = (masks + left - 1) // left
@@ -418,22 +423,53 @@ def _quota(masks, steps, step, DREAM: tl.constexpr):
 
 
 @triton.jit
+def _of_row(parameters, b):
+    """A rule's parameters for row b: a tensor's entry, or the number that serves all rows."""
+    values = ()
+    for i in tl.static_range(len(parameters)):
+        value = parameters[i]
+        if value.dtype.is_ptr():
+            value = tl.load(value + b)
+        values = values + (value,)
+    return values
+
+
+@triton.jit
 def _chosen(
-    scores, able, parameter, step, RULE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr
+    scores,
+    able,
+    parameters,
+    step,
+    RULE: tl.constexpr,
+    FIXED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """The commit mask [WIDTH] of one row: the rule's meaning in rules.py."""
+    """The commit mask [WIDTH] of one row: the rule's meaning in rules.py.
+
+    scores [WIDTH] fp32; able [WIDTH]: the candidates; step: int64. RULE is the name that the rule's
+    class declares as its `branch`. `parameters` holds this row's values of the class's per-row
+    fields in their order, each fp32 or, from a tensor, of the field's dtype; FIXED the values of
+    its other fields, constants. A new rule adds its branch here, and a line that unpacks its own
+    fields.
+    """
     order = tl.where(able, scores, -INFINITY)
     if RULE == "threshold":
+        tau = parameters[0]
         position = tl.arange(0, WIDTH)
         first = tl.min(tl.where(able & (order == tl.max(order)), position, WIDTH))
-        chosen = (scores >= parameter) | (position == first)
-    else:
+        chosen = (scores >= tau) | (position == first)
+    elif RULE == "factor":
+        f = parameters[0]
         rank = _ranks(order, WIDTH, CHUNK)
-        if RULE == "factor":
-            chosen = ((rank + 2).to(tl.float32) * (1.0 - scores) <= parameter) | (rank == 0)
-        else:
-            steps = tl.cast(parameter, tl.int64)
-            chosen = rank < _quota(tl.sum(able.to(tl.int32)), steps, step, RULE == "quota_dream")
+        chosen = ((rank + 2).to(tl.float32) * (1.0 - scores) <= f) | (rank == 0)
+    else:
+        tl.static_assert(RULE == "quota", "no branch of this name")
+        steps = tl.cast(parameters[0], tl.int64)
+        SCHEDULE: tl.constexpr = FIXED[0]
+        rank = _ranks(order, WIDTH, CHUNK)
+        masks = tl.sum(able.to(tl.int32))
+        chosen = rank < _quota(masks, steps, step, SCHEDULE == "dream")
     return able & chosen
 
 
@@ -442,7 +478,6 @@ def _chosen(
         "vocab",
         "mask_id",
         "seed_value",
-        "parameter_value",
         "width",
         "parts",
         "token_b",
@@ -464,19 +499,22 @@ def commit_kernel(
     vocab,
     mask_id,
     seed_value,
-    parameter_value,
     width,
     parts,
     token_b,
     token_t,
     RULE: tl.constexpr,
+    FIXED: tl.constexpr,
     SCORE: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (B,). WIDTH and PARTS are width and parts rounded up to powers of two."""
+    """Grid (B,). WIDTH and PARTS are width and parts rounded up to powers of two.
+
+    parameters: a tuple, for each per-row field of the rule a tensor [B] or a number.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     b = tl.program_id(0).to(tl.int64)
@@ -499,9 +537,9 @@ def commit_kernel(
     score = tl.where(candidate, tl.where(nan, float("nan"), score), -INFINITY)
 
     broken = candidate & (score != score)
-    parameter = parameter_value if parameters is None else tl.load(parameters + b)
     step = tl.full([], 0, tl.int64) if steps is None else tl.load(steps + b).to(tl.int64)
-    commits = _chosen(score, candidate & (score == score), parameter, step, RULE, WIDTH, CHUNK)
+    able = candidate & (score == score)
+    commits = _chosen(score, able, _of_row(parameters, b), step, RULE, FIXED, WIDTH, CHUNK)
     proposal = tl.where(candidate, token.to(tl.int64), held)
     tl.store(token_ids + row, proposal, mask=inside)
     tl.store(values + row, score, mask=inside)
@@ -586,8 +624,9 @@ def launch_select(
     candidates,
     mask_id,
     rule,
-    parameter,
-    number,
+    tensors,
+    numbers,
+    fixed,
     score,
     temperature,
     seed,
@@ -607,14 +646,18 @@ def launch_select(
     config = config or select_config(
         rows * width, vocab_size, chip_of(logits.device), temperature > 0
     )
-    candidates, seed, step, parameter = map(dense, (candidates, seed, step, parameter))
+    candidates, seed, step = map(dense, (candidates, seed, step))
+    parameters = tuple(
+        number if tensor is None else dense(tensor)
+        for tensor, number in zip(tensors, numbers, strict=True)
+    )
     with on_device(logits):
-        numbers = (vocab_size, 0, mask_id, seed_number, inverse(temperature), width)
+        scan_numbers = (vocab_size, 0, mask_id, seed_number, inverse(temperature), width)
         floats, integers = _scan(
             config,
             rows * width,
             (logits, tokens, candidates, seed, None),
-            (*logits.stride()[:2], *numbers, *tokens.stride()),
+            (*logits.stride()[:2], *scan_numbers, *tokens.stride()),
             DRAW=temperature > 0,
             TWO=score == "margin",
             ENTROPY=score == "entropy",
@@ -627,7 +670,7 @@ def launch_select(
             candidates,
             seed,
             step,
-            parameter,
+            parameters,
             floats,
             integers,
             token_ids,
@@ -637,11 +680,11 @@ def launch_select(
             vocab_size,
             mask_id,
             seed_number,
-            number,
             width,
             config.parts,
             *tokens.stride(),
             RULE=rule,
+            FIXED=constants(fixed),
             SCORE=score,
             WIDTH=tile_width,
             PARTS=tile_parts,
