@@ -6,19 +6,26 @@ from fastdllm_kernels import Factor, Quota, Threshold
 
 from .cache import CachePolicy
 from .checkpoint import load
-from .decode import Generation, StepEvent, generate
+from .decode import Generation, StepEvent, generate, infill
+from .engine import Engine, EngineClosed, QueueFull, Request, RequestCancelled
 from .patch import replace_attention, restore_attention
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CachePolicy",
+    "Engine",
+    "EngineClosed",
     "Factor",
     "Generation",
     "Quota",
+    "QueueFull",
+    "Request",
+    "RequestCancelled",
     "StepEvent",
     "Threshold",
     "generate",
+    "infill",
     "load",
     "replace_attention",
     "restore_attention",

@@ -2,9 +2,10 @@
 expected and what came.
 """
 
+from collections.abc import Mapping
+
 import torch
 
-from fastdllm_kernels import Factor, Quota, Threshold
 from fastdllm_kernels.checks import choice, integer, number
 
 from .cache import CachePolicy
@@ -12,35 +13,83 @@ from .cache import CachePolicy
 __all__ = [
     "CACHES",
     "check_policy",
-    "check_rule",
     "choice",
     "integer",
     "number",
     "prompt_ids",
     "sequence",
     "stop_tokens",
+    "top_k",
 ]
 
 CACHES = ("none", "prefix", "dual")
 
 
-def prompt_ids(prompts, vocab_size: int) -> list[torch.Tensor]:
-    """The prompts as 1-D int64 CPU tensors, none empty, every id inside the vocabulary."""
-    if (
-        isinstance(prompts, (str, bytes))
-        or not hasattr(prompts, "__len__")
-        or not hasattr(prompts, "__iter__")
-    ):
+def prompt_ids(
+    prompts, vocab_size: int, attention_mask=None, name: str = "prompts"
+) -> list[torch.Tensor]:
+    """The prompts as 1-D int64 CPU tensors, none empty, every id inside the vocabulary.
+
+    prompts: a list of id sequences, a [B, P] tensor, or what a tokenizer returns (a mapping with
+    input_ids and perhaps attention_mask). attention_mask: 0 at padding, left out on either side.
+    """
+    if isinstance(prompts, Mapping):
+        if "input_ids" not in prompts:
+            raise TypeError(f"{name}: expected a mapping with input_ids, got {sorted(prompts)}")
+        if attention_mask is None:
+            attention_mask = prompts.get("attention_mask")
+        prompts = prompts["input_ids"]
+        if hasattr(prompts, "ndim"):
+            flat = prompts.ndim == 1
+        else:
+            flat = bool(prompts) and isinstance(prompts[0], int)
+        if flat:  # a tokenizer that was given one text
+            prompts = [prompts]
+            attention_mask = None if attention_mask is None else [attention_mask]
+    listed = hasattr(prompts, "__len__") and hasattr(prompts, "__iter__")
+    if isinstance(prompts, str | bytes) or not listed or getattr(prompts, "ndim", 1) == 0:
         raise TypeError(
-            f"prompts: expected a list of id sequences or a [B, P] tensor, got {type(prompts).__name__}"
+            f"{name}: expected a list of id sequences or a [B, P] tensor, "
+            f"got {type(prompts).__name__}"
         )
     if not len(prompts):
-        raise ValueError("prompts: expected at least one, got none")
-    return [_ids(f"prompts[{row}]", prompt, vocab_size) for row, prompt in enumerate(prompts)]
+        raise ValueError(f"{name}: expected at least one, got none")
+    rows = [_ids(f"{name}[{row}]", prompt, vocab_size) for row, prompt in enumerate(prompts)]
+    if attention_mask is None:
+        return rows
+    return _without_padding(rows, attention_mask)
+
+
+def _without_padding(rows, attention_mask):
+    """Each row's tokens where its mask is 1: one run, the padding on one side or both."""
+    if not hasattr(attention_mask, "__len__") or len(attention_mask) != len(rows):
+        raise ValueError(
+            f"attention_mask: expected one row for each of {len(rows)} prompts, "
+            f"got {getattr(attention_mask, 'shape', attention_mask)}"
+        )
+    found = []
+    for row, (ids, mask) in enumerate(zip(rows, attention_mask, strict=True)):
+        name = f"attention_mask[{row}]"
+        seen = torch.as_tensor(mask, device="cpu")
+        if seen.shape != ids.shape:
+            raise ValueError(
+                f"{name}: expected {len(ids)} entries, one for each id, got shape "
+                f"{tuple(seen.shape)}"
+            )
+        if not ((seen == 0) | (seen == 1)).all():
+            raise ValueError(f"{name}: expected 0 at padding and 1 elsewhere, got {mask}")
+        (at,) = seen.nonzero(as_tuple=True)
+        if not len(at):
+            raise ValueError(f"{name}: expected at least one token that is no padding, got none")
+        first, last = int(at[0]), int(at[-1])
+        if last - first + 1 != len(at):
+            raise ValueError(f"{name}: expected padding on either side, got some inside the text")
+        found.append(ids[first : last + 1])
+    return found
 
 
 def _ids(name, prompt, vocab_size):
-    if isinstance(prompt, (str, bytes)):
+    if isinstance(prompt, str | bytes):
         raise TypeError(
             f"{name}: expected token ids, got {type(prompt).__name__}: tokenize the text first"
         )
@@ -52,7 +101,8 @@ def _ids(name, prompt, vocab_size):
         ) from None
     if ids.ndim != 1 or not ids.numel():
         raise ValueError(
-            f"{name}: expected a 1-D sequence of at least one token id, got shape {tuple(ids.shape)}"
+            f"{name}: expected a 1-D sequence of at least one token id, "
+            f"got shape {tuple(ids.shape)}"
         )
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"{name}: expected integer token ids, got {ids.dtype}")
@@ -61,6 +111,15 @@ def _ids(name, prompt, vocab_size):
     if outside.numel():
         raise ValueError(f"{name}: expected ids in [0, {vocab_size}), got {outside[0].item()}")
     return ids
+
+
+def top_k(value) -> int | None:
+    """`value` as a number of tokens; None, 0 and -1 mean that the filter is off, as elsewhere."""
+    if value is None:
+        return None
+    if integer("top_k", value, -1) < 1:
+        return None
+    return value
 
 
 def sequence(name, ids) -> list:
@@ -83,21 +142,6 @@ def stop_tokens(stop_ids, config) -> tuple[int, ...]:
     if config.mask_id in ids:
         raise ValueError(f"stop_ids: expected ids other than the mask id {config.mask_id}")
     return ids
-
-
-def check_rule(rule, rows: int) -> None:
-    """TypeError unless `rule` is one of ours or a function; ValueError for a per-row parameter of
-    another length.
-    """
-    if type(rule) not in (Threshold, Factor, Quota):  # a subclass's commit would not be called
-        if not callable(rule) or isinstance(rule, type):
-            raise TypeError(f"rule: expected Threshold, Factor, Quota or a function, got {rule!r}")
-        return
-    for name, value in vars(rule).items():
-        if isinstance(value, torch.Tensor) and value.shape != (rows,):
-            raise ValueError(
-                f"rule: expected {name} with one entry for each of {rows} prompts, got {tuple(value.shape)}"
-            )
 
 
 def check_policy(policy, cache: str) -> None:

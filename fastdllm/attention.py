@@ -133,7 +133,7 @@ def _attend(q, k, v, rotary, cache, layer):
         q, k = rope_to_cache(q, k, v, cos, sin, start)
         return full_attention(q, k, v, None)
     span, (k_cache, v_cache) = cache.span, cache.layer(layer)
-    if span.whole or span.stores:
+    if span.shape.whole or span.shape.stores:
         q, k = rope_to_cache(
             q,
             k,
@@ -147,10 +147,12 @@ def _attend(q, k, v, rotary, cache, layer):
             page_table=span.page_table,
         )
         cos = sin = None
-    if span.whole:
+    if span.shape.whole:
         return full_attention(q, k, v, span)
-    if span.shared and not takes_whole_sequences(q, k, v):
-        return full_attention(q, k_cache[:, : span.shared], v_cache[:, : span.shared], None)
+    if span.shape.shared and not takes_whole_sequences(q, k, v):
+        return full_attention(
+            q, k_cache[:, : span.shape.shared], v_cache[:, : span.shape.shared], None
+        )
     return block_attention(
         q,
         k,
@@ -162,7 +164,7 @@ def _attend(q, k, v, rotary, cache, layer):
         page_table=span.page_table,
         cos=cos,
         sin=sin,
-        block_len=span.length if span.ragged else None,
+        block_len=span.length if span.shape.ragged else None,
     )
 
 
@@ -192,7 +194,7 @@ def full_attention(q, k, v, span: Span | None):
     under one, SDPA falls back to its slow paths. Positions past a row's length give values that
     nobody reads. Returns [R, T, H, D].
     """
-    mask, ragged = None, span is not None and span.ragged
+    mask, ragged = None, span is not None and span.shape.ragged
     if span is not None and (ragged and q.is_cuda or takes_whole_sequences(q, k, v)):
         lengths = span.length if ragged else None
         return block_attention(

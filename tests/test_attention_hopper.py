@@ -9,7 +9,7 @@ import torch
 from test_attention import CASES, assert_close, inputs, real, run
 
 from fastdllm.attention import full_attention
-from fastdllm.cache import Span
+from fastdllm.cache import Shape, Span
 from fastdllm_kernels import attention, attention_triton, backend
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
@@ -202,14 +202,16 @@ def test_a_refresh_of_whole_rows_takes_this_kernel(monkeypatch):
     start = torch.zeros(2, dtype=torch.int32, device="cuda")
     expected = full_attention(q, k, v, None)
     monkeypatch.delattr(torch.nn.functional, "scaled_dot_product_attention")
-    out = full_attention(q, k, v, Span(start, start + 200, start + 200, whole=True, ragged=False))
+    out = full_attention(
+        q, k, v, Span(start, start + 200, start + 200, Shape(200, stores=True, whole=True))
+    )
     torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
     with pytest.raises(AttributeError):  # and has no gradient
         full_attention(
             q.requires_grad_(),
             k,
             v,
-            Span(start, start + 200, start + 200, whole=True, ragged=False),
+            Span(start, start + 200, start + 200, Shape(200, stores=True, whole=True)),
         )
 
 

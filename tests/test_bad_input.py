@@ -79,10 +79,6 @@ def rotate(**changes):
     return rope_to_cache(*[torch.zeros(1, 2, 2, 8)] * 3, *[torch.zeros(4, 4)] * 2, **options)
 
 
-class Backwards(Threshold):
-    """A rule of the user's own whose commit nobody would call."""
-
-
 def edit(name, content):
     """A change to a folder: a file rewritten (text, bytes) or removed (None)."""
 
@@ -230,12 +226,6 @@ GENERATE = [
     ("a rule that is a class", lambda f: generate(f, rule=Threshold), TypeError, "rule"),
     ("a rule that is a name", lambda f: generate(f, rule="threshold"), TypeError, "rule"),
     (
-        "a rule that is a subclass of ours",
-        lambda f: generate(f, rule=Backwards()),
-        TypeError,
-        "rule",
-    ),
-    (
         "a temperature too large for a float",
         lambda f: generate(f, temperature=10**400),
         ValueError,
@@ -321,7 +311,7 @@ GENERATE = [
         TypeError,
         "top_p",
     ),
-    ("top_k 0", lambda f: generate(f, top_k=0, temperature=1.0, seed=0), ValueError, "top_k"),
+    ("top_k -2", lambda f: generate(f, top_k=-2, temperature=1.0, seed=0), ValueError, "top_k"),
     (
         "top_k a float",
         lambda f: generate(f, top_k=2.5, temperature=1.0, seed=0),
