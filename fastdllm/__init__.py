@@ -9,6 +9,7 @@ from .checkpoint import load
 from .decode import Generation, StepEvent, generate, infill
 from .engine import Engine, EngineClosed, QueueFull, Request, RequestCancelled
 from .patch import replace_attention, restore_attention
+from .warming import warm_up
 
 __version__ = "0.1.0"
 
@@ -29,4 +30,5 @@ __all__ = [
     "load",
     "replace_attention",
     "restore_attention",
+    "warm_up",
 ]

@@ -220,7 +220,9 @@ class Decoder:
         place = columns["slot"][:, None], columns["start"][:, None] + in_block
         tokens = self.forward.canvas[place]
         mask_id = self.schedule.mask_id
-        candidates = (tokens == mask_id) & (place[1] < columns["last"][:, None])
+        candidates = None  # every mask of the block, which the kernel sees for itself
+        if any(work.last - work.start < len(in_block) for work in works):
+            candidates = (tokens == mask_id) & (place[1] < columns["last"][:, None])
         try:
             launched.selection = select(samplings, columns, logits, tokens, candidates, mask_id)
         except Exception as error:
@@ -397,9 +399,7 @@ def _opened(
 ) -> Iterator[Decoder]:
     """A Decoder with these rows in it; the other arguments are those of `generate`."""
     config = model.config
-    arguments.integer("block_length", block_length, 1)
-    arguments.choice("cache", cache, arguments.CACHES)
-    arguments.check_policy(policy, cache)
+    schedule = schedule_of(config, cache, policy, block_length, longest_block)
     check_rule(rule, len(rows))
     stops = frozenset(arguments.stop_tokens(stop_ids, config))
     if on_step is not None and not callable(on_step):
@@ -412,23 +412,39 @@ def _opened(
     for number, (row, of_row) in enumerate(zip(rows, samplings, strict=True)):
         row.stops = stops
         row.options = RowOptions(of_row, number, listener)
-    block_length = min(block_length, longest_block)
-    schedule = Schedule(cache, policy, block_length, config.logit_shift, config.mask_id)
     # What a Workspace keeps must be writable in the next call, whatever mode that is in.
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         workspace(model, capture_obstacle(model, graph)) as space,
     ):
-        decoder = Decoder(_forward(model, rows, schedule, space), schedule)
+        longest = max(row.total for row in rows)
+        forward = forward_of(model, len(rows), longest, schedule, space)
+        decoder = Decoder(forward, schedule)
         for row in rows:
             decoder.admit(row)
         yield decoder
 
 
-def _forward(model, rows: Sequence[Row], schedule: Schedule, space: Workspace) -> Forward:
-    longest = max(row.total for row in rows)
-    slots, capacity = space.layout(len(rows), -(-longest // CAPACITY) * CAPACITY)
+def schedule_of(
+    config: ModelConfig, cache, policy, block_length, longest: int | None = None
+) -> Schedule:
+    """The Schedule that these arguments of `generate` ask for, blocks no longer than `longest`.
+    TypeError and ValueError, naming the argument.
+    """
+    arguments.integer("block_length", block_length, 1)
+    arguments.choice("cache", cache, arguments.CACHES)
+    arguments.check_policy(policy, cache)
+    if longest is not None:
+        block_length = min(block_length, longest)
+    return Schedule(cache, policy, block_length, config.logit_shift, config.mask_id)
+
+
+def forward_of(
+    model: Model, rows: int, positions: int, schedule: Schedule, space: Workspace
+) -> Forward:
+    """The canvas and cache for so many rows of up to so many positions, in this Workspace."""
+    slots, capacity = space.layout(rows, -(-positions // CAPACITY) * CAPACITY)
     return Forward(
         model,
         slots,

@@ -32,11 +32,13 @@ from .decode import (
     checked_model,
     generation_of,
     row_of_prompt,
+    schedule_of,
 )
 from .forward import Forward
 from .graph import Workspace
 from .sampling import sampling_of, sampling_of_rows
-from .schedule import Row, Schedule
+from .schedule import Row
+from .warming import Progress, WarmUp, example_prompts, shown, warm_forward
 
 log = logging.getLogger(__name__)
 # Of the rows that are due, so many tokens are refreshed in a turn (one row at least): what the
@@ -212,16 +214,12 @@ class Engine:
             raise ValueError(
                 f"positions: expected at most the model's {config.max_positions}, got {positions}"
             )
-        arguments.integer("block_length", block_length, 1)
-        arguments.choice("cache", cache, arguments.CACHES)
-        arguments.check_policy(policy, cache)
+        self._schedule = schedule_of(config, cache, policy, block_length, positions)
         if not isinstance(graph, bool):
             raise TypeError(f"graph: expected a bool, got {type(graph).__name__}")
         arguments.integer("queue", queue, 1)
-        block_length = min(block_length, positions)
         _check_memory(model, rows, positions, cache)
         self.model, self.rows, self.positions, self.queue = model, rows, positions, queue
-        self._schedule = Schedule(cache, policy, block_length, config.logit_shift, config.mask_id)
         obstacle = capture_obstacle(model, graph)
         if obstacle:
             log.info("forwards run uncaptured: %s", obstacle)
@@ -231,7 +229,7 @@ class Engine:
                 model,
                 rows,
                 positions,
-                block_length=block_length,
+                block_length=self._schedule.block_length,
                 cached=cache != "none",
                 space=self._space,
             )
@@ -295,6 +293,39 @@ class Engine:
             self._start()
             self._changed.notify_all()
         return request
+
+    def warm_up(self, *, progress: Progress | None = None, **options) -> WarmUp:
+        """Compile and capture all that requests with these options will need; returns when it is
+        made. Without it things work, and the first requests wait for what they are the first to
+        need.
+
+        options: rule, score, temperature, top_p, top_k, as in `submit`; call it again for others.
+        progress: called as it goes on; None shows a bar where standard error is a terminal.
+        """
+        began = time.perf_counter()
+        forward, schedule = self._decoder.forward, self._schedule
+        with shown(progress) as tell:
+            captured = self._call(lambda: warm_forward(forward, schedule, tell, **options))
+            length = schedule.block_length
+            for prompts in example_prompts(self.rows, self.positions, length):
+                gen_length = min(length, self.positions - 1)
+                requests = [
+                    self.submit(prompt, gen_length=gen_length, **options) for prompt in prompts
+                ]
+                for number, request in enumerate(requests):
+                    tell("decoding", number, len(requests))
+                    request.result()
+        return WarmUp(captured, time.perf_counter() - began)
+
+    def _call(self, function):
+        """What function() returns, or raises, in the loop's thread between two turns."""
+        future: Future = Future()
+        with self._changed:
+            self._refuse_if_closed()
+            self._calls.append((function, future))
+            self._start()
+            self._changed.notify_all()
+        return future.result()
 
     def stats(self) -> dict:
         """What the engine is doing and has done.

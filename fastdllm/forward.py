@@ -7,7 +7,7 @@ and number of rows. Nothing here commits a token: the logits go to sampling.py.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -138,15 +138,36 @@ class Forward:
             for slot, work in zip(slots, works, strict=True)
         ]
         shape, patience = self._shape(slots, works)
-        key = None
-        if patience is not None:
-            if not shape.stores:
-                entries += self._padding(slots)
-            key = self._key, shape, len(entries)
+        if patience is not None and not shape.stores:
+            entries += self._padding(slots)
         plan = torch.tensor(entries, dtype=torch.int64, device="cpu").T.contiguous()
+        return self._run(shape, patience, plan)[: len(slots)]
+
+    def captured_forms(self, examples: Iterable[Work]) -> list[tuple[Shape, int]]:
+        """The (shape, number of rows) of every forward that is captured when works such as these
+        come, alone or, for cached steps, together.
+        """
+        slots = len(self.canvas)
+        counts = sorted({min(1 << power, slots) for power in range(slots.bit_length() + 1)})
+        # Of works that are launched alike one stands for all.
+        alike = {(work.refresh, work.origin > 0, work.length): work for work in examples}
+        forms = {}
+        for work in alike.values():
+            for count in [1] if work.refresh else counts:
+                shape, patience = self._shape(range(count), [work] * count)
+                if patience is not None:
+                    forms[shape, count] = None
+        return list(forms)
+
+    def capture(self, shape: Shape, rows: int) -> None:
+        """Compile and capture a forward of that form, computing nothing for anybody."""
+        plan = torch.zeros(len(Plan._fields), rows, dtype=torch.int64, device="cpu")
+        self._run(shape, 0, plan)
+
+    def _run(self, shape, patience, plan):
         compute = functools.partial(self._compute, shape)
-        logits = self.space.run(key, shape, compute, plan, patience or 0)
-        return logits[: len(slots)]
+        key = None if patience is None else (self._key, shape, plan.shape[1])
+        return self.space.run(key, shape, compute, plan, patience or 0)
 
     def _shape(self, slots, works):
         """(the Shape of a forward, how often it must have come before it is captured; None: never)."""

@@ -27,8 +27,8 @@ from .cache import Shape
 
 log = logging.getLogger(__name__)
 # Captured forwards that a Workspace keeps; the least recently used goes. They share their memory.
-# As many as the lengths of a refresh up to forward.LAUNCH_BOUND and the sizes of a step.
-MOST = 64
+# More than the lengths of a refresh up to forward.LAUNCH_BOUND and the sizes of a step.
+MOST = 128
 # The layout of the cache is kept while it holds a request, and grows to hold both the old and the
 # new one, but not to more than so many times what the new one needs.
 SPARE_LAYOUT = 2

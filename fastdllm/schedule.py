@@ -4,6 +4,7 @@ Pure Python: no tensor, no model. The cache mode and the CachePolicy are looked 
 else, so a way to refresh less, or to see less of the canvas, is a method of `Schedule`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +95,20 @@ class Schedule:
             return Work(True, origin, visible - origin, visible, row.start, last, alone)
         computed = row.end if self.cache == "dual" else visible
         return Work(False, row.start, computed - row.start, visible, row.start, row.end)
+
+    def examples(self, capacity: int) -> Iterator[Work]:
+        """Works of every kind and length that a row of up to `capacity` positions may come to."""
+        prompt = (
+            1 + self.logit_shift
+        )  # of which a refresh that keeps it computes nothing but the end
+        for total in range(2, capacity + 1):
+            text = [self.mask_id] * total
+            for start in {1, prompt, max(1, total - self.block_length)}:
+                end = min(start + self.block_length, total)
+                for step, refreshes in ((0, 0), (0, 1), (1, 1)):
+                    row = Row(text, min(prompt, start), step=step)
+                    row.start, row.end, row.refreshes = start, end, refreshes
+                    yield self.work(row)
 
     def advance(self, row: Row, tokens: list[int]) -> None:
         """Count a forward whose block now holds `tokens`, and move the row on: a further step of

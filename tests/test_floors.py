@@ -31,6 +31,7 @@ FLOORS = {
     "fastdllm.sampling": 4,
     "fastdllm.decode": 4,
     "fastdllm.engine": 4,
+    "fastdllm.warming": 4,
     "fastdllm.graph": 4,
     "fastdllm.patch": 4,
     "fastdllm.integrations": 5,

@@ -28,7 +28,7 @@ from test_decode import (
 )
 
 import fastdllm
-from fastdllm import Factor, Quota, Threshold, decode, engine, forward, graph
+from fastdllm import Factor, Quota, Threshold, decode, engine, forward, graph, warming
 from fastdllm.cache import Shape
 
 BATCH = (3, 9, 4, 6, 2)  # lengths that let rows come to their blocks' starts at different times
@@ -79,6 +79,7 @@ def records(monkeypatch):
     monkeypatch.setattr(graph, "record", record)
     monkeypatch.setattr(decode, "capture_obstacle", but_the_device)
     monkeypatch.setattr(engine, "capture_obstacle", but_the_device)
+    monkeypatch.setattr(warming, "capture_obstacle", but_the_device)
     graph._workspaces.clear()
     graph._log_once.cache_clear()
     yield recorded
