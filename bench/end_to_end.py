@@ -41,7 +41,7 @@ import timing
 import torch
 from end_to_end_accuracy import accuracy
 from end_to_end_race import MODELS, OPTIONS, REAL, SMOKE, WAYS, Cell, Subject, measure_cell, tidy
-from report import slug
+from tables import slug
 
 RESULTS = Path(__file__).parent / "results"
 

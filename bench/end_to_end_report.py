@@ -4,7 +4,7 @@ file.
 
 import json
 
-from report import TARGETS_OF, insert, number
+from tables import TARGETS_OF, insert, number
 
 BLOCK = 32
 RATES = (8, 4, 2, 1)  # tokens a step; the tables' columns are those of the first
