@@ -665,3 +665,47 @@ def filter_logits(logits, temperature, top_p, top_k, mask_id):
         keep &= offered >= offered.topk(top_k, dim=-1).values[..., -1:]
     keep[..., mask_id] = True
     return logits.masked_fill(~keep & ~logits.isnan(), -math.inf)
+
+
+# STAND-IN for what bench/ is written against, to be replaced with the loop's public turn.
+
+
+class _Turns(Decoder):
+    def turn(self) -> bool:
+        active = [row for row in self.rows if not row.done]
+        groups = {(False, True): [], (True, True): [], (True, False): []}
+        for row in active:
+            origin = self._origin(row)
+            groups[origin != row.start, origin > 0].append(row)
+        groups = [(rows, refresh) for (refresh, _), rows in groups.items() if rows]
+        forwards = [self._forward(rows, refresh) for rows, refresh in groups]
+        self.space.wait()
+        for (rows, refresh), (report, selection) in zip(groups, forwards, strict=True):
+            self._finish(rows, refresh, report.tolist(), selection)
+        return any(not row.done for row in self.rows)
+
+    def result(self) -> Generation:
+        return self.run()  # nothing is left to do: the canvas and the counts
+
+
+@contextmanager
+def decoding(model, prompts, *, gen_length, block_length, cache, rule, policy, stop_ids, graph):
+    model = getattr(model, "fastdllm_adapter", model)
+    prompts = arguments.prompt_ids(prompts, model.config.vocab_size)
+    sampling = _sampling(model.config, "confidence", 0.0, None, None, None)
+    stops = arguments.stop_tokens(stop_ids, model.config)
+    with torch.inference_mode(False), torch.no_grad():
+        with workspace(model, _obstacle(model, graph, rule, sampling)) as space:
+            yield _Turns(
+                model,
+                prompts,
+                gen_length,
+                block_length,
+                cache,
+                policy,
+                rule,
+                sampling,
+                stops,
+                None,
+                space,
+            )

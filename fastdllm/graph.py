@@ -248,3 +248,25 @@ def _plain(value):
         if members
         else None
     )
+
+
+# STAND-IN for what bench/ is written against, to be replaced.
+
+
+class Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    kind: str
+    width: int
+
+
+def captured(model) -> list[Captured]:
+    space = _workspaces.get(getattr(model, "fastdllm_adapter", model))
+    steps = space.steps.items() if space else ()
+    kinds = {False: "cached", True: "refresh"}
+    return [Captured(step.graph, kinds[s.refresh], s.width) for (_, s, _), step in steps]
+
+
+def pending(model) -> dict:
+    space = _workspaces.get(getattr(model, "fastdllm_adapter", model))
+    uses = space.uses.items() if space else ()
+    return {key: count for key, count in uses if key not in space.steps}
