@@ -114,6 +114,12 @@ def measured_with(facts: dict) -> str:
     return "; ".join(parts)
 
 
+def runs(environments: list[dict]) -> str:
+    """A Markdown list of the commands that measured, and with what."""
+    lines = [f"- `{facts['command']}`: {measured_with(facts)}" for facts in environments]
+    return "\n".join(dict.fromkeys(lines))
+
+
 def table(heads, rows, align: str | None = None) -> str:
     """A Markdown table. align: "l" or "r" for each column; default the first left, the others,
     numbers, right. A row may have fewer cells than there are columns.
