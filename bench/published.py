@@ -2,9 +2,10 @@
 `replace_attention` meets on the hub.
 
 Module names, the order of calls and what every method takes and returns are those of
-modeling_llada.py (GSAI-ML/LLaDA-8B-Instruct) and modeling_dream.py (Dream-org/Dream-v0-Instruct-7B);
-the words are our own, and what neither decoding nor `replace_attention` touches is left out. The
-end-to-end benchmark races these models, tests compare them with the native one.
+modeling_llada.py (GSAI-ML/LLaDA-8B-Instruct) and modeling_dream.py
+(Dream-org/Dream-v0-Instruct-7B); the words are our own, and what neither decoding nor
+`replace_attention` touches is left out. The end-to-end benchmark races these models, tests compare
+them with the native one.
 """
 
 from types import SimpleNamespace
