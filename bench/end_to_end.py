@@ -295,7 +295,7 @@ def add_files(add) -> None:
         "--readme",
         type=Path,
         metavar="FILE",
-        help="with --report: also put the headline between its marks",
+        help="with --report: also put the short table between its marks",
     )
     add(
         "--merge",

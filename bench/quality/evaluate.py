@@ -3,14 +3,16 @@ block length.
 
     python bench/quality/evaluate.py MODEL_DIR --out FOLDER [--problems 1000] [--shard 0/2]
                                      [--limit-settings TEXT ...]
-    python bench/quality/evaluate.py MODEL_DIR --out FOLDER --merge --plot
+    python bench/quality/evaluate.py MODEL_DIR --out FOLDER --merge --plot [--readme FILE]
     python bench/quality/evaluate.py MODEL_DIR --out FOLDER --policies [--weights fp8]
 
 Results go to FOLDER/<model>.json after every setting, those already there are skipped, and a table
 of them to FOLDER/<model>.md. A shard writes a file of its own; `--merge` puts the shards together,
 `--plot` draws the two plots, and `--card` writes the accuracy into the model's README.md.
 `--policies` measures what refreshes may leave out instead, with one cache and rule, for
-<model>-policies.*; `--weights` goes to fastdllm.load and into the names of the files.
+<model>-policies.*; `--weights` goes to fastdllm.load and into the names of the files. `--readme`
+puts short tables of all that FOLDER holds of the two shipped models between the marks
+`<!-- accuracy -->` and `<!-- options -->` of a file.
 
 accuracy: the answer ends in `#### n` with the right n. exact: the whole worked answer is right,
 letter for letter. tokens per forward: generated tokens before the first end-of-text, over all
@@ -78,6 +80,26 @@ HEADS = (
     "refreshes",
     "cached steps",
 )
+# What the short tables show.
+SHIPPED = ("tiny-llada", "tiny-dream")
+SHORT_SETTINGS = (
+    {"cache": "none", "rule": VANILLA, "block_length": 32},
+    {"cache": "none", "rule": PARALLEL, "block_length": 32},
+    {"cache": "prefix", "rule": PARALLEL, "block_length": 32},
+    {"cache": "dual", "rule": PARALLEL, "block_length": 32},
+    {"cache": "dual", "rule": PARALLEL, "block_length": 16},
+    {"cache": "dual", "rule": "factor 1.0", "block_length": 32},
+)
+BOTH = "prompt_refreshes 0, suffix_blocks 2"
+# What is left out, told as a user would ask for it: (weights of the results file, policy).
+SHORT_OPTIONS = {
+    "none": ("", "off"),
+    '`load(..., weights="fp8")`': ("-fp8", "off"),
+    "`CachePolicy(prompt_refreshes=0)`": ("", "prompt_refreshes 0"),
+    "`CachePolicy(suffix_blocks=2)`": ("", "suffix_blocks 2"),
+    "`CachePolicy(prompt_refreshes=0, suffix_blocks=2)`": ("", BOTH),
+    "the same with fp8 weights": ("-fp8", BOTH),
+}
 
 
 def rules() -> dict[str, Callable]:
@@ -283,6 +305,50 @@ def _cells(result: dict) -> list[str]:
     ]
 
 
+def accuracy_table(folder: Path) -> str:
+    """The shipped models' caches and rules, a few settings of each, as Markdown."""
+    heads = ["model", "cache", "rule", "block", "solved, %"]
+    heads += ["tokens per forward", "forwards (refresh + cached)"]
+    rows = []
+    for model in SHIPPED:
+        found = results_by_key(folder / f"{model}.json")
+        for setting in SHORT_SETTINGS:
+            result = found[key_of(setting)]
+            parts = f"{result['refreshes']:.1f} + {result['cached_steps']:.1f}"
+            rows.append(
+                [
+                    model,
+                    setting["cache"],
+                    setting["rule"],
+                    setting["block_length"],
+                    f"{100 * result['accuracy']:.1f}",
+                    f"{result['tokens_per_forward']:.1f}",
+                    f"{result['nfe']:.1f} ({parts})",
+                ]
+            )
+    return tables.table(heads, rows, align="lllrrrr")
+
+
+def options_table(folder: Path) -> str:
+    """What the options that trade accuracy solve, the shipped models beside each other, as
+    Markdown.
+    """
+    rows = []
+    for label, (weights, policy) in SHORT_OPTIONS.items():
+        row = [label]
+        for model in SHIPPED:
+            found = results_by_key(folder / f"{model}{weights}-policies.json")
+            result = found[f"dual/{PARALLEL}/32/{policy}"]
+            row.append(f"{100 * result['accuracy']:.1f}")
+        rows.append(row)
+    return tables.table(["option", *SHIPPED], rows)
+
+
+def results_by_key(path: Path) -> dict[str, dict]:
+    results = json.loads(path.read_text())["results"]
+    return {key_of(result): result for result in results}
+
+
 def plot(report: dict, folder: Path) -> None:
     """<model>-parallel.png: accuracy against tokens per forward; <model>-blocks.png: accuracy
     against block length.
@@ -378,6 +444,9 @@ def parse(argv) -> argparse.Namespace:
     )
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--card", action="store_true")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="also put short tables between its marks"
+    )
     args = parser.parse_args(argv)
     args.model = args.model.resolve()
     return args
@@ -403,6 +472,9 @@ def main(argv=None) -> None:
         plot(report, args.out)
     if args.card:
         update_card(args.model, report)
+    if args.readme:
+        tables.insert(args.readme, "accuracy", accuracy_table(args.out))
+        tables.insert(args.readme, "options", options_table(args.out))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def cell_table(rows) -> str:
 def _cell_line(row, by_way) -> list:
     if "ms_refresh" not in row:
         return [row["way"], row["class"], why_not(row)]
-    captured, eager = by_way.get("native captured"), by_way.get("native eager")
+    captured = by_way.get("native captured")
+    eager = by_way.get("native eager")
     alike = tables.NONE
     if "tokens_as_native" in row:
         alike = f"{row['tokens_as_native']:.0%}"
@@ -77,6 +78,24 @@ def _cell_line(row, by_way) -> list:
     ]
 
 
+def short_table(results) -> str:
+    """The table of the index of results: captured steps beside the native model's."""
+    heads = ["cell", "class", "ms a cached step", "native", "step / native"]
+    lines = []
+    for rows in grouped(results["rows"]):
+        native = native_captured(rows)
+        for row in rows:
+            if row["captured"] and row["host"] != "native" and "ms_step" in row:
+                ratio = over_native(row, native, "ms_step")
+                step, theirs = number(row["ms_step"]), number(native and native["ms_step"])
+                lines.append([label_of(row), row["class"], step, theirs, share(ratio)])
+    return tables.table(heads, lines, align="llrrr")
+
+
+def native_captured(rows) -> dict | None:
+    return next((row for row in rows if row["way"] == "native captured"), None)
+
+
 def over_native(row, native, what) -> float | None:
     """The row's time over the native model's; None where either is missing."""
     if native is None or what not in row or what not in native:
@@ -86,7 +105,7 @@ def over_native(row, native, what) -> float | None:
 
 def verdicts(rows) -> list[str]:
     """Each replaced model's captured step against the target, a line for each."""
-    native = next((row for row in rows if row["way"] == "native captured"), None)
+    native = native_captured(rows)
     lines = []
     for row in rows:
         if not row["captured"] or row["host"] == "native":

@@ -50,20 +50,20 @@ tok/s and ratios are those at the paper's rate; vanilla is extrapolated."""
 
 def write_report(path: Path, readme: Path | None = None) -> None:
     """Write the tables, and of native models two plots, beside the JSON file; with a readme, put
-    its short table between the marks there.
+    the short table between its marks, "requests" or "replaced".
     """
     results = json.loads(path.read_text())
+    replaced = host_of(results) == "replaced"
+    text = replaced_report.markdown(results) if replaced else markdown(results)
     target = path.with_suffix(".md")
-    if host_of(results) == "replaced":
-        target.write_text(replaced_report.markdown(results))
-        print(target)
-        return
-    target.write_text(markdown(results))
+    target.write_text(text)
     print(target)
-    if readme:
+    if readme and replaced:
+        tables.insert(readme, "replaced", replaced_report.short_table(results))
+    elif readme:
         tables.insert(readme, "requests", short_table(results))
     measured = [row for row in results["rows"] if "ms_refresh" in row]
-    if measured:
+    if measured and not replaced:
         plots.throughput(grouped(measured), path.with_name(f"{path.stem}-throughput.png"))
         plots.request_time(grouped(measured), path.with_name(f"{path.stem}-time.png"))
 
