@@ -76,16 +76,16 @@ class Benchmark:
     """One run of the benchmark: what it was asked for, and the results that it adds to."""
 
     def __init__(self, args, scale, device, results):
-        self.args, self.scale, self.device, self.results = args, scale, device, results
+        self.args, self.scale = args, scale
+        self.device, self.results = device, results
         self.parts = {part for part in PARTS[args.host] if getattr(args, part)}
         if not self.parts:
             self.parts = set(PARTS[args.host])
         self.began = time.perf_counter()
         self.fine = True
-        self.here, self.limits = (
-            None,
-            None,
-        )  # this run's environment, made when something is missing
+        # This run's environment and the GPU's ceilings, found out when something is missing.
+        self.here = None
+        self.limits = None
 
     def run(self) -> bool:
         """Measure what was asked for and is missing, writing the results after every cell; False

@@ -2,6 +2,7 @@
 runs on tiny models, and the committed results say what their tables say.
 """
 
+import ast
 import dataclasses
 import json
 import sys
@@ -13,7 +14,8 @@ import torch
 
 from fastdllm import Quota, generate
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
 
 import end_to_end  # noqa: E402
 import end_to_end_accuracy as accuracy  # noqa: E402
@@ -218,3 +220,29 @@ def test_bad_choices_are_refused(tmp_path, capsys):
     native = tables.RESULTS / "end-to-end-nvidia-h200.json"
     with pytest.raises(ValueError, match="files of one host, got those of native, replaced"):
         end_to_end.main(["--merge", str(native), str(replaced), "--out", str(tmp_path / "x.json")])
+
+
+def imported_names(tree):
+    """(module, name or None) of every import."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted(BENCH.rglob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_use_what_is_public_and_nothing_of_the_tests(path):
+    tests = {file.stem for file in BENCH.parent.joinpath("tests").rglob("*.py")}
+    mine = {file.stem for file in BENCH.rglob("*.py")}
+    tree = ast.parse(path.read_text())
+    modules = set()
+    for module, name in imported_names(tree):
+        assert module.split(".")[0] not in tests - mine, f"{path} imports {module}"
+        if module.split(".")[0] == "fastdllm":
+            modules.add(name or module)
+            assert not (name or "").startswith("_"), f"{path} imports {name} of {module}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            private = node.value.id in modules and node.attr.startswith("_")
+            assert not private, f"{path}:{node.lineno} {node.value.id}.{node.attr}"
