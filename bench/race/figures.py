@@ -82,8 +82,15 @@ def over(theirs: Seconds | None, ours: Seconds | None) -> float | None:
 
 def peer_of(row: dict, rows: list[dict]) -> dict | None:
     """The row of the published code's way with the same cache."""
-    name = "vanilla" if row["cache"] == "none" else f"plain {row['cache']}"
+    if row["cache"] == "none":
+        return vanilla_of(rows)
+    name = f"plain {row['cache']}"
     return next((other for other in rows if other["way"] == name), None)
+
+
+def vanilla_of(rows: list[dict]) -> dict | None:
+    """The row of the published code's decoding without a cache."""
+    return next((row for row in rows if row["way"] == "vanilla"), None)
 
 
 def label_of(row: dict) -> str:

@@ -94,19 +94,13 @@ def check_all(subject, cell, ways):
 
 def described(subject, cell, way) -> dict:
     """What a row says of its cell and its way."""
-    options = asdict(way)
-    name = options.pop("name")
+    row = asdict(cell) | asdict(way)
+    row["way"] = row.pop("name")
     model = subject.plain if way.peer else subject.model(way)
-    return (
-        asdict(cell)
-        | options
-        | {
-            "way": name,
-            "class": type(model).__name__,
-            "weight_bytes": subject.weight_bytes(way),
-            "cache_bytes": cache_bytes(subject.config, subject.native.dtype, cell, way),
-        }
-    )
+    row["class"] = type(model).__name__
+    row["weight_bytes"] = subject.weight_bytes(way)
+    row["cache_bytes"] = cache_bytes(subject.config, subject.native.dtype, cell, way)
+    return row
 
 
 def check_way(subject, cell, way, row, canvases):

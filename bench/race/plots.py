@@ -64,9 +64,13 @@ def _throughput_panel(axes, cells, title) -> None:
 
 def request_time(cells, path) -> None:
     """Draw where a request's time goes, refreshes and cached steps stacked, at the paper's rate:
-    the longest canvas, the fewest rows.
+    the longest canvas, the fewest rows. Nothing is drawn where no way has a cache.
     """
     pyplot = tables.pyplot()
+    cells = [[row for row in rows if row["cache"] != "none"] for rows in cells]
+    cells = [rows for rows in cells if rows]
+    if not cells:
+        return
     fewest = min(rows[0]["rows"] for rows in cells)
     longest = max(rows[0]["canvas"] for rows in cells if rows[0]["rows"] == fewest)
     place = longest, fewest
@@ -76,7 +80,7 @@ def request_time(cells, path) -> None:
         1, len(chosen), figsize=size, squeeze=False, layout="constrained"
     )
     for axes, rows in zip(panels[0], chosen, strict=True):
-        _time_panel(axes, [row for row in rows if row["cache"] != "none"])
+        _time_panel(axes, rows)
         axes.set_title(f"{rows[0]['model']}, canvas {longest}, B {fewest}")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

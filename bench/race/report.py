@@ -24,6 +24,7 @@ from race.figures import (
     over,
     peer_of,
     seconds,
+    vanilla_of,
     why_not,
 )
 from race.results import host_of
@@ -129,7 +130,7 @@ def _cell_line(row, rows) -> list:
         share(least and least / found.seconds),
         share(ratio(row, "floor_ms_refresh", "ms_refresh")),
         share(ratio(row, "floor_ms_step", "ms_step")),
-        times(over(seconds(rows[0], 1), found)),
+        times(over(seconds(vanilla_of(rows), 1), found)),
         times(over(peer, found)),
         memory(row),
     ]
@@ -173,7 +174,7 @@ def _headline_line(row, rows, rates) -> list:
         number(row["ms_refresh"]),
         number(row["ms_step"]),
         share(least and least / found.seconds),
-        times(over(at_paper_rate(rows[0]), found)),
+        times(over(at_paper_rate(vanilla_of(rows)), found)),
         times(over(peer, found)),
         memory(row),
         f"{samples}, {row['fit_error']:.1%}",
@@ -182,7 +183,10 @@ def _headline_line(row, rows, rates) -> list:
 
 def short_table(results) -> str:
     """The table of the index of results: the headline request, way by way."""
-    rows = next(rows for rows in grouped(results["rows"]) if rows[0]["headline"])
+    headlines = [rows for rows in grouped(results["rows"]) if rows[0]["headline"]]
+    if not headlines:
+        raise ValueError("the results hold no headline request")
+    rows = headlines[0]
     heads = [
         "way of decoding",
         "seconds",
@@ -205,7 +209,7 @@ def short_table(results) -> str:
                 number(row["gen_length"] / found.seconds),
                 number(row["ms_refresh"]),
                 number(row["ms_step"]),
-                times(over(at_paper_rate(rows[0]), found)),
+                times(over(at_paper_rate(vanilla_of(rows)), found)),
                 f"{peak / 1e9:.1f}" if peak else tables.NONE,
             ]
         )
