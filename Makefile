@@ -30,7 +30,7 @@ gpu-test: $(VENV)/test-tools
 
 bench: $(VENV)/bench-tools
 	$(RUN) -m pytest bench --benchmark --benchmark-json=bench/results/kernels.json
-	$(RUN) bench/report.py bench/results/kernels.json --plots bench/results --readme README.md
+	$(RUN) bench/report.py bench/results/kernels.json --plots bench/results --readme bench/results/README.md
 
 # Whole requests at real shapes; ends at once where bench/results/end-to-end-<gpu>.json holds everything.
 bench-e2e: $(VENV)/bench-tools

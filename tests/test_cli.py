@@ -557,8 +557,8 @@ def test_the_demo_runs_every_embedded_problem(call):
 
 
 def test_the_demo_problems_are_test_problems(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench" / "quality"))
-    from problems import make_problem
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from tiny_models.problems import make_problem
 
     asked = {make_problem(i, "test").question for i in range(100)}
     assert set((cli.ASSETS / "demo.txt").read_text().rstrip("\n").split("\n---\n")) <= asked

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench" / "quality")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench"), str(ROOT / "bench" / "quality")]
 
 import evaluate  # noqa: E402
 import tiny  # noqa: E402
-from problems import make_problem  # noqa: E402
+from tiny_models.problems import make_problem  # noqa: E402
 
 import fastdllm  # noqa: E402
 from fastdllm import Factor, Quota, Threshold, cli  # noqa: E402
