@@ -94,11 +94,16 @@ def _ids(name, prompt, vocab_size):
             f"{name}: expected token ids, got {type(prompt).__name__}: tokenize the text first"
         )
     try:
-        ids = torch.as_tensor(prompt, device="cpu")
+        # A copy where numpy counts backwards, which no tensor can.
+        ids = torch.as_tensor(prompt.copy() if hasattr(prompt, "strides") else prompt, device="cpu")
+    except OverflowError:
+        raise ValueError(f"{name}: expected ids in [0, {vocab_size}), got larger ones") from None
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"{name}: expected a 1-D sequence of token ids, got {type(prompt).__name__}"
         ) from None
+    if ids.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of {ids.layout}")
     if ids.ndim != 1 or not ids.numel():
         raise ValueError(
             f"{name}: expected a 1-D sequence of at least one token id, "

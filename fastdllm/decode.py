@@ -16,6 +16,7 @@ from math import inf
 import torch
 
 from fastdllm_kernels import Selection, Threshold
+from fastdllm_kernels.checks import FLOATS
 from fastdllm_kernels.rules import branch_of, check_rule
 
 from . import arguments
@@ -463,6 +464,11 @@ def checked_model(model) -> Model:
         raise TypeError(
             "model: expected what fastdllm.load or replace_attention returns, "
             f"got {type(model).__name__}"
+        )
+    if model.dtype not in FLOATS or model.device.type == "meta":
+        raise ValueError(
+            "model: expected weights of float16, bfloat16 or float32 on a device, "
+            f"got {model.dtype} on {model.device}"
         )
     return model
 

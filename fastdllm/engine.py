@@ -268,6 +268,38 @@ class Engine:
         Raises what `generate` raises, ValueError where prompt and generation are longer than the
         engine's positions, QueueFull and EngineClosed.
         """
+        request = self._request(
+            prompt,
+            gen_length=gen_length,
+            rule=rule,
+            score=score,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop_ids=stop_ids,
+            on_step=on_step,
+            deadline=deadline,
+        )
+        self._line_up([request], self.queue)
+        return request
+
+    def _request(
+        self,
+        prompt,
+        *,
+        gen_length,
+        rule=Threshold(0.9),  # noqa: B008
+        score="confidence",
+        temperature=0.0,
+        top_p=None,
+        top_k=None,
+        seed=None,
+        stop_ids=None,
+        on_step=None,
+        deadline=None,
+    ) -> Request:
+        """A Request of checked arguments, not yet in line."""
         config = self.model.config
         row = row_of_prompt(prompt, gen_length, config)
         if row.total > self.positions:
@@ -284,15 +316,17 @@ class Engine:
         sampling = sampling_of(config, rule, score, temperature, top_p, top_k)
         (of_row,) = sampling_of_rows(sampling, 1, seed)
         row.options = RowOptions(of_row, 0, None if on_step is None else Listener(on_step))
-        request = Request(self, row, deadline)
+        return Request(self, row, deadline)
+
+    def _line_up(self, requests, most):
+        """Put requests in line together, if no more than `most` wait then."""
         with self._changed:
             self._refuse_if_closed()
-            if len(self._waiting) >= self.queue:
-                raise QueueFull(f"queue: {self.queue} requests are waiting already")
-            self._waiting.append(request)
+            if len(self._waiting) + len(requests) > most:
+                raise QueueFull(f"queue: {len(self._waiting)} requests are waiting already")
+            self._waiting.extend(requests)
             self._start()
             self._changed.notify_all()
-        return request
 
     def warm_up(self, *, progress: Progress | None = None, **options) -> WarmUp:
         """Compile and capture all that requests with these options will need; returns when it is
@@ -310,8 +344,9 @@ class Engine:
             for prompts in example_prompts(self.rows, self.positions, length):
                 gen_length = min(length, self.positions - 1)
                 requests = [
-                    self.submit(prompt, gen_length=gen_length, **options) for prompt in prompts
+                    self._request(prompt, gen_length=gen_length, **options) for prompt in prompts
                 ]
+                self._line_up(requests, self.queue + len(requests))
                 for number, request in enumerate(requests):
                     tell("decoding", number, len(requests))
                     request.result()

@@ -17,6 +17,7 @@ import torch
 
 from fastdllm_kernels import Threshold
 
+from . import arguments
 from .cache import CachePolicy
 from .decode import capture_obstacle, checked_model, forward_of, generate, schedule_of
 from .forward import Forward
@@ -59,6 +60,8 @@ def warm_up(
     began = time.perf_counter()
     model = checked_model(model)
     schedule = schedule_of(model.config, cache, policy, block_length)
+    arguments.integer("rows", rows, 1)
+    arguments.integer("positions", positions, block_length + 1, model.config.max_positions)
     with shown(progress) as tell:
         with (
             torch.inference_mode(False),

@@ -1,6 +1,7 @@
 """Engine: what a request gets is what it would get alone, whatever comes, goes or fails around it."""
 
 import asyncio
+import copy
 import gc
 import threading
 import time
@@ -326,7 +327,7 @@ def test_a_full_line_a_closed_engine_and_a_late_cancel():
     while engine.stats()["busy"] == 0:
         time.sleep(0.001)
     waiting = [engine.submit([1, 2, number], **options) for number in range(2)]
-    with pytest.raises(QueueFull, match="queue: 2"):
+    with pytest.raises(QueueFull, match="queue: 2 requests"):
         engine.submit([1, 2], **options)
     assert waiting[0].cancel() and not waiting[0].cancel()
     with pytest.raises(RequestCancelled):
@@ -428,3 +429,36 @@ def test_many_requests_leave_nothing_behind():
         assert len(gc.get_objects()) < before + 500
         assert engine.stats()["finished"] == 900
     assert threading.active_count() == threads
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_captured_requests_on_a_gpu_are_those_of_generate(family):
+    model, config = copy.deepcopy(case(family)[0]).to("cuda"), tiny.FAMILIES[family]
+    prompts = random_prompts(config, [3 + number % 17 for number in range(24)], 1)
+    wanted = [
+        {"rule": RULES[name], "temperature": heat, "seed": 3, "top_p": nucleus}
+        for name, heat, nucleus in (
+            ("threshold", 0.0, None),
+            ("quota", 0.8, 0.9),
+            ("function", 0.0, None),
+            ("factor", 0.5, None),
+        )
+    ]
+    engine_options = {"block_length": 4}
+    with Engine(model, rows=4, positions=64, block_length=4) as engine:
+        made = engine.warm_up()
+        requests = [
+            engine.submit(prompt, gen_length=13, stop_ids=(), **wanted[number % 4])
+            for number, prompt in enumerate(prompts)
+        ]
+        equal = 0
+        for number, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+            options = wanted[number % 4] | {"gen_length": 13, "stop_ids": ()}
+            expected = alone(model, prompt, engine_options, **options)
+            done = request.result(timeout=60)
+            equal += torch.equal(done.tokens[0], expected.tokens[0])
+            assert (done.tokens[0][len(prompt) :] != config["mask_token_id"]).all()
+        stats = engine.stats()
+    assert made.captured == stats["captured"] > 0, "something was captured in traffic"
+    assert equal >= len(prompts) - 1, "more than a near tie differs"
