@@ -360,51 +360,89 @@ def in_brief(result, row):
 def check(case: Case, device: str = "cpu") -> Outcome:
     """Decode the case and ask every oracle that knows it."""
     outcome = Outcome()
-    loaded, state = kept(case.model, device)
-    events = []
     try:
-        result = decode(case, loaded, on_step=events.append, graph=False)
+        decoded = Decoded(case, device)
     except Exception:
         outcome.failures.append(("invariants", "generate raised\n" + traceback.format_exc()))
         return outcome
-
-    def ask(name, oracle, *arguments):
+    for name, oracle in decoded.oracles():
         outcome.checks[name] += 1
         try:
-            oracle(*arguments)
+            outcome.near_ties += oracle()
         except Exception as error:
             text = str(error) if isinstance(error, Wrong) else traceback.format_exc()
             outcome.failures.append((name, text))
-
-    def compare(name, other, other_row, row):
-        got, wanted = in_brief(result, row), in_brief(other, other_row)
-        if got == wanted:
-            return
-        if near_tie(case, row, device):
-            outcome.near_ties += 1
-            return
-        raise Wrong(f"row {row}: {got} here, {wanted} by '{name}'")
-
-    def alone():
-        for row in range(len(case.prompts)):
-            compare("alone", decode(case, loaded, row, graph=False), 0, row)
-
-    def again(name, graph):
-        other = decode(case, loaded, graph=graph)
-        for row in range(len(case.prompts)):
-            compare(name, other, row, row)
-
-    ask("invariants", check_invariants, case, result, events)
-    if len(case.prompts) > 1:
-        ask("alone", alone)
-    if is_stated(case):
-        ask("stated", check_stated, case, result, events, state, outcome)
-    if case.kernels or device != "cpu":
-        with backend("triton" if device == "cpu" else "reference"):
-            ask("kernels", again, "kernels", False)
-    if device != "cpu":
-        ask("captured", again, "captured", True)
     return outcome
+
+
+class Decoded:
+    """A case, decoded. An oracle returns the number of rows that are near ties, or raises Wrong."""
+
+    def __init__(self, case, device):
+        self.case, self.device, self.events = case, device, []
+        self.model, self.state = kept(case.model, device)
+        self.result = decode(case, self.model, on_step=self.events.append, graph=False)
+
+    def oracles(self):
+        """(name, function) of those that know the case."""
+        yield "invariants", self.invariants
+        if len(self.case.prompts) > 1:
+            yield "alone", self.alone
+        if is_stated(self.case):
+            yield "stated", self.stated
+        if self.case.kernels or self.device != "cpu":
+            yield "kernels", self.kernels
+        if self.device != "cpu":
+            yield "captured", self.captured
+
+    def invariants(self):
+        check_invariants(self.case, self.result, self.events)
+        return 0
+
+    def alone(self):
+        near_ties = 0
+        for row in range(len(self.case.prompts)):
+            single = decode(self.case, self.model, row, graph=False)
+            near_ties += self.differs(row, in_brief(single, 0))
+        return near_ties
+
+    def kernels(self):
+        """On a GPU the result is the kernels' already."""
+        with backend("triton" if self.device == "cpu" else "reference"):
+            return self.equals(decode(self.case, self.model, graph=False))
+
+    def captured(self):
+        return self.equals(decode(self.case, self.model, graph=True))
+
+    def equals(self, other):
+        rows = range(len(self.case.prompts))
+        return sum(self.differs(row, in_brief(other, row)) for row in rows)
+
+    def differs(self, row, wanted):
+        """Whether the row was decoded otherwise, by a near tie; Wrong where it is none."""
+        got = in_brief(self.result, row)
+        if got == wanted:
+            return False
+        if near_tie(self.case, row, self.device):
+            return True
+        raise Wrong(f"row {row}: {got}, expected {wanted}")
+
+    def stated(self):
+        source = oracle_decode.model_source(self.state, config_of(self.case.model))
+        rows = range(len(self.case.prompts))
+        return sum(self.differs_from_stated(source, row) for row in rows)
+
+    def differs_from_stated(self, source, row):
+        """As `differs`, of the plain decoder, which knows itself how near a tie was."""
+        stated = stated_row(self.case, source, row)
+        steps = [(kind, commits) for kind, commits in stated.steps if commits]
+        wanted = (stated.tokens, (stated.refreshes, stated.cached_steps)), steps
+        got = in_brief(self.result, row), commits_of(self.events, row)
+        if got == wanted:
+            return False
+        if stated.slack < NEAR_TIE:
+            return True
+        raise Wrong(f"row {row}: {got}, expected {wanted}")
 
 
 def near_tie(case, row, device):
@@ -510,33 +548,23 @@ def is_stated(case):
     return greedy and case.rule[0] in STATED_RULES and case.score != "random"
 
 
-def check_stated(case, result, events, state, outcome):
-    source = oracle_decode.model_source(state, config_of(case.model))
+def stated_row(case, source, row):
+    """The row by the plain decoder."""
     kind, parameter = case.rule
-    for row, prompt in enumerate(case.prompts):
-        of_row = parameter[row] if isinstance(parameter, tuple) else parameter
-        stated = oracle_decode.decode_row(
-            source,
-            list(prompt),
-            mask_id=case.model.mask_id,
-            gen_length=case.gen_length,
-            block_length=case.block_length,
-            cache=case.cache,
-            rule=(kind, of_row),
-            score=case.score,
-            shift=int(case.model.family == "dream"),
-            stop_ids=stops_of(case),
-            prompt_refreshes=case.prompt_refreshes,
-            suffix_blocks=case.suffix_blocks,
-        )
-        wanted = stated.tokens, (stated.refreshes, stated.cached_steps)
-        steps = [(kind, commits) for kind, commits in stated.steps if commits]
-        if (in_brief(result, row), commits_of(events, row)) == (wanted, steps):
-            continue
-        if stated.slack < NEAR_TIE:
-            outcome.near_ties += 1
-            continue
-        raise Wrong(f"row {row}: {in_brief(result, row)} here, {wanted} stated, steps {steps}")
+    return oracle_decode.decode_row(
+        source,
+        list(case.prompts[row]),
+        mask_id=case.model.mask_id,
+        gen_length=case.gen_length,
+        block_length=case.block_length,
+        cache=case.cache,
+        rule=(kind, parameter[row] if isinstance(parameter, tuple) else parameter),
+        score=case.score,
+        shift=int(case.model.family == "dream"),
+        stop_ids=stops_of(case),
+        prompt_refreshes=case.prompt_refreshes,
+        suffix_blocks=case.suffix_blocks,
+    )
 
 
 def commits_of(events, row):
