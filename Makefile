@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-integrations lint bench bench-e2e gpu-test
+.PHONY: demo test test-integrations fuzz lint bench bench-e2e gpu-test
 
 demo: $(VENV)/installed
 	@$(RUN) -m fastdllm generate --compare --demo
@@ -23,6 +23,10 @@ lint: $(VENV)/test-tools
 # Against the real lm-eval, which brings much along.
 test-integrations: $(VENV)/test-tools $(VENV)/eval-tools
 	$(RUN) -m pytest tests/integrations
+
+# Random decodes and kernel calls against oracles, some ten minutes on two cores; FUZZ adds options (--device cuda).
+fuzz: $(VENV)/test-tools
+	$(RUN) tests/fuzz.py --out bench/results/fuzz.json $(FUZZ)
 
 # On a machine with a GPU, the same tests compiled, and more: one process, since it owns the GPU.
 gpu-test: $(VENV)/test-tools
