@@ -96,9 +96,11 @@ def _ids(name, prompt, vocab_size):
     try:
         # A copy where numpy counts backwards, which no tensor can.
         ids = torch.as_tensor(prompt.copy() if hasattr(prompt, "strides") else prompt, device="cpu")
-    except OverflowError:
-        raise ValueError(f"{name}: expected ids in [0, {vocab_size}), got larger ones") from None
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        if isinstance(prompt, list | tuple) and all(isinstance(token, int) for token in prompt):
+            raise ValueError(
+                f"{name}: expected ids in [0, {vocab_size}), got {max(prompt, key=abs)}"
+            ) from None
         raise TypeError(
             f"{name}: expected a 1-D sequence of token ids, got {type(prompt).__name__}"
         ) from None
