@@ -41,5 +41,5 @@ setup(
         "eval": ["lm-eval>=0.4.13"],
         "flash-attn": ["flash-attn"],
     },
-    entry_points={"console_scripts": ["fastdllm = fastdllm.cli:main"]},
+    entry_points={"console_scripts": ["fastdllm = fastdllm.__main__:main"]},
 )

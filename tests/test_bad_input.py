@@ -10,6 +10,9 @@ import torch
 
 import fastdllm
 from fastdllm import CachePolicy, Factor, Quota, Threshold
+from fastdllm import options as written
+from fastdllm import text as texts
+from fastdllm.integrations.lm_eval_options import read_options
 from fastdllm_kernels import (
     block_attention,
     confidence_select,
@@ -1039,6 +1042,73 @@ POINTWISE = [
     ),
 ]
 
+
+def evaluated(**given):
+    """lm-eval's arguments of a model, read."""
+    return read_options({"pretrained": "x", **given})
+
+
+def read(name, value):
+    """An option of the command line, read from its text."""
+    return written.named(name, written.NUMBERS[name].read, value)
+
+
+OPTIONS = [
+    ("lm-eval: max_length 1", lambda f: evaluated(max_length=1), ValueError, "^max_length:.* 1$"),
+    ("lm-eval: max_length -5", lambda f: evaluated(max_length=-5), ValueError, "^max_length:"),
+    ("lm-eval: steps 0", lambda f: evaluated(steps=0), ValueError, "^steps:.*got 0"),
+    ("lm-eval: steps -4", lambda f: evaluated(steps=-4), ValueError, "^steps:.*got -4"),
+    ("lm-eval: steps 2.5", lambda f: evaluated(steps=2.5), ValueError, "^steps:.*got 2.5"),
+    ("lm-eval: gen_length 0", lambda f: evaluated(gen_length=0), ValueError, "^gen_length:"),
+    ("lm-eval: block_length 0", lambda f: evaluated(block_length=0), ValueError, "^block_length:"),
+    ("lm-eval: top_p 0", lambda f: evaluated(top_p=0), ValueError, "^top_p:.*got 0"),
+    ("lm-eval: top_k -2", lambda f: evaluated(top_k=-2), ValueError, "^top_k:.*got -2"),
+    ("lm-eval: mc_num 0", lambda f: evaluated(mc_num=0), ValueError, "^mc_num:"),
+    ("lm-eval: a bool for a number", lambda f: evaluated(seed=True), ValueError, "^seed:.*True"),
+    ("lm-eval: dtype int8", lambda f: evaluated(dtype="int8"), ValueError, "^dtype:.*bfloat16"),
+    ("lm-eval: a dtype of bits", lambda f: evaluated(dtype=16), ValueError, "^dtype:.*got 16"),
+    ("lm-eval: a device unknown", lambda f: evaluated(device="tpu"), ValueError, "^device:"),
+    ("lm-eval: a flag of words", lambda f: evaluated(stop_early="no"), ValueError, "^stop_early:"),
+    ("lm-eval: a cache unknown", lambda f: evaluated(cache="full"), ValueError, "^cache:.*prefix"),
+    (
+        "lm-eval: two rules",
+        lambda f: evaluated(threshold=0.9, factor=1.0),
+        ValueError,
+        "^factor: expected one rule.*threshold",
+    ),
+    (
+        "lm-eval: a schedule without steps",
+        lambda f: evaluated(schedule="dream"),
+        ValueError,
+        "^schedule: expected steps",
+    ),
+    (
+        "lm-eval: a request's limit of 0",
+        lambda f: evaluated().asked({"max_gen_toks": 0}),
+        ValueError,
+        "max_gen_toks:.*got 0",
+    ),
+    ("threshold 1e400", lambda f: read("threshold", "1e400"), ValueError, "^threshold:.*'1e400'"),
+    ("factor 1e-60", lambda f: read("factor", "1e-60"), ValueError, "^factor:.*'1e-60'"),
+    ("steps past 64 bits", lambda f: read("steps", "9" * 20), ValueError, "^steps:.*'9{20}'"),
+    ("steps past Python's digits", lambda f: read("steps", "9" * 5000), ValueError, "^steps:"),
+    (
+        "a rule that is no call",
+        lambda f: written.read_rule("Quota(4) + 1"),
+        ValueError,
+        "expected a rule such as",
+    ),
+    (
+        "a rule of calls",
+        lambda f: written.read_rule("Quota(int(4))"),
+        ValueError,
+        "expected numbers and texts",
+    ),
+    ("a rule unknown", lambda f: written.read_rule("Best(4)"), ValueError, "Threshold.*Best"),
+    ("a byte in a text", lambda f: texts.check_text("PROMPT", "a\udcff"), ValueError, "byte 0xff"),
+    ("half a pair", lambda f: texts.check_text("PROMPT", "\ud83d"), ValueError, "^PROMPT:.*d83d"),
+]
+
 TABLE = [
     pytest.param(*row[1:], id=f"{group}: {row[0]}")
     for group, rows in (
@@ -1049,6 +1119,7 @@ TABLE = [
         ("select", SELECT),
         ("rules", RULES),
         ("pointwise", POINTWISE),
+        ("options", OPTIONS),
     )
     for row in rows
 ]

@@ -13,7 +13,7 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DO
 
 
 def world():
-    """What the snippets use without making it: somebody's model, prompts, and an engine's tensors."""
+    """What the snippets use without making it: a model, prompts, and an engine's tensors."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
