@@ -140,8 +140,7 @@ class Forward:
         shape, patience = self._shape(slots, works)
         if patience is not None and not shape.stores:
             entries += self._padding(slots)
-        plan = torch.tensor(entries, dtype=torch.int64, device="cpu").T.contiguous()
-        return self._run(shape, patience, plan)[: len(slots)]
+        return self._run(shape, patience, entries)[: len(slots)]
 
     def captured_forms(self, examples: Iterable[Work]) -> list[tuple[Shape, int]]:
         """The (shape, number of rows) of every forward that is captured when works such as these
@@ -161,12 +160,16 @@ class Forward:
 
     def capture(self, shape: Shape, rows: int) -> None:
         """Compile and capture a forward of that form, computing nothing for anybody."""
-        plan = torch.zeros(len(Plan._fields), rows, dtype=torch.int64, device="cpu")
-        self._run(shape, 0, plan)
+        self._run(shape, 0, [(0,) * len(Plan._fields)] * rows)
 
-    def _run(self, shape, patience, plan):
-        compute = functools.partial(self._compute, shape)
-        key = None if patience is None else (self._key, shape, plan.shape[1])
+    def _run(self, shape, patience, entries):
+        """The logits of a forward with these plan entries, a tuple for each row."""
+        rows = len(entries)
+        # Columns of whole 16 bytes as int32: kernels are compiled for the alignment of pointers.
+        plan = torch.zeros(len(Plan._fields), -(-rows // 4) * 4, dtype=torch.int64, device="cpu")
+        plan[:, :rows] = torch.tensor(entries, dtype=torch.int64, device="cpu").T
+        compute = functools.partial(self._compute, shape, rows)
+        key = None if patience is None else (self._key, shape, rows)
         return self.space.run(key, shape, compute, plan, patience or 0)
 
     def _shape(self, slots, works):
@@ -207,11 +210,11 @@ class Forward:
         wanted = (1 << (len(slots) - 1).bit_length()) - len(slots)
         return [(slot, 0, 0, 0, 0) for slot, _ in zip(spare, range(wanted), strict=False)]
 
-    def _compute(self, shape, plan):
-        """The logits [R, T, V] of a plan's blocks, from device tensors alone."""
-        slot, origin, length, visible, start = columns = Plan(*plan)
-        packing = Packing.of(length, shape.width, shape.packed) if shape.packed else None
-        page, *span = plan[:4].to(torch.int32)
+    def _compute(self, shape, rows, plan):
+        """The logits [R, T, V] of the blocks of a plan's `rows` rows, from device tensors alone."""
+        columns = Plan(*plan[:, :rows])
+        packing = Packing.of(columns.length, shape.width, shape.packed) if shape.packed else None
+        page, *span = plan[:4].to(torch.int32)[:, :rows]
         pages = page[:, None] if shape.paged else None
         self.cache.span = Span(*span, shape, page_table=pages, packing=packing)
         wanted = self._wanted(shape, columns, packing)

@@ -133,6 +133,9 @@ def device_columns(
     holds ints, float64 where it holds floats.
     """
     floats = {name: isinstance(column[0], float) for name, column in columns.items()}
+    rows = len(next(iter(columns.values())))
+    if rows % 2:  # whole 16 bytes: kernels are compiled for the alignment of pointers
+        columns = {name: [*column, column[-1]] for name, column in columns.items()}
     stacked = torch.stack(
         [
             torch.tensor(column, dtype=torch.float64, device="cpu").view(torch.int64)
@@ -142,7 +145,7 @@ def device_columns(
         ]
     )
     return {
-        name: column.view(torch.float64) if floats[name] else column
+        name: (column.view(torch.float64) if floats[name] else column)[:rows]
         for name, column in zip(columns, upload(stacked), strict=True)
     }
 

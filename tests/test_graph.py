@@ -68,7 +68,7 @@ def records(monkeypatch):
 
     def record(space, shape, function, plan, pool):
         if not shape.stores and shape.width == function.func.__self__.block_length:
-            recorded.append(plan.shape[1])
+            recorded.append(function.args[1])
         if space.device.type == "cuda":
             return real(space, shape, function, plan, pool)
         return act(space, shape, function, plan)

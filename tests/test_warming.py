@@ -26,7 +26,7 @@ def launch_bound(records, monkeypatch):  # noqa: F811
     captures, record = [], graph.record
 
     def counted(space, shape, function, plan, pool):
-        captures.append((shape, plan.shape[1]))
+        captures.append((shape, function.args[1]))
         return record(space, shape, function, plan, pool)
 
     monkeypatch.setattr(graph, "record", counted)
