@@ -44,7 +44,8 @@ def launches(arch):
     """Launch both ops as they would on that chip."""
     from fastdllm_kernels.backend import Chip
     from fastdllm_kernels.rules import flatten, with_row_values
-    from fastdllm_kernels.select_triton import launch_confidence, launch_select, select_config
+    from fastdllm_kernels.select import Commit, Rows, Scoring
+    from fastdllm_kernels.select_triton import config, launch_confidence, launch_select
 
     chip = Chip(
         compile_check.MULTIPROCESSORS[arch], compile_check.SHARED_LIMIT[arch], overlap=arch >= 90
@@ -54,49 +55,33 @@ def launches(arch):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     for rows, width, vocab, dtype, rule, score, temperature in cases():
-        config = select_config(rows * width, vocab, chip, temperature > 0)
-        tokens, values = (
-            empty(rows, width, dtype=torch.int64),
-            empty(rows, width, dtype=torch.float32),
-        )
-        flags, left = empty(rows, width, dtype=torch.bool), empty(rows, dtype=torch.int32)
-        each = {"dtype": torch.int64} if score in ("margin", "random") else None
-        vector = empty(rows, **each) if each else None
-        if each:
+        logits = empty(rows, width, vocab, dtype=dtype)
+        tokens = empty(rows, width, dtype=torch.int64)
+        values = empty(rows, width, dtype=torch.float32)
+        flags = empty(rows, width, dtype=torch.bool)
+        vector = None
+        if score in ("margin", "random"):  # whatever may be a tensor for each row is one
+            vector = empty(rows, dtype=torch.int64)
             rule = with_row_values(rule, [empty(rows, dtype=torch.float64)])
         launch_select(
-            empty(rows, width, vocab, dtype=dtype),
-            tokens,
-            flags if each else None,
-            5,
-            *flatten(rule, tokens.device),
-            score,
-            temperature,
-            vector,
-            7,
-            vocab,
-            vector,
-            tokens,
-            values,
-            flags,
-            left,
-            config,
+            Scoring(logits, 5, vocab, score, temperature, seed=vector, seed_number=7),
+            Commit(
+                tokens,
+                None if vector is None else flags,
+                vector,
+                *flatten(rule, tokens.device),
+                tokens,
+                values,
+                flags,
+                empty(rows, dtype=torch.int32),
+            ),
+            config(rows * width, vocab, chip, temperature > 0),
         )
     for score in (None, "confidence", "random"):
-        config = select_config(64, V, chip)
         launch_confidence(
-            empty(64, V, dtype=torch.bfloat16),
-            5,
-            score,
-            0.0,
-            None,
-            7,
-            None,
-            V,
-            0,
-            False,
-            False,
-            config,
+            Scoring(empty(64, V, dtype=torch.bfloat16), 5, V, score, 0.0, seed=None, seed_number=7),
+            Rows(position=None, vocab_start=0, entropy=False, margin=False),
+            config(64, V, chip),
         )
 
 

@@ -46,7 +46,7 @@ LAZY = {"transformers", "tokenizers", "huggingface_hub", "rich", "sglang", "lm_e
 EVERYWHERE = {"torch", "safetensors", "fastdllm_kernels", "fastdllm"}
 FUNCTION_LINES = 60
 # Formatted one argument a line, not yet taken apart.
-STILL_LONG = {"_attend_hopper", "_attend", "scan_kernel"}
+STILL_LONG = {"_attend_hopper", "_attend"}
 
 
 def module_files():

@@ -352,7 +352,7 @@ def test_two_classes_cannot_have_one_branch_but_a_class_may_be_defined_again():
     ],
 )
 def test_row_values_and_back(rule):
-    """As the loop does it: float64 bits in a plan of integers, and tensors of them on the device."""
+    """As the loop does it: float64 bits in a plan of integers, then tensors on the device."""
     rows = row_values(rule, 3)
     columns = [torch.tensor(row, dtype=torch.float64).view(torch.int64) for row in rows]
     again = with_row_values(rule, [column.view(torch.float64) for column in columns])

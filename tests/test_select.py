@@ -11,7 +11,7 @@ import torch
 
 import fastdllm_kernels as fk
 from fastdllm_kernels import Factor, Quota, Threshold, backend, rules, select
-from fastdllm_kernels.select import gumbel_noise, log_exponential, philox, philox_rounds
+from fastdllm_kernels.noise import gumbel_noise, log_exponential, philox, philox_rounds
 
 triton = pytest.importorskip("triton")
 from triton import language as tl  # noqa: E402
@@ -351,9 +351,7 @@ def test_the_mask_is_never_proposed_but_stays_in_the_sum(either_backend, device,
 def test_ties_go_to_the_lowest_id_and_the_lower_position(
     either_backend, device, dtype, monkeypatch
 ):
-    monkeypatch.setattr(
-        select_triton, "select_config", lambda *a: select_triton.SelectConfig(32, 2, 4)
-    )
+    monkeypatch.setattr(select_triton, "config", lambda *a: select_triton.Config(32, 2, 4))
     z = torch.zeros(2, 5, 200, dtype=dtype, device=device)
     z[0, :, 130], z[0, :, 60], z[0, :, 61], z[1, :, 199] = 9, 9, 9, 9
     tokens = torch.full((2, 5), 3, device=device)
@@ -609,9 +607,7 @@ def test_draws_do_not_depend_on_the_split(triton_backend, device, monkeypatch):
     tokens = torch.full((1, 3), 130, device=device)
     results = []
     for config in ((256, 1, 1), (64, 3, 1), (32, 2, 3), (16, 1, 9)):
-        monkeypatch.setattr(
-            select_triton, "select_config", lambda *a, c=config: select_triton.SelectConfig(*c)
-        )
+        monkeypatch.setattr(select_triton, "config", lambda *a, c=config: select_triton.Config(*c))
         results += [
             fk.confidence_select(
                 logits,
@@ -718,7 +714,8 @@ def test_token_confidence_scores_as_confidence_select(either_backend, device, dt
 def test_ops_are_registered_with_shapes_for_the_compiler(device):
     z = torch.zeros(3, 8, device=device)
     for score in ("confidence", None):  # None: the numbers of the partials
-        arguments = (z, 7, score, 0.0, None, 0, None, 8, 0, False, False)
+        scoring = select.Scoring(z, 7, 8, score, 0.0, None, 0)
+        arguments = (*scoring, *select.Rows(None, 0, entropy=False, margin=False))
         tests = ["test_schema", "test_faketensor"]
         torch.library.opcheck(
             torch.ops.fastdllm.token_confidence.default, arguments, test_utils=tests
@@ -810,7 +807,7 @@ H200 = backend.Chip(132, 232448, overlap=True)
 @pytest.mark.parametrize("vocab", [1, 100, 126464, 152064])
 @pytest.mark.parametrize("draw", [False, True])
 def test_the_cut_covers_the_vocabulary(rows, vocab, draw):
-    config = select_triton.select_config(rows, vocab, H200, draw)
+    config = select_triton.config(rows, vocab, H200, draw)
     covered = config.tile_vocab * config.tiles
     assert covered * (config.parts - 1) < vocab <= covered * config.parts
     assert config.tiles == 1 or rows * config.parts >= 3 * 132
@@ -828,9 +825,7 @@ def test_the_cut_covers_the_vocabulary(rows, vocab, draw):
     ],
 )
 def test_the_measured_cuts_are_picked(rows, vocab, cut):
-    assert select_triton.select_config(rows, vocab, H200) == select_triton.SelectConfig(
-        *cut, overlap=True
-    )
+    assert select_triton.config(rows, vocab, H200) == select_triton.Config(*cut, overlap=True)
 
 
 GPU_SHAPES = [

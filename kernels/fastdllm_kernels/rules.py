@@ -11,9 +11,9 @@ scores the rules here take the lower position first.
 
 The class says the rest itself, once, in its body:
 
-    tau: float | torch.Tensor = per_row(0.9)    a field that may be a [B] tensor, one entry a row
-    schedule: str = "even"                      any other field is fixed for a whole launch
-    branch: ClassVar[str] = "threshold"         the rule's branch in the select kernel, if it has one
+    tau: float | torch.Tensor = per_row(0.9)   a field that may be a [B] tensor, one entry a row
+    schedule: str = "even"                     any other field is fixed for a whole launch
+    branch: ClassVar[str] = "threshold"        the rule's branch in the select kernel, if any
 
 Without a branch `commit` runs after the scoring, in PyTorch, and the mask it returns is checked.
 With one the kernel decides (`select_triton._chosen`) and `commit` is its reference. A subclass does

@@ -3,14 +3,13 @@
 For every candidate position: a proposal (argmax, or a draw by Gumbel-max), its score, then the rule
 over the block and the commit, in place. With z the logits of a row over V entries, p = softmax(z):
 
-    confidence  p[proposal]      margin  the two largest p among what may be proposed, their difference
-    entropy     sum p ln p       random  uniform in [0, 1)
+    confidence  p[proposal]
+    margin      the difference of the two largest p among what may be proposed
+    entropy     sum p ln p
+    random      uniform in [0, 1)
 
-The mask id is never proposed and stays in every softmax sum. Ties go to the lowest id. A draw at
-temperature T is argmax_v(z_v / T - ln E_v) with E_v exponential: exact for softmax(z / T). E_v
-comes from Philox4x32-10, keyed by the row's seed and counted by (column pair, position), as the
-logarithm of a 64-bit uniform that keeps full relative precision where E is small: a 32-bit uniform
-cuts that tail off and distorts rare tokens (arXiv 2409.02908).
+The mask id is never proposed and stays in every softmax sum. Ties go to the lowest id. Draws are
+those of noise.py.
 
 What it saves: the logits are read once, in their own dtype, and nothing of size V is written. A
 softmax in float64 over [32, 126464] alone moves 40 times the bytes.
@@ -22,19 +21,21 @@ from typing import NamedTuple
 import torch
 
 from . import backend, checks
+from .noise import gumbel_noise, inverse, uniform
 from .rules import branch_of, check_rule, commit_of, flatten, unflatten
 
 SCORES = ("confidence", "margin", "entropy", "random")
 
 
 class Selection(NamedTuple):
-    """What one step decided: token_ids [B, T] int64, score [B, T] fp32, committed [B, T] bool,
-    remaining [B] int32.
+    """What one step decided.
 
-    Where a position is no candidate, token_ids is the token it holds and score is -inf. remaining
-    counts a row's candidates left; -(1 + t) says that the logits of candidate t (the row's first
-    such) hold a NaN: it was not committed, its score is NaN and its entry of token_ids means
-    nothing.
+    token_ids [B, T] int64, score [B, T] fp32: the proposals and their scores. A position that is no
+    candidate has the token it holds and -inf.
+    committed [B, T] bool: the positions that the rule committed.
+    remaining [B] int32: the candidates left in each row. -(1 + t) says that the logits of candidate
+    t hold a NaN, the row's first such: it was not committed, its score is NaN and its entry of
+    token_ids means nothing.
     """
 
     token_ids: torch.Tensor
@@ -44,8 +45,8 @@ class Selection(NamedTuple):
 
 
 class Confidence(NamedTuple):
-    """token_confidence's result: token_ids [N] int64, score [N] fp32, and on request logsumexp,
-    entropy, margin [N] fp32.
+    """What token_confidence says of N rows: token_ids [N] int64, score [N] fp32; on request
+    logsumexp, entropy and margin [N] fp32.
     """
 
     token_ids: torch.Tensor
@@ -56,13 +57,12 @@ class Confidence(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """What a part of the vocabulary says of N rows, in [N] tensors (fp32 but for the id and the
-    flag); z are its logits.
+    """What a part of the vocabulary says of N rows; each field [N], fp32 unless said otherwise.
 
-    maximum: the largest z. total: sum exp(z - maximum). weighted: sum exp(z - maximum)(z -
-    maximum). best: what was compared of the proposal, z or z / T + noise. logit: its z. top,
-    second: the two largest z among what may be proposed. token_ids: the proposal's id in the whole
-    vocabulary, int64. has_nan: bool.
+    With z the part's logits: maximum, the largest z. total, sum exp(z - maximum). weighted, sum
+    exp(z - maximum)(z - maximum). best, what was compared of the proposal: z, or z / T + noise.
+    logit, the proposal's z. top, second: the two largest z among what may be proposed. token_ids
+    (int64), the proposal's id in the whole vocabulary. has_nan (bool).
     """
 
     maximum: torch.Tensor
@@ -76,71 +76,55 @@ class Partials(NamedTuple):
     has_nan: torch.Tensor
 
 
-_M0, _M1, _W0, _W1, _U32 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
+class Scoring(NamedTuple):
+    """What rows of logits are to be asked: the first arguments of both torch ops, in their order.
 
-
-def philox(seed, x0, x1):
-    """Philox4x32-10 (Salmon et al., SC 2011) of counters (x0, x1, 0, 0) under 64-bit keys: four
-    int64 tensors of 32 bits.
-
-    seed, x0, x1: int64 tensors that broadcast; of the counters the low 32 bits count.
+    logits [B, T, V] or [N, V]. mask_id: never proposed; None where there is none. vocab_size: the
+    entries that count. score: one of SCORES; None asks token_confidence for Partials. temperature:
+    0 takes the argmax. seed: a tensor [B] or [N] int64, or None where seed_number serves all rows.
     """
-    k0, k1 = seed & _U32, (seed >> 32) & _U32
-    x0, x1, k0, k1 = torch.broadcast_tensors(x0 & _U32, x1 & _U32, k0, k1)
-    return philox_rounds(x0, x1, torch.zeros_like(x0), torch.zeros_like(x0), k0, k1)
+
+    logits: torch.Tensor
+    mask_id: int | None
+    vocab_size: int
+    score: str | None
+    temperature: float
+    seed: torch.Tensor | None
+    seed_number: int
 
 
-def philox_rounds(x0, x1, x2, x3, k0, k1):
-    """The ten rounds of Philox4x32 on counters and keys of 32 bits, held in int64."""
-    for _ in range(10):
-        high0, low0 = _multiply(x0, _M0)
-        high1, low1 = _multiply(x2, _M1)
-        x0, x1, x2, x3 = high1 ^ x1 ^ k0, low1, high0 ^ x3 ^ k1, low0
-        k0, k1 = (k0 + _W0) & _U32, (k1 + _W1) & _U32
-    return x0, x1, x2, x3
+class Commit(NamedTuple):
+    """What confidence_select does with the proposals: the rest of its torch op's arguments.
 
-
-def _multiply(x, constant):
-    """High and low 32 bits of a 32 x 32 bit product held in int64 (by halves: the full product
-    would overflow).
+    tokens [B, T] int64, updated. candidates [B, T] bool, None for the masks. step [B], None for 0.
+    rule, tensors, numbers, fixed: a rules.FlatRule. token_ids, value, committed, remaining: the
+    Selection to fill.
     """
-    low, high = x * (constant & 0xFFFF), x * (constant >> 16)
-    middle = high + (low >> 16)
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+    tokens: torch.Tensor
+    candidates: torch.Tensor | None
+    step: torch.Tensor | None
+    rule: str
+    tensors: list[torch.Tensor | None]
+    numbers: list[float]
+    fixed: str
+    token_ids: torch.Tensor
+    value: torch.Tensor
+    committed: torch.Tensor
+    remaining: torch.Tensor
 
 
-def log_exponential(high, low):
-    """ln E for E = -ln U, U = (high 2^32 + low + 1/2) / 2^64: fp32, accurate to fp32's relative
-    precision in both tails.
+class Rows(NamedTuple):
+    """Which rows token_confidence is asked about, and what for: the rest of its op's arguments.
 
-    Near U = 1 the direct logarithm loses every digit; there E = -log1p(-(1 - U)) with 1 - U counted
-    from the top.
+    position [N] int64: what a row's draws are counted by, None for its index. vocab_start: the id
+    of the logits' first column. entropy, margin: whether they are wanted beside the score.
     """
-    near_one, scale = high >= 2**31, 2.0**-32
-    high, low = torch.where(near_one, _U32 - high, high), torch.where(near_one, _U32 - low, low)
-    value = (
-        high.float() + (low.float() + 0.5) * scale
-    ) * scale  # U, or 1 - U where that is smaller
-    return torch.log(torch.where(near_one, -torch.log1p(-value), -torch.log(value)))
 
-
-def gumbel_noise(seed, position, vocab, start=0):
-    """-ln E [.., vocab] fp32 of rows keyed by seed [..], counted by position [..]: Gumbel variates
-    of columns from start on.
-    """
-    column = start // 2 + torch.arange((vocab + 1) // 2, device=seed.device)
-    words = philox(seed[..., None], column, position[..., None])
-    pairs = torch.stack(
-        [log_exponential(words[0], words[1]), log_exponential(words[2], words[3])], dim=-1
-    )
-    return -pairs.flatten(-2)[..., :vocab]
-
-
-def uniform(seed, position):
-    """The uniform variate in [0, 1) of the score "random": one for each row, from a counter no
-    column pair uses.
-    """
-    return (philox(seed, torch.full_like(position, _U32), position)[0] >> 8).float() * 2.0**-24
+    position: torch.Tensor | None
+    vocab_start: int
+    entropy: bool
+    margin: bool
 
 
 def token_confidence_reference(
@@ -169,13 +153,6 @@ def token_confidence_reference(
     )
 
 
-def inverse(temperature):
-    """1 / temperature as both backends multiply by it (0 for 0); bounded, so that it is finite in
-    fp32 too.
-    """
-    return min(1 / temperature, 1e30) if temperature else 0.0
-
-
 def token_confidence_partials_reference(
     logits,
     *,
@@ -188,7 +165,8 @@ def token_confidence_partials_reference(
 ):
     """See `token_confidence_partials`."""
     z = logits[:, :vocab_size].float()
-    rows, vocab = torch.arange(len(z), device=z.device), z.shape[1]
+    vocab = z.shape[1]
+    rows = torch.arange(len(z), device=z.device)
     position = rows if position is None else position.to(torch.int64)
     barred = vocab if mask_id is None else mask_id - vocab_start
     offered = z.clone()
@@ -344,14 +322,18 @@ def _seeds(seed, like):
 
 
 LIBRARY = torch.library.Library("fastdllm", "FRAGMENT")
-LIBRARY.define(
-    "confidence_select(Tensor logits, Tensor(a!) tokens, Tensor? candidates, int mask_id, str rule, "
-    "Tensor?[] tensors, float[] numbers, str fixed, str score, float temperature, Tensor? seed, int seed_number, int vocab_size, Tensor? step, "
-    "Tensor(b!) token_ids, Tensor(c!) value, Tensor(d!) committed, Tensor(e!) remaining) -> ()"
+# The fields of Scoring, then those of Commit or of Rows.
+SCORING = (
+    "Tensor logits, int? mask_id, int vocab_size, str? score, float temperature, "
+    "Tensor? seed, int seed_number"
 )
 LIBRARY.define(
-    "token_confidence(Tensor logits, int? mask_id, str? score, float temperature, Tensor? seed, int seed_number, "
-    "Tensor? position, int vocab_size, int vocab_start, bool entropy, bool margin) "
+    f"confidence_select({SCORING}, Tensor(a!) tokens, Tensor? candidates, Tensor? step, "
+    "str rule, Tensor?[] tensors, float[] numbers, str fixed, Tensor(b!) token_ids, "
+    "Tensor(c!) value, Tensor(d!) committed, Tensor(e!) remaining) -> ()"
+)
+LIBRARY.define(
+    f"token_confidence({SCORING}, Tensor? position, int vocab_start, bool entropy, bool margin) "
     "-> (Tensor token_ids, Tensor has_nan, Tensor values)"
 )
 # One program ranks a row's block, its work growing with the square of the length; past this the
@@ -369,59 +351,77 @@ def _unsupported(logits):
 
 
 def _run_select(*arguments):
-    logits, tokens, candidates, mask_id, *flat_rule = arguments[:8]
-    score, temperature, seed, seed_number, vocab_size, step = arguments[8:14]
-    if backend.use_triton("confidence_select", logits, _unsupported(logits)):
+    scoring = Scoring(*arguments[: len(Scoring._fields)])
+    commit = Commit(*arguments[len(Scoring._fields) :])
+    if backend.use_triton("confidence_select", scoring.logits, _unsupported(scoring.logits)):
         from .select_triton import launch_select
 
-        launch_select(*arguments)
+        launch_select(scoring, commit)
         return
     selection = confidence_select_reference(
-        logits,
-        tokens,
-        mask_id=mask_id,
-        rule=unflatten(*flat_rule),
-        candidates=candidates,
-        score=score,
-        temperature=temperature,
-        seed=seed_number if seed is None else seed,
-        vocab_size=vocab_size,
-        step=step,
+        scoring.logits,
+        commit.tokens,
+        mask_id=scoring.mask_id,
+        rule=unflatten(commit.rule, commit.tensors, commit.numbers, commit.fixed),
+        candidates=commit.candidates,
+        score=scoring.score,
+        temperature=scoring.temperature,
+        seed=_seed_of(scoring),
+        vocab_size=scoring.vocab_size,
+        step=commit.step,
     )
-    for result, value in zip(arguments[14:], selection, strict=True):
-        result.copy_(value)
+    commit.token_ids.copy_(selection.token_ids)
+    commit.value.copy_(selection.score)
+    commit.committed.copy_(selection.committed)
+    commit.remaining.copy_(selection.remaining)
 
 
 def _run_confidence(*arguments):
-    """score None asks for the partials' numbers in `values`, otherwise they are score, log-sum-exp,
-    entropy and margin.
+    """(token_ids [N], has_nan [N], values [.., N]).
+
+    The values are score, log-sum-exp, entropy and margin; where the score is None they are the
+    numbers of Partials.
     """
-    logits, mask_id, score, temperature, seed, seed_number, position, vocab_size, vocab_start = (
-        arguments[:9]
-    )
-    if backend.use_triton("token_confidence", logits, _unsupported(logits)):
+    scoring = Scoring(*arguments[: len(Scoring._fields)])
+    rows = Rows(*arguments[len(Scoring._fields) :])
+    if backend.use_triton("token_confidence", scoring.logits, _unsupported(scoring.logits)):
         from .select_triton import launch_confidence
 
-        return launch_confidence(*arguments)
-    draw = dict(seed=seed_number if seed is None else seed, position=position)
-    *values, token_ids, has_nan = partials = token_confidence_partials_reference(
-        logits,
-        vocab_start=vocab_start,
-        mask_id=mask_id,
-        temperature=temperature,
-        vocab_size=vocab_size,
+        return launch_confidence(scoring, rows)
+    draw = {"seed": _seed_of(scoring), "position": rows.position}
+    partials = token_confidence_partials_reference(
+        scoring.logits,
+        vocab_start=rows.vocab_start,
+        mask_id=scoring.mask_id,
+        temperature=scoring.temperature,
+        vocab_size=scoring.vocab_size,
         **draw,
     )
-    if score is not None:
-        returned = dict(return_logsumexp=True, return_entropy=True, return_margin=True)
-        token_ids, *values = merge_confidence_partials([partials], score=score, **draw, **returned)
+    *values, token_ids, has_nan = partials
+    if scoring.score is not None:
+        token_ids, *values = merge_confidence_partials(
+            [partials],
+            score=scoring.score,
+            **draw,
+            return_logsumexp=True,
+            return_entropy=True,
+            return_margin=True,
+        )
     return token_ids, has_nan, torch.stack(values)
 
 
-def _fake_confidence(logits, mask_id, score, *arguments):
-    rows, numbers = logits.shape[0], len(Partials._fields) - 2 if score is None else 4
-    sizes = {torch.int64: (rows,), torch.bool: (rows,), torch.float32: (numbers, rows)}
-    return tuple(logits.new_empty(size, dtype=dtype) for dtype, size in sizes.items())
+def _seed_of(scoring):
+    return scoring.seed_number if scoring.seed is None else scoring.seed
+
+
+def _fake_confidence(logits, mask_id, vocab_size, score, *arguments):
+    rows = logits.shape[0]
+    numbers = len(Partials._fields) - 2 if score is None else 4
+    return (
+        logits.new_empty(rows, dtype=torch.int64),
+        logits.new_empty(rows, dtype=torch.bool),
+        logits.new_empty((numbers, rows), dtype=torch.float32),
+    )
 
 
 LIBRARY.impl("confidence_select", _run_select, "CompositeExplicitAutograd")
@@ -449,12 +449,13 @@ def confidence_select(
     logits [B, T, V] (float16, bfloat16 or float32; rows at any stride, V contiguous): row t
     predicts position t of the block. tokens [B, T] int64, updated in place where committed. mask_id
     is never proposed. rule: a frozen dataclass with `commit`, or a function like it (see rules.py);
-    parameters may be [B] tensors. One without a branch in the kernel commits in PyTorch, after the
-    kernels that propose and score, and its mask is checked. candidates [B, T] bool: default tokens == mask_id. score: "confidence", "margin", "entropy" or
-    "random". temperature 0 proposes the argmax, above 0 draws from softmax(logits / temperature);
-    the score is that of the clean softmax. seed: an int, or [B] int64, the key of a row's draws;
-    needed with a temperature or "random". vocab_size: entries past it are padding. step [B] int64
-    or int32: the row's step in its block, from 0, which Quota counts by (default 0).
+    parameters may be [B] tensors. A rule without a branch in the kernel commits in PyTorch, after
+    the kernels that propose and score, and its mask is checked. candidates [B, T] bool: default
+    tokens == mask_id. score: "confidence", "margin", "entropy" or "random". temperature 0 proposes
+    the argmax, above 0 draws from softmax(logits / temperature); the score is that of the clean
+    softmax. seed: an int, or [B] int64, the key of a row's draws; needed with a temperature or
+    "random". vocab_size: entries past it are padding. step [B] int64 or int32: the row's step in
+    its block, from 0, which Quota counts by (default 0).
 
     Returns a Selection. Nothing is read back to the host, but to check a mask. Raises TypeError for
     dtypes, ValueError for shapes and values.
@@ -484,20 +485,10 @@ def confidence_select(
             vocab_size=vocab_size,
         )
     selection = _empty_selection(tokens)
-    torch.ops.fastdllm.confidence_select(
-        logits,
-        tokens,
-        candidates,
-        mask_id,
-        *flatten(rule, tokens.device),
-        score,
-        float(temperature),
-        key,
-        seed_number,
-        vocab_size,
-        step,
-        *selection,
-    )
+    scoring = Scoring(logits, mask_id, vocab_size, score, float(temperature), key, seed_number)
+    flat_rule = flatten(rule, tokens.device)
+    commit = Commit(tokens, candidates, step, *flat_rule, *selection)
+    torch.ops.fastdllm.confidence_select(*scoring, *commit)
     return selection
 
 
@@ -538,22 +529,15 @@ def token_confidence(
     checks.tensor(
         "position", position, (torch.int64,), logits.shape[:1], logits.device, optional=True
     )
-    token_ids, _, values = torch.ops.fastdllm.token_confidence(
-        logits,
-        mask_id,
-        score,
-        float(temperature),
-        seed,
-        seed_number,
-        position,
-        vocab_size,
-        0,
-        return_entropy,
-        return_margin,
-    )
-    wanted = (True, return_logsumexp, return_entropy, return_margin)
+    scoring = Scoring(logits, mask_id, vocab_size, score, float(temperature), seed, seed_number)
+    rows = Rows(position, 0, return_entropy, return_margin)
+    token_ids, _, values = torch.ops.fastdllm.token_confidence(*scoring, *rows)
     return Confidence(
-        token_ids, *(value if want else None for value, want in zip(values, wanted, strict=True))
+        token_ids,
+        values[0],
+        values[1] if return_logsumexp else None,
+        values[2] if return_entropy else None,
+        values[3] if return_margin else None,
     )
 
 
@@ -585,24 +569,14 @@ def token_confidence_partials(
     checks.tensor(
         "position", position, (torch.int64,), logits.shape[:1], logits.device, optional=True
     )
-    token_ids, has_nan, values = torch.ops.fastdllm.token_confidence(
-        logits,
-        mask_id,
-        None,
-        float(temperature),
-        seed,
-        seed_number,
-        position,
-        vocab_size,
-        vocab_start,
-        True,
-        True,
-    )
+    scoring = Scoring(logits, mask_id, vocab_size, None, float(temperature), seed, seed_number)
+    rows = Rows(position, vocab_start, entropy=True, margin=True)
+    token_ids, has_nan, values = torch.ops.fastdllm.token_confidence(*scoring, *rows)
     return Partials(*values, token_ids, has_nan)
 
 
 def _check_logits(logits, ndim, mask_id, score, temperature, vocab_size):
-    """Checks shared by the ops; returns the vocabulary size."""
+    """Checks that the ops share; returns the vocabulary's size."""
     checks.tensor("logits", logits, checks.FLOATS)
     if logits.ndim != ndim or not logits.numel():
         shape = "[B, T, V]" if ndim == 3 else "[N, V]"
@@ -616,24 +590,24 @@ def _check_logits(logits, ndim, mask_id, score, temperature, vocab_size):
                 f"mask_id: expected a value below vocab_size = {vocab_size}, got {mask_id}"
             )
     if ndim == 3:
-        checks.integer(
-            "vocab_size", vocab_size, 2
-        )  # the mask id, which is never proposed, and another
+        # The mask id, which is never proposed, and another.
+        checks.integer("vocab_size", vocab_size, 2)
     checks.choice("score", score, SCORES)
     checks.number("temperature", temperature, at_least=0)
     return vocab_size
 
 
 def _seed_arguments(seed, rows, needed):
-    """The seed as the ops take it: a checked tensor or None, and the number that stands where it is
-    None.
+    """(tensor or None, number): the seed as the ops take it. The number stands where there is no
+    tensor.
     """
-    if seed is None and needed:
-        raise ValueError(
-            "seed: expected an int or a tensor where temperature > 0 or score is 'random', got None"
-        )
-    if seed is None or isinstance(seed, torch.Tensor):
-        return checks.tensor(
-            "seed", seed, (torch.int64,), rows.shape[:1], rows.device, optional=True
-        ), 0
+    if seed is None:
+        if needed:
+            raise ValueError(
+                "seed: expected an int or a tensor where temperature > 0 or score is 'random', "
+                "got None"
+            )
+        return None, 0
+    if isinstance(seed, torch.Tensor):
+        return checks.tensor("seed", seed, (torch.int64,), rows.shape[:1], rows.device), 0
     return None, checks.integer("seed", seed, -(2**63), 2**63 - 1)

@@ -1,8 +1,10 @@
 """The Triton kernels of select.py: a scan of the logits, then a merge that scores, applies the rule
 and commits.
 
-scan_kernel     one program for each (row, part of the vocabulary): reads its logits once, leaves one partial record
-commit_kernel   one program for each batch row: merges its positions' records, scores, ranks, commits in place
+scan_kernel     one program for each (row, part of the vocabulary): reads its logits once and leaves
+                one record
+commit_kernel   one program for each batch row: merges the records of its positions, scores them,
+                asks the rule and commits in place
 merge_kernel    the same merge without a rule, for token_confidence and its partials
 
 A record is FIELDS fp32 numbers and two int32 in a workspace [fields, rows, parts]: nothing of size
@@ -18,8 +20,8 @@ import triton
 import triton.language as tl
 
 from .backend import Chip, ceil_div, chip_of, dense, on_device, pdl, power_of_2
+from .noise import inverse
 from .rules import constants
-from .select import inverse
 
 # The fields of a record, in natural units: largest logit m, sum exp(z - m), sum exp(z - m)(z - m),
 # what was compared of the proposal (its logit, or logit / T + noise), its logit, and the two
@@ -36,7 +38,7 @@ NOISE_BOUND = tl.constexpr(45.25)
 
 
 @dataclass(frozen=True)
-class SelectConfig:
+class Config:
     """How the scan is cut: `parts` programs to a row, each `tiles` tiles of tile_vocab logits.
 
     overlap: the scan is launched while what comes before it drains, the merge while the scan runs;
@@ -51,37 +53,36 @@ class SelectConfig:
 
 
 @lru_cache(maxsize=4096)
-def select_config(rows: int, vocab: int, chip: Chip, draw: bool = False) -> SelectConfig:
+def config(rows: int, vocab: int, chip: Chip, draw: bool = False) -> Config:
     """The cut for `rows` rows of `vocab` logits; draw: the temperature is above 0. Pure."""
     tile = min(1024 if draw else 4096, max(16, power_of_2(vocab)))
-    # Few rows: four programs a multiprocessor, all of one size and there at once, read as fast as
-    # eight and leave half the records to merge (H200, V 126464, 32 rows: 8.2 us with 16 parts of
-    # two tiles, 10.2 with 31 of one). Records are merged by powers of two: 16 of them where that
-    # many still fill the GPU (H100, V 152064, 32 rows: 9.5 us with 13 parts of three tiles, 11.2
-    # with 19 of two).
+    # Few rows: four programs an SM, all of one size and there at once, read as fast as eight and
+    # leave half the records to merge (H200, V 126464, 32 rows: 8.2 us with 16 parts of two tiles,
+    # 10.2 with 31 of one).
     few = rows * ceil_div(vocab, tile) <= 16 * chip.multiprocessors
+    # Draws keep ten values alive for each logit, and are bound by arithmetic: two waves of eight
+    # programs.
     programs, warps = (16, 4) if draw else (4, 4) if few else (21, 2)
     if not draw and not few and rows < 1024:
         # More rows: of programs of two warps so many fit that one reads while another is at its end
         # (256 rows: 23.8 us with 6 parts of 11 tiles, with four warps and tiles twice as long
-        # 27.5). A thousand: two waves and a half of them, so that a short last one costs little
-        # (74.5 with 3 parts of 11 tiles, with four warps 78.1).
+        # 27.5). From 1024 on two waves and a half of them, so that a short last one costs little.
         tile, programs = min(2048, tile), 11
-    # Draws keep ten values alive for each logit, and are bound by arithmetic: two waves of eight
-    # programs.
     count = ceil_div(vocab, tile)
     tiles = max(1, round(rows * count / (programs * chip.multiprocessors)))
     if few and not draw and 16 * rows >= 2 * chip.multiprocessors:
+        # Records are merged by powers of two: 16 of them where that many still fill the GPU (H100,
+        # V 152064, 32 rows: 9.5 us with 13 parts of three tiles, 11.2 with 19 of two).
         tiles = max(tiles, ceil_div(count, 16))
     tiles = min(count, tiles)
     parts = ceil_div(count, tiles)
-    return SelectConfig(tile, ceil_div(count, parts), parts, warps, overlap=chip.overlap)
+    return Config(tile, ceil_div(count, parts), parts, warps, overlap=chip.overlap)
 
 
 @triton.jit
 def _log_exponential(high, low):
-    """ln E for E = -ln U of the 64-bit uniform U (see `log_exponential`); U is counted from its
-    nearer end.
+    """`noise.log_exponential`: ln E for E = -ln U of the 64-bit uniform U, counted from its nearer
+    end.
     """
     near_one = high >= 0x80000000
     high = tl.where(near_one, ~high, high).to(tl.float32)
@@ -180,22 +181,9 @@ def _top_two(z, ids, start, barred, top, second, TILE: tl.constexpr, GROUP: tl.c
 
 
 @triton.jit
-def _store_fields(
-    floats,
-    size,
-    at,
-    mask,
-    maximum,
-    total,
-    weighted,
-    best,
-    logit,
-    top,
-    second,
-    TWO: tl.constexpr,
-    ENTROPY: tl.constexpr,
-):
-    """The fp32 fields of records, at `at` of [FIELDS, size]."""
+def _store_fields(floats, size, at, mask, fields, TWO: tl.constexpr, ENTROPY: tl.constexpr):
+    """The fp32 fields of records (a tuple in their order), at `at` of [FIELDS, size]."""
+    maximum, total, weighted, best, logit, top, second = fields
     tl.store(floats + MAXIMUM * size + at, maximum, mask=mask)
     tl.store(floats + TOTAL * size + at, total, mask=mask)
     tl.store(floats + BEST * size + at, best, mask=mask)
@@ -205,6 +193,135 @@ def _store_fields(
     if TWO:
         tl.store(floats + TOP * size + at, top, mask=mask)
         tl.store(floats + SECOND * size + at, second, mask=mask)
+
+
+@triton.jit
+def _is_candidate(tokens, candidates, row, b, t, mask_id, token_b, token_t):
+    """Whether position t of row b is to be decided."""
+    if candidates is None:
+        return tl.load(tokens + b * token_b + t * token_t) == mask_id
+    else:
+        return tl.load(candidates + row) != 0
+
+
+@triton.jit
+def _draw_key(seeds, seed_value, positions, row, b, place):
+    """A row's seed, and the position its draws are counted by: `place` where none is given."""
+    seed = tl.cast(seed_value, tl.int64) if seeds is None else tl.load(seeds + b)
+    position = place if positions is None else tl.load(positions + row)
+    return seed, position.to(tl.uint32)
+
+
+@triton.jit
+def _drawn(
+    z,
+    largest,
+    start,
+    vocab_start,
+    barred,
+    position,
+    seed,
+    inverse_temperature,
+    best,
+    logit,
+    token,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """The running best draw (best, logit, token), with a tile's: its noise is drawn only where the
+    largest logit could win.
+    """
+    if largest * inverse_temperature + NOISE_BOUND > best:
+        ids = start + tl.arange(0, TILE)
+        noise = _gumbel(vocab_start + start, position, seed, TILE)
+        compared = z * inverse_temperature + noise
+        compared = tl.where((ids == barred) | (z == -INFINITY), -INFINITY, compared)
+        peak = tl.max(compared)
+        if peak > best:
+            best, token = peak, _lowest_at(compared, peak, start, barred, TILE, GROUP)
+            logit = tl.max(tl.where(ids == token, z, -INFINITY))
+    return best, logit, token
+
+
+@triton.jit
+def _largest(
+    z, largest, start, barred, best, logit, token, TILE: tl.constexpr, GROUP: tl.constexpr
+):
+    """The running best logit (best, logit, token), with a tile's."""
+    if largest > best:
+        peak, at = _best_of_tile(z, largest, start, barred, TILE, GROUP)
+        if peak > best:
+            best, logit, token = peak, peak, at
+    return best, logit, token
+
+
+@triton.jit
+def _any_nan(source, first, end, TILE: tl.constexpr):
+    """1 where one of the logits first .. end - 1 is NaN, else 0."""
+    nan = tl.full([], 0, tl.int32)
+    lane = tl.arange(0, TILE)
+    for start in range(first, end, TILE):
+        z = tl.load(source + start + lane, mask=lane < end - start, other=0.0)
+        nan = tl.maximum(nan, tl.max((z != z).to(tl.int32)))
+    return nan
+
+
+@triton.jit
+def _read_part(
+    source,
+    first,
+    end,
+    vocab,
+    vocab_start,
+    barred,
+    position,
+    seed,
+    inverse_temperature,
+    DRAW: tl.constexpr,
+    TWO: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """(fields, token) of the record of the logits first .. end - 1 of the row at source."""
+    GROUP: tl.constexpr = 128 // source.dtype.element_ty.primitive_bitwidth
+    maximum = tl.full([], -INFINITY, tl.float32)
+    best, logit, top, second = maximum, maximum, maximum, maximum
+    total = tl.full([], 0.0, tl.float32)
+    weighted = total
+    token = tl.full([], NOTHING, tl.int32)
+    lane = tl.arange(0, TILE)
+    for start in range(first, end, TILE):
+        # One moving address and fixed offsets: no 64-bit arithmetic for each load.
+        z = tl.load(source + start + lane, mask=lane < vocab - start, other=-INFINITY)
+        z = z.to(tl.float32)
+        largest = tl.max(z)
+        maximum, total, weighted = _add_tile(z, largest, maximum, total, weighted, ENTROPY)
+        # From here on, what few tiles reach: those with a logit that can win.
+        if TWO:
+            if largest > second:
+                ids = start + lane
+                top, second = _top_two(z, ids, start, barred, top, second, TILE, GROUP)
+        if DRAW:
+            best, logit, token = _drawn(
+                z,
+                largest,
+                start,
+                vocab_start,
+                barred,
+                position,
+                seed,
+                inverse_temperature,
+                best,
+                logit,
+                token,
+                TILE,
+                GROUP,
+            )
+        else:
+            best, logit, token = _largest(
+                z, largest, start, barred, best, logit, token, TILE, GROUP
+            )
+    return (maximum, total, weighted, best, logit, top, second), token
 
 
 @triton.jit(
@@ -235,8 +352,10 @@ def scan_kernel(
     TILES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (rows, parts). DRAW: temperature > 0. TWO: the two largest logits are wanted. ENTROPY:
-    so is its sum.
+    """The record of one row's logits in one part of the vocabulary. Grid (rows, parts).
+
+    DRAW: the temperature is above 0. TWO: the two largest logits are wanted. ENTROPY: so is the sum
+    that it takes.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -244,76 +363,40 @@ def scan_kernel(
     row, part = tl.program_id(0), tl.program_id(1)
     b, t = (row // width).to(tl.int64), (row % width).to(tl.int64)
     if tokens is not None:
-        token_at = tokens + b * token_b + t * token_t
-        wanted = (
-            tl.load(token_at) == mask_id if candidates is None else tl.load(candidates + row) != 0
-        )
-        if not wanted:
+        if not _is_candidate(tokens, candidates, row, b, t, mask_id, token_b, token_t):
             return
+    seed, position = None, None
     if DRAW:
-        seed = tl.cast(seed_value, tl.int64) if seeds is None else tl.load(seeds + b)
         # What a row's draws are counted by: its place in the block, or else its number.
-        position = row.to(tl.int64) if tokens is None else t
-        if positions is not None:
-            position = tl.load(positions + row)
+        place = row.to(tl.int64) if tokens is None else t
+        seed, position = _draw_key(seeds, seed_value, positions, row, b, place)
     source = logits + b * stride_b + t * stride_t
-    lowest, zero = tl.full([], -INFINITY, tl.float32), tl.full([], 0.0, tl.float32)
-    maximum, best, logit, top, second, total, weighted = (
-        lowest,
-        lowest,
-        lowest,
-        lowest,
-        lowest,
-        zero,
-        zero,
-    )
-    token, nan = tl.full([], NOTHING, tl.int32), tl.full([], 0, tl.int32)
-    barred = _barred(mask_id, vocab_start)
-    GROUP: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
-
     first = part * (TILES * TILE_VOCAB)
     end = tl.minimum(first + TILES * TILE_VOCAB, vocab)
-    lane = tl.arange(0, TILE_VOCAB)
-    for start in range(first, end, TILE_VOCAB):
-        # One moving address and fixed offsets: no 64-bit arithmetic for each load.
-        z = tl.load(source + start + lane, mask=lane < vocab - start, other=-INFINITY).to(
-            tl.float32
-        )
-        largest = tl.max(z)
-        maximum, total, weighted = _add_tile(z, largest, maximum, total, weighted, ENTROPY)
-        # From here on, what few tiles reach: those with a logit that can win.
-        if TWO:
-            if largest > second:
-                top, second = _top_two(
-                    z, start + lane, start, barred, top, second, TILE_VOCAB, GROUP
-                )
-        if DRAW:
-            if largest * inverse_temperature + NOISE_BOUND > best:
-                compared = z * inverse_temperature + _gumbel(
-                    vocab_start + start, position.to(tl.uint32), seed, TILE_VOCAB
-                )
-                compared = tl.where(
-                    (start + lane == barred) | (z == -INFINITY), -INFINITY, compared
-                )
-                peak = tl.max(compared)
-                if peak > best:
-                    best, token = peak, _lowest_at(compared, peak, start, barred, TILE_VOCAB, GROUP)
-                    logit = tl.max(tl.where(start + lane == token, z, -INFINITY))
-        elif largest > best:
-            peak, at = _best_of_tile(z, largest, start, barred, TILE_VOCAB, GROUP)
-            if peak > best:
-                best, logit, token = peak, peak, at
-    if total != total:  # a NaN, or an infinity
-        for start in range(first, end, TILE_VOCAB):
-            z = tl.load(source + start + lane, mask=lane < end - start, other=0.0)
-            nan = tl.maximum(nan, tl.max((z != z).to(tl.int32)))
-    size = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
-    record = row.to(tl.int64) * tl.num_programs(1) + part
-    _store_fields(
-        floats, size, record, None, maximum, total, weighted, best, logit, top, second, TWO, ENTROPY
+    fields, token = _read_part(
+        source,
+        first,
+        end,
+        vocab,
+        vocab_start,
+        _barred(mask_id, vocab_start),
+        position,
+        seed,
+        inverse_temperature,
+        DRAW,
+        TWO,
+        ENTROPY,
+        TILE_VOCAB,
     )
-    tl.store(integers + TOKEN * size + record, token)
-    tl.store(integers + NAN * size + record, nan)
+    total = fields[1]
+    nan = tl.full([], 0, tl.int32)
+    if total != total:  # a NaN, or an infinity
+        nan = _any_nan(source, first, end, TILE_VOCAB)
+    size = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
+    at = row.to(tl.int64) * tl.num_programs(1) + part
+    _store_fields(floats, size, at, None, fields, TWO, ENTROPY)
+    tl.store(integers + TOKEN * size + at, token)
+    tl.store(integers + NAN * size + at, nan)
 
 
 @triton.jit
@@ -511,9 +594,10 @@ def commit_kernel(
     CHUNK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (B,). WIDTH and PARTS are width and parts rounded up to powers of two.
+    """Score, choose and commit the positions of one batch row. Grid (B,).
 
-    parameters: a tuple, for each per-row field of the rule a tensor [B] or a number.
+    parameters: a tuple, for each per-row field of the rule a tensor [B] or a number. WIDTH and
+    PARTS are width and parts rounded up to powers of two.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -572,8 +656,10 @@ def merge_kernel(
     PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (rows / TILE_ROWS,). Writes merged records where SCORE is None, else score, log-sum-exp,
-    entropy, margin.
+    """What a row's records say together. Grid (rows / TILE_ROWS,).
+
+    values [.., rows]: score, log-sum-exp, entropy and margin; where SCORE is None a merged record.
+    PARTS is parts rounded up to a power of two.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -590,21 +676,8 @@ def merge_kernel(
     tl.store(token_ids + row, token.to(tl.int64) + vocab_start, mask=inside)
     tl.store(has_nan + row, nan, mask=inside)
     if SCORE is None:
-        _store_fields(
-            values,
-            rows,
-            row,
-            inside,
-            maximum,
-            total,
-            weighted,
-            best,
-            logit,
-            top,
-            second,
-            TWO,
-            ENTROPY,
-        )
+        fields = (maximum, total, weighted, best, logit, top, second)
+        _store_fields(values, rows, row, inside, fields, TWO, ENTROPY)
     else:
         score, lse, entropy, margin = _scores(maximum, total, weighted, logit, top, second, SCORE)
         if SCORE == "random":
@@ -618,52 +691,30 @@ def merge_kernel(
         tl.store(values + 3 * rows + row, tl.where(nan, lost, margin), mask=inside)
 
 
-def launch_select(
-    logits,
-    tokens,
-    candidates,
-    mask_id,
-    rule,
-    tensors,
-    numbers,
-    fixed,
-    score,
-    temperature,
-    seed,
-    seed_number,
-    vocab_size,
-    step,
-    token_ids,
-    values,
-    committed,
-    remaining,
-    config=None,
-):
-    """Run both kernels of confidence_select into its results; `config` replaces what select_config
-    picks.
+def launch_select(scoring, commit, chosen=None):
+    """Run confidence_select: `select.Scoring` and `select.Commit`, whose results it fills.
+
+    chosen: a Config to run in place of the one that `config` picks.
     """
+    logits, tokens = scoring.logits, commit.tokens
     rows, width = tokens.shape
-    config = config or select_config(
-        rows * width, vocab_size, chip_of(logits.device), temperature > 0
-    )
-    candidates, seed, step = map(dense, (candidates, seed, step))
+    chosen = chosen or _config_for(scoring, rows * width)
+    candidates, seed, step = dense(commit.candidates), dense(scoring.seed), dense(commit.step)
     parameters = tuple(
         number if tensor is None else dense(tensor)
-        for tensor, number in zip(tensors, numbers, strict=True)
+        for tensor, number in zip(commit.tensors, commit.numbers, strict=True)
     )
+    tile_width = power_of_2(width)
     with on_device(logits):
-        scan_numbers = (vocab_size, 0, mask_id, seed_number, inverse(temperature), width)
-        floats, integers = _scan(
-            config,
-            rows * width,
-            (logits, tokens, candidates, seed, None),
-            (*logits.stride()[:2], *scan_numbers, *tokens.stride()),
-            DRAW=temperature > 0,
-            TWO=score == "margin",
-            ENTROPY=score == "entropy",
+        floats, integers = _launch_scan(
+            scoring,
+            chosen,
+            seed,
+            two=scoring.score == "margin",
+            entropy=scoring.score == "entropy",
+            tokens=tokens,
+            candidates=candidates,
         )
-        tile_width, tile_parts = power_of_2(width), power_of_2(config.parts)
-        chunk = min(tile_width, max(1, 8192 // tile_width))
         # Fused multiply-adds would round the rules' arithmetic unlike the reference.
         commit_kernel[(rows,)](
             tokens,
@@ -673,83 +724,59 @@ def launch_select(
             parameters,
             floats,
             integers,
-            token_ids,
-            values,
-            committed,
-            remaining,
-            vocab_size,
-            mask_id,
-            seed_number,
+            commit.token_ids,
+            commit.value,
+            commit.committed,
+            commit.remaining,
+            scoring.vocab_size,
+            scoring.mask_id,
+            scoring.seed_number,
             width,
-            config.parts,
+            chosen.parts,
             *tokens.stride(),
-            RULE=rule,
-            FIXED=constants(fixed),
-            SCORE=score,
+            RULE=commit.rule,
+            FIXED=constants(commit.fixed),
+            SCORE=scoring.score,
             WIDTH=tile_width,
-            PARTS=tile_parts,
-            CHUNK=chunk,
-            OVERLAP=config.overlap,
+            PARTS=power_of_2(chosen.parts),
+            CHUNK=min(tile_width, max(1, 8192 // tile_width)),
+            OVERLAP=chosen.overlap,
             num_warps=4 if tile_width <= 32 else 8 if tile_width <= 256 else 16,
             enable_fp_fusion=False,
-            **pdl(config.overlap),
+            **pdl(chosen.overlap),
         )
 
 
-def launch_confidence(
-    logits,
-    mask_id,
-    score,
-    temperature,
-    seed,
-    seed_number,
-    position,
-    vocab_size,
-    vocab_start,
-    entropy,
-    margin,
-    config=None,
-):
-    """Run both kernels of token_confidence: (token_ids [N], has_nan [N], values [4 or FIELDS, N]).
+def launch_confidence(scoring, rows, chosen=None):
+    """Run token_confidence on `select.Scoring` and `select.Rows`.
 
-    score None asks for merged records (FIELDS values), otherwise the values are score, log-sum-exp,
-    entropy, margin.
+    Returns (token_ids [N], has_nan [N], values [4, N]), the values score, log-sum-exp, entropy and
+    margin; where the score is None, values [FIELDS, N] of merged records. chosen: a Config to run
+    in place of the one that `config` picks.
     """
-    rows = len(logits)
-    mask_id = -1 if mask_id is None else mask_id
-    entropy, margin = entropy or score in (None, "entropy"), margin or score in (None, "margin")
-    config = config or select_config(rows, vocab_size, chip_of(logits.device), temperature > 0)
-    token_ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    has_nan = torch.empty(rows, dtype=torch.bool, device=logits.device)
-    values = torch.empty(
-        FIELDS if score is None else 4, rows, dtype=torch.float32, device=logits.device
-    )
-    seed, position = dense(seed), dense(position)
+    logits, score = scoring.logits, scoring.score
+    count = len(logits)
+    entropy = rows.entropy or score in (None, "entropy")
+    two = rows.margin or score in (None, "margin")
+    chosen = chosen or _config_for(scoring, count)
+    token_ids = torch.empty(count, dtype=torch.int64, device=logits.device)
+    has_nan = torch.empty(count, dtype=torch.bool, device=logits.device)
+    numbers = FIELDS if score is None else 4
+    values = torch.empty(numbers, count, dtype=torch.float32, device=logits.device)
+    seed, position = dense(scoring.seed), dense(rows.position)
+    tile_parts = power_of_2(chosen.parts)
+    tile_rows = max(1, min(power_of_2(count), 512 // tile_parts))
     with on_device(logits):
-        numbers = (
-            logits.stride(0),
-            0,
-            vocab_size,
-            vocab_start,
-            mask_id,
-            seed_number,
-            inverse(temperature),
-            1,
-            0,
-            0,
+        floats, integers = _launch_scan(
+            scoring,
+            chosen,
+            seed,
+            two=two,
+            entropy=entropy,
+            position=position,
+            vocab_start=rows.vocab_start,
         )
-        floats, integers = _scan(
-            config,
-            rows,
-            (logits, None, None, seed, position),
-            numbers,
-            DRAW=temperature > 0,
-            TWO=margin,
-            ENTROPY=entropy,
-        )
-        tile_parts = power_of_2(config.parts)
-        tile_rows = max(1, min(power_of_2(rows), 512 // tile_parts))
-        merge_kernel[(ceil_div(rows, tile_rows),)](
+        merge_kernel[(ceil_div(count, tile_rows),)](
             floats,
             integers,
             seed,
@@ -757,41 +784,87 @@ def launch_confidence(
             token_ids,
             has_nan,
             values,
-            rows,
-            config.parts,
-            vocab_size,
-            vocab_start,
-            mask_id,
-            seed_number,
+            count,
+            chosen.parts,
+            scoring.vocab_size,
+            rows.vocab_start,
+            _mask_number(scoring),
+            scoring.seed_number,
             SCORE=score,
-            TWO=margin,
+            TWO=two,
             ENTROPY=entropy,
             TILE_ROWS=tile_rows,
             PARTS=tile_parts,
-            OVERLAP=config.overlap,
+            OVERLAP=chosen.overlap,
             num_warps=4,
             enable_fp_fusion=False,
-            **pdl(config.overlap),
+            **pdl(chosen.overlap),
         )
     return token_ids, has_nan, values
 
 
-def _scan(config, rows, tensors, numbers, **flags):
-    """Launch the scan with its arguments but for the workspace of records; returns that."""
+def _config_for(scoring, rows):
+    chip = chip_of(scoring.logits.device)
+    return config(rows, scoring.vocab_size, chip, scoring.temperature > 0)
+
+
+def _mask_number(scoring):
+    """The mask id, or a number that is no id."""
+    return -1 if scoring.mask_id is None else scoring.mask_id
+
+
+def _launch_scan(
+    scoring,
+    chosen,
+    seed,
+    *,
+    two,
+    entropy,
+    tokens=None,
+    candidates=None,
+    position=None,
+    vocab_start=0,
+):
+    """Launch the scan; returns its records, floats [FIELDS, rows, parts] and integers [2, rows,
+    parts].
+
+    With tokens [B, T] the rows are those of logits [B, T, V], and only candidates are scanned.
+    """
+    logits = scoring.logits
+    if tokens is None:
+        rows, width = len(logits), 1
+        strides, token_strides = (logits.stride(0), 0), (0, 0)
+    else:
+        rows, width = tokens.numel(), tokens.shape[1]
+        strides, token_strides = logits.stride()[:2], tokens.stride()
     # From PyTorch's allocator, which keeps apart what streams and captured graphs still use.
-    floats = torch.empty(FIELDS, rows, config.parts, dtype=torch.float32, device=tensors[0].device)
-    integers = torch.empty(2, rows, config.parts, dtype=torch.int32, device=tensors[0].device)
-    scan_kernel[(rows, config.parts)](
-        *tensors,
+    device = logits.device
+    floats = torch.empty(FIELDS, rows, chosen.parts, dtype=torch.float32, device=device)
+    integers = torch.empty(2, rows, chosen.parts, dtype=torch.int32, device=device)
+    scan_kernel[(rows, chosen.parts)](
+        logits,
+        tokens,
+        candidates,
+        seed,
+        position,
         floats,
         integers,
-        *numbers,
-        **flags,
-        TILE_VOCAB=config.tile_vocab,
-        TILES=config.tiles,
-        OVERLAP=config.overlap,
-        num_warps=config.num_warps,
+        *strides,
+        scoring.vocab_size,
+        vocab_start,
+        _mask_number(scoring),
+        scoring.seed_number,
+        inverse(scoring.temperature),
+        width,
+        *token_strides,
+        DRAW=scoring.temperature > 0,
+        TWO=two,
+        ENTROPY=entropy,
+        TILE_VOCAB=chosen.tile_vocab,
+        TILES=chosen.tiles,
+        OVERLAP=chosen.overlap,
+        num_warps=chosen.num_warps,
         enable_fp_fusion=True,
-        **pdl(config.overlap),
+        **pdl(chosen.overlap),
     )
     return floats, integers
