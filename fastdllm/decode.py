@@ -213,7 +213,6 @@ class Decoder:
             self.forward.space.upload,
             slot=[row.slot for row in rows],
             start=[work.start for work in works],
-            last=[work.last for work in works],
             step=[row.step for row in rows],
             **row_columns(samplings, [row.forwards for row in rows]),
         )
@@ -221,11 +220,8 @@ class Decoder:
         place = columns["slot"][:, None], columns["start"][:, None] + in_block
         tokens = self.forward.canvas[place]
         mask_id = self.schedule.mask_id
-        candidates = None  # every mask of the block, which the kernel sees for itself
-        if any(work.last - work.start < len(in_block) for work in works):
-            candidates = (tokens == mask_id) & (place[1] < columns["last"][:, None])
         try:
-            launched.selection = select(samplings, columns, logits, tokens, candidates, mask_id)
+            launched.selection = select(samplings, columns, logits, tokens, mask_id)
         except Exception as error:
             if branch_of(samplings[0].sampling.rule):
                 raise

@@ -112,8 +112,13 @@ class Forward:
         self._key = self.canvas.shape, self.cache.data.shape, block_length, self.config, forced()
 
     def write(self, slot: int, tokens: torch.Tensor) -> None:
-        """Lay a row's canvas [total] int64 into a slot; what lies behind it decides nothing."""
-        self.canvas[slot, : len(tokens)] = self.space.upload(tokens)
+        """Lay a row's canvas [total] int64 into a slot. Behind it lies no mask, so that what is
+        masked in a block may be committed, however far the block would reach.
+        """
+        behind = int(self.config.mask_id == 0)
+        row = torch.full(self.canvas.shape[1:], behind, dtype=torch.int64, device="cpu")
+        row[: len(tokens)] = tokens
+        self.canvas[slot] = self.space.upload(row)
 
     def parts(self, works: Sequence[Work]) -> list[slice]:
         """How works of one kind (all refreshes, or all cached steps) are divided into forwards.

@@ -174,11 +174,10 @@ def select(
     columns: dict[str, torch.Tensor],
     logits: torch.Tensor,
     tokens: torch.Tensor,
-    candidates: torch.Tensor | None,
     mask_id: int,
 ) -> Selection:
     """Propose, score and commit for rows of one kind: logits [R, T, V]; tokens [R, T] int64 is
-    updated where candidates [R, T] bool (None: all masks) were committed.
+    updated where masks were committed.
 
     columns: of `row_columns`, on the device, and "step" [R] int64, the forwards in the row's block.
     A rule that is a function is called with these rows; TypeError and ValueError say what is wrong
@@ -206,11 +205,9 @@ def select(
     }
     if offered is not logits:
         step = columns["step"]
-        candidates = tokens == mask_id if candidates is None else candidates
-        return select_in_parts(rule, logits, offered, tokens, candidates, step, **options)
-    return confidence_select(
-        logits, tokens, rule=rule, candidates=candidates, step=columns["step"], **options
-    )
+        masks = tokens == mask_id
+        return select_in_parts(rule, logits, offered, tokens, masks, step, **options)
+    return confidence_select(logits, tokens, rule=rule, step=columns["step"], **options)
 
 
 def _shares_rule(rows):

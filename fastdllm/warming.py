@@ -6,12 +6,13 @@ forward.LAUNCH_BOUND tokens; or a forward above that, which is not captured. The
 on the number of rows and on the options of the requests.
 """
 
+import copy
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -119,17 +120,24 @@ def _warm_selection(
     config = forward.config
     sampling = sampling_of(config, rule, score, temperature, top_p, top_k)
     (of_row,) = sampling_of_rows(sampling, 1, 0)
+    # Of two requests each brings a rule of its own, whose numbers then lie on the device.
+    (of_another,) = sampling_of_rows(replace(sampling, rule=copy.copy(rule)), 1, 0)
     logits = torch.zeros(
         slots, width, config.vocab_size, dtype=forward.model.dtype, device=forward.model.device
     )
     for rows in range(1, slots + 1):
         tell("selecting", rows, slots)
-        for shape, mine in ((width, of_row), (1, of_row.first_alone())):
-            tokens = forward.canvas.new_full((rows, shape), config.mask_id)
-            columns = row_columns([mine] * rows, [0] * rows)
+        for samplings in (
+            [of_row] * rows,
+            [of_row] * (rows - 1) + [of_another],
+            [of_row.first_alone()] * rows,
+        ):
+            alone = samplings[0].sampling is not sampling
+            part = logits[:rows, : 1 if alone else width]
+            tokens = forward.canvas.new_full(part.shape[:2], config.mask_id)
+            columns = row_columns(samplings, [0] * rows)
             columns = device_columns(forward.space.upload, step=[0] * rows, **columns)
-            part = logits[:rows, :shape]
-            select([mine] * rows, columns, part, tokens, None, config.mask_id)
+            select(samplings, columns, part, tokens, config.mask_id)
 
 
 def example_prompts(rows: int, positions: int, block_length: int) -> Iterator[list[list[int]]]:
