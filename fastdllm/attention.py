@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastdllm_kernels import block_attention, linear, rope_to_cache
+from fastdllm_kernels import block_attention, rope_to_cache
 from fastdllm_kernels.attention import takes_whole_sequences
 
+from .bare import multiply
 from .cache import KVCache, Span
 
 
@@ -104,9 +105,7 @@ class BlockAttention(nn.Module):
         """
         rows, width, _ = x.shape
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = linear(x, self.qkv.weight, self.qkv.bias).view(
-            rows, width, heads + 2 * kv_heads, self.head_dim
-        )
+        qkv = multiply(self.qkv, x).view(rows, width, heads + 2 * kv_heads, self.head_dim)
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
         return attend(q, k, v, self.rotary, self.attached.cache, self.layer).reshape(
             rows, width, heads * self.head_dim

@@ -17,6 +17,7 @@ PACKAGES = {
 }
 FLOORS = {
     "fastdllm_kernels": 0,
+    "fastdllm.bare": 1,
     "fastdllm.config": 1,
     "fastdllm.cache": 1,
     "fastdllm.attention": 2,
