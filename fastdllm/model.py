@@ -5,6 +5,8 @@ Families differ only in ModelConfig. A layer is four products with what surround
 module is called instead.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -158,12 +160,13 @@ class DiffusionTransformer(nn.Module):
         these tokens are wanted, counted through all R * T, and come as [..., hidden_size]; the
         last layer then computes little for the others.
         """
+        layers: list[Any] = list(self.layers)
         residual = self.embedding(tokens)
-        x = self.layers[0].attention_norm(residual)
+        x = layers[0].attention_norm(residual)
         with fastest_sdpa(tokens):
-            for layer, following in zip(self.layers, self.layers[1:], strict=False):
+            for layer, following in zip(layers, layers[1:], strict=False):
                 x, residual = layer(x, residual, following.attention_norm)
-            x, _ = self.layers[-1](x, residual, self.norm, at)
+            x, _ = layers[-1](x, residual, self.norm, at)
         return x
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:

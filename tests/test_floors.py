@@ -21,6 +21,7 @@ FLOORS = {
     "fastdllm.config": 1,
     "fastdllm.cache": 1,
     "fastdllm.attention": 2,
+    "fastdllm.guard": 2,
     "fastdllm.replaced": 2,
     "fastdllm.model": 3,
     "fastdllm.families": 3,
