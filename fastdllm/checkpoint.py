@@ -206,7 +206,7 @@ def _token_ids(folder: Path, texts: tuple[str, ...]) -> tuple[int, ...]:
 def _fitting_names(
     stored: Mapping[str, Stored], config: ModelConfig, family: Family
 ) -> dict[str, tuple[str, ...]]:
-    """Our parameter name -> the stored names whose rows it stacks, where the headers fit the config.
+    """Our parameter name -> the stored names whose rows it stacks, where headers and config agree.
 
     Tensors that only repeat what is known (computed buffers, the head of a tied model) may be
     there. ValueError naming every key that is missing, not expected, or of another shape or dtype.

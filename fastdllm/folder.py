@@ -1,5 +1,5 @@
-"""A checkpoint's folder: its config.json, its index, the headers of its safetensors files; and how a
-new checkpoint takes the place of an old one.
+"""A checkpoint's folder: its config.json, its index and the headers of its safetensors files; and
+how a new checkpoint takes the place of an old one.
 
 Nothing in a folder is trusted. Everything is read and compared before a byte of a weight is.
 """

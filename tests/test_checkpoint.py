@@ -314,9 +314,10 @@ def test_a_sliding_window_counts_only_where_it_is_used(tmp_path):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_required_key_is_named_when_it_is_missing(tmp_path, family):
     required = {
-        "llada": "d_model n_layers n_heads mlp_hidden_size rope_theta rms_norm_eps mask_token_id eos_token_id",
-        "dream": "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size "
-        "rope_theta rms_norm_eps mask_token_id",
+        "llada": "d_model n_layers n_heads mlp_hidden_size rope_theta rms_norm_eps mask_token_id "
+        "eos_token_id",
+        "dream": "hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "intermediate_size vocab_size rope_theta rms_norm_eps mask_token_id",
     }[family].split()
     config = tiny.FAMILIES[family]
     state = oracle_models.random_state(config, 0)

@@ -59,6 +59,12 @@ def angles(theta, dim, positions):
     return torch.cat([angle, angle], dim=-1)
 
 
+def turned(x, angle):
+    """x rotated in fp32, in its own dtype."""
+    wide = x.float()
+    return (wide * angle.cos() + half_turn(wide) * angle.sin()).to(x.dtype)
+
+
 def widen(x, heads):
     """Repeat key and value heads [B, HK, L, D] for grouped queries."""
     return x.repeat_interleave(heads // x.shape[1], dim=1)
@@ -84,8 +90,7 @@ class LLaDARotary(nn.Module):
         """Rotates q as the last rows of what k spans."""
         length, dim = k.shape[2], k.shape[3]
         angle = angles(self.config.rope_theta, dim, torch.arange(length))
-        turn = lambda x, a: (x.float() * a.cos() + half_turn(x.float()) * a.sin()).to(x.dtype)  # noqa: E731
-        return turn(q, angle[length - q.shape[2] :]), turn(k, angle)
+        return turned(q, angle[length - q.shape[2] :]), turned(k, angle)
 
 
 class LLaDALlamaBlock(nn.Module):
@@ -1137,7 +1142,8 @@ REFUSED = {
         lambda _: small(MistralForCausalLM, MistralConfig, num_key_value_heads=4),
         {},
         ValueError,
-        r"MistralForCausalLM.*'mistral'.*llada \(model\.transformer\.blocks\).*qwen2 \(model\.layers\)",
+        r"MistralForCausalLM.*'mistral'.*llada \(model\.transformer\.blocks\)"
+        r".*qwen2 \(model\.layers\)",
     ),
     "names that are not there": (
         headless,
