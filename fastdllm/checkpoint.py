@@ -118,6 +118,8 @@ def save(model: DiffusionTransformer, folder: str | Path) -> None:
             f"model: expected a DiffusionTransformer, got {type(model).__name__} "
             "(merge an adapter into its model first)"
         )
+    if not isinstance(folder, (str, Path)):
+        raise TypeError(f"folder: expected a path, got {type(folder).__name__}")
     family = FAMILIES[model.config.family]
     raw = family.raw_config(model.config)
     _check_config(model.config, family, raw)

@@ -627,6 +627,12 @@ LOAD = [
         "model.*float64",
     ),
     (
+        "a number for the folder to save in",
+        lambda f: fastdllm.checkpoint.save(load(f), 3),
+        TypeError,
+        "folder.*int",
+    ),
+    (
         "another module to be saved",
         lambda f: fastdllm.checkpoint.save(torch.nn.Linear(2, 2), f / "copy"),
         TypeError,

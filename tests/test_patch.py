@@ -28,6 +28,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 import fastdllm
 from fastdllm import replaced
+from fastdllm.families import FAMILIES, MODELING_FILES, ModelingFile
 
 # Dream's published config sets the older name, and so does the one restated here.
 pytestmark = pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated")
@@ -760,6 +761,28 @@ def test_an_override_that_was_there_comes_back(tmp_path):
     assert attention.forward is hook
     forward(model, some_tokens(40))
     assert calls == [1]
+
+
+def test_a_models_own_override_of_its_forward_is_called_and_comes_back(published):
+    model, _, _ = published
+    tokens, calls, inner = some_tokens(40), [], model.forward
+    model.forward = override = lambda *args, **values: calls.append(1) or inner(*args, **values)
+    fastdllm.replace_attention(model)
+    forward(model, tokens)
+    with pytest.raises(ValueError, match="^attention_mask: "):
+        forward(model, tokens, attention_mask=torch.zeros_like(tokens))
+    assert calls == [1] and fastdllm.restore_attention(model).forward is override
+
+
+def test_another_modeling_file_is_one_row(tmp_path, monkeypatch):
+    """Mistral's parts lie where Llama's do; nothing but the table knows any of them."""
+    row = FAMILIES["Dream"], ModelingFile(config_family="Dream", causal_by_default=True)
+    monkeypatch.setitem(MODELING_FILES, "mistral", row)
+    options = {"num_key_value_heads": 2, "sliding_window": None}
+    model = small(MistralForCausalLM, MistralConfig, **options).eval()
+    fastdllm.replace_attention(model, mask_id=39, stop_ids=[])
+    assert model.fastdllm_adapter.config.family == "Dream"
+    assert all((row != 39).all() for row in decode(model).tokens)
 
 
 def test_llada_without_use_cache_is_worked_around_and_said(tmp_path, caplog):
