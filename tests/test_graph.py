@@ -295,9 +295,7 @@ def test_a_model_that_has_changed_is_captured_anew(records):
         lambda: model.train(not model.training),
         lambda: setattr(model.layers[0].down, "scaling", {"default": 2.0}),
         lambda: model.layers[0].down.scaling.update(default=3.0),
-        lambda: model.norm.register_forward_hook(
-            lambda module, inputs, outputs: (2 * outputs[0], outputs[1])
-        ),
+        lambda: model.norm.register_forward_hook(lambda module, inputs, output: 2 * output),
         lambda: setattr(model, "head", lambda hidden: model.lm_head(2 * hidden)),
         lambda: model.layers.__setitem__(1, model.layers[0]),
     )
