@@ -54,7 +54,7 @@ class Checked(threading.local):
 
     inside = False
 
-    def __reduce__(self):  # a copy of a model is not inside a forward
+    def __reduce__(self) -> tuple:  # a copy of a model is not inside a forward
         return Checked, ()
 
 

@@ -105,26 +105,26 @@ def _op_of(module: nn.Module) -> Op | None:
     return None
 
 
-def _linear(module, x):
+def _linear(module: Any, x: torch.Tensor) -> torch.Tensor | None:
     if type(module.weight) not in PLAIN:
         return None
     return linear(x, module.weight, module.bias)
 
 
-def _rms_norm(module, x):
+def _rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor | None:
     if type(module.weight) not in PLAIN:
         return None
     return rms_norm(x, module.weight, _eps(module))
 
 
-def _mlp(module, x):
+def _mlp(module: Any, x: torch.Tensor) -> torch.Tensor | None:
     gate, up = module.gate_proj, module.up_proj
     if type(gate) is nn.Linear is type(up) and is_bare_product(gate) and is_bare_product(up):
         return module.down_proj(linear_swiglu(x, gate.weight, up.weight))
     return None
 
 
-def _eps(module):
+def _eps(module: nn.Module) -> Any:
     own = vars(module)
     return own.get("variance_epsilon", own.get("eps"))
 
