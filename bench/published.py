@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig
 
 
 class Norm(nn.Module):
@@ -105,7 +105,7 @@ class LLaDALlamaBlock(nn.Module):
         present = (k, v) if use_cache else None
         q, k = self.rotary_emb(q, k)
         out = functional.scaled_dot_product_attention(
-            q, widen(k, heads), widen(v, heads), is_causal=False
+            q, widen(k, heads), widen(v, heads), attn_mask=attention_bias, is_causal=False
         )
         return self.attn_out(out.transpose(1, 2).reshape(rows, length, width)), present
 
@@ -136,13 +136,27 @@ class LLaDAModel(nn.Module):
             parts["ff_out"] = bare_linear(config.d_model, config.embedding_size)
         self.transformer = nn.ModuleDict(parts)
 
-    def forward(self, input_ids, past_key_values=None, use_cache=False):
+    def forward(
+        self,
+        input_ids,
+        input_embeddings=None,
+        attention_mask=None,
+        attention_bias=None,
+        past_key_values=None,
+        use_cache=False,
+    ):
         parts = self.transformer
-        x = parts.emb_drop(parts.wte(input_ids))
+        x = parts.wte(input_ids) if input_embeddings is None else input_embeddings
+        x = parts.emb_drop(x)
+        if attention_mask is not None and 0.0 in attention_mask:
+            hidden = 1.0 - attention_mask.float()[:, None, None]
+            attention_bias = hidden * torch.finfo(x.dtype).min
         pasts = past_key_values or [None] * len(parts.blocks)
         presents = []
         for block, past in zip(parts.blocks, pasts, strict=True):
-            x, present = block(x, attention_bias=None, layer_past=past, use_cache=use_cache)
+            x, present = block(
+                x, attention_bias=attention_bias, layer_past=past, use_cache=use_cache
+            )
             presents.append(present)
         x = parts.ln_f(x)
         tied = self.config.weight_tying
@@ -156,9 +170,25 @@ class LLaDAModelLM(nn.Module):
         self.config = config
         self.model = LLaDAModel(config)
 
-    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None):
+    def forward(
+        self,
+        input_ids=None,
+        inputs_embeds=None,
+        attention_mask=None,
+        attention_bias=None,
+        past_key_values=None,
+        labels=None,
+        use_cache=None,
+    ):
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        return self.model(input_ids, past_key_values, use_cache)
+        return self.model.forward(
+            input_ids,
+            input_embeddings=inputs_embeds,
+            attention_mask=attention_mask,
+            attention_bias=attention_bias,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
 
 
 # Dream: Qwen2's layers, self_attn returning three things, RoPE tables from the inner model.
@@ -213,6 +243,8 @@ class DreamAttention(nn.Module):
         )
         cos, sin = (x.unsqueeze(1) for x in position_embeddings)
         q, k = (x * cos + half_turn(x) * sin for x in (q, k))
+        if past_key_value is not None:
+            k, v = past_key_value.update(k, v, self.layer_idx)
         mask = attention_mask if isinstance(attention_mask, torch.Tensor) else None
         k, v = widen(k, self.num_heads), widen(v, self.num_heads)
         out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=False)
@@ -287,12 +319,25 @@ class DreamBaseModel(nn.Module):
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = DreamRotaryEmbedding(config)
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        output_attentions=None,
+        cache_position=None,
+    ):
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        x = self.embed_tokens(input_ids)
-        past = object() if use_cache else None
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        past = DynamicCache() if use_cache and past_key_values is None else past_key_values
+        if cache_position is None:
+            seen = 0 if past is None else past.get_seq_length()
+            cache_position = torch.arange(seen, seen + x.shape[1])
         if position_ids is None:
-            position_ids = torch.arange(x.shape[1])[None]
+            position_ids = cache_position[None]
         tables = self.rotary_emb(x, position_ids)
         for layer in self.layers:
             outputs = layer(
@@ -300,7 +345,9 @@ class DreamBaseModel(nn.Module):
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_value=past,
+                output_attentions=output_attentions,
                 use_cache=use_cache,
+                cache_position=cache_position,
                 position_embeddings=tables,
             )
             x = outputs[0]
@@ -315,7 +362,8 @@ class DreamModel(nn.Module):
         self.model = DreamBaseModel(config)
         self.lm_head = bare_linear(config.hidden_size, config.vocab_size)
 
-    def forward(self, input_ids, attention_mask="full", position_ids=None, use_cache=None):
-        outputs = self.model(input_ids, attention_mask, position_ids, use_cache)
+    def forward(self, input_ids=None, attention_mask="full", position_ids=None, **options):
+        """options: past_key_values, inputs_embeds, use_cache, output_attentions, cache_position."""
+        outputs = self.model(input_ids, attention_mask, position_ids, **options)
         outputs.logits = self.lm_head(outputs.last_hidden_state)
         return outputs

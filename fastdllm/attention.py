@@ -8,15 +8,19 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastdllm_kernels import block_attention, linear, rope_to_cache
+from fastdllm_kernels import block_attention, rope_to_cache
 from fastdllm_kernels.attention import takes_whole_sequences
 
+from .bare import multiply
 from .cache import KVCache, Span
 
 
 class RotaryTable:
-    """cos and sin [positions, D/2] of RoPE, made once per device and dtype and shared by all
-    layers.
+    """cos and sin [positions, D/2] of RoPE, made once per device, dtype and length and shared by
+    all layers.
+
+    A table is as long as the work at hand needs, rounded up to a power of two: configs promise more
+    positions than anybody decodes. None is let go of: a captured graph knows its address.
 
     Not module buffers: a model's `.to(torch.bfloat16)` must not round a table that its family wants
     in fp32.
@@ -31,17 +35,20 @@ class RotaryTable:
         )
         self._tables = {}
 
-    def __call__(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tables on the device of `like`, in fp32 or in its dtype."""
+    def __call__(self, like: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tables on the device of `like`, in fp32 or in its dtype, of at least the first so
+        many positions, or of all that the model has.
+        """
         dtype = torch.float32 if self.in_fp32 else like.dtype
-        key = like.device, dtype
+        length = min(self.positions, 1 << (positions - 1).bit_length())
+        key = like.device, dtype, length
         tables = self._tables.get(key)
         if tables is None:
             exponent = (
                 torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=like.device)
                 / self.head_dim
             )
-            position = torch.arange(self.positions, dtype=torch.float32, device=like.device)
+            position = torch.arange(length, dtype=torch.float32, device=like.device)
             angle = torch.outer(position, 1.0 / self.theta**exponent)
             tables = angle.cos().to(dtype), angle.sin().to(dtype)
             if (
@@ -104,9 +111,7 @@ class BlockAttention(nn.Module):
         """
         rows, width, _ = x.shape
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = linear(x, self.qkv.weight, self.qkv.bias).view(
-            rows, width, heads + 2 * kv_heads, self.head_dim
-        )
+        qkv = multiply(self.qkv, x).view(rows, width, heads + 2 * kv_heads, self.head_dim)
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
         return attend(q, k, v, self.rotary, self.attached.cache, self.layer).reshape(
             rows, width, heads * self.head_dim
@@ -127,7 +132,8 @@ def attend(q, k, v, rotary: RotaryTable, cache: KVCache | None, layer: int) -> t
 
 
 def _attend(q, k, v, rotary, cache, layer):
-    cos, sin = rotary(q)
+    capacity = 0 if cache is None else cache.data.shape[3]
+    cos, sin = rotary(q, max(capacity, q.shape[1]))
     if cache is None:
         start = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
         q, k = rope_to_cache(q, k, v, cos, sin, start)

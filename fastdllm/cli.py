@@ -25,9 +25,9 @@ from fastdllm_kernels import backend
 
 from . import display, text
 from .arguments import CACHES
+from .checkpoint import AUTO, DTYPE_NAMES
 from .families import FAMILIES
 from .options import (
-    DTYPES,
     NUMBERS,
     RULES,
     UsageError,
@@ -36,6 +36,8 @@ from .options import (
 )
 
 INTERRUPTED = 130
+
+DTYPES = (AUTO, *DTYPE_NAMES)
 
 
 @dataclass(frozen=True)

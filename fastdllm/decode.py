@@ -477,6 +477,8 @@ def capture_obstacle(model: Model, graph: bool) -> str | None:
         return f"the model is on {model.device}, not on a GPU"
     if torch.is_autocast_enabled("cuda"):
         return "autocast is on"  # its casts of the weights do not outlive the capture
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return "a module has forward hooks, which a replay would not run"
     return None
 
 

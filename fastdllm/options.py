@@ -17,17 +17,7 @@ import torch
 from fastdllm_kernels import Quota, Threshold, rules
 from fastdllm_kernels.rules import FLOAT32, LARGEST_COUNT, SMALLEST_FLOAT32
 
-# What --dtype and dtype= may say; "auto" is the dtype that the weights are stored in.
-DTYPES: dict[str, torch.dtype | None] = {
-    "auto": None,
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "half": torch.float16,
-}
+from .checkpoint import dtype_named
 
 
 class UsageError(ValueError):
@@ -121,7 +111,13 @@ def read_word(known: Iterable[str]) -> Callable[[Any], str]:
     return read
 
 
-read_dtype = read_word(DTYPES)
+def read_dtype(value: Any) -> Any:
+    """A dtype, or the name of one, that `fastdllm.load` takes."""
+    try:
+        dtype_named(value)
+    except ValueError as error:
+        raise UsageError(str(error).removeprefix("dtype: ")) from None
+    return value
 
 
 # Rules.

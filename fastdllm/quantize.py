@@ -7,6 +7,7 @@ from torch import nn
 
 from fastdllm_kernels import Fp8Weight, linear, quantize_weight
 
+from .bare import LINEAR_TYPES
 from .model import DiffusionTransformer
 
 
@@ -36,6 +37,9 @@ class Fp8Linear(nn.Module):
             return fn(t) if isinstance(t, nn.Parameter) else fn(t.view(torch.uint8)).view(t.dtype)
 
         return super()._apply(move, recurse)
+
+
+LINEAR_TYPES.add(Fp8Linear)
 
 
 def quantize(model: DiffusionTransformer) -> DiffusionTransformer:

@@ -13,14 +13,12 @@ from typing import Any
 import torch
 
 from . import checkpoint
+from .families import FAMILIES
 from .model import DiffusionTransformer
-from .options import DTYPES, named, read_device, read_dtype
+from .options import named, read_device, read_dtype
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("tiny-llada", "tiny-dream")
-# A family whose tokenizer is published as Python code, which is not run here -> the type, known to
-# transformers, of which the files beside that code are.
-TOKENIZER_TYPES = {"Dream": "qwen2"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +75,7 @@ class TextModel:
 def load(name: str, device: str | None = None, dtype: str | None = None) -> TextModel:
     """A model and its tokenizer, both from `name`: an embedded model, a folder or a hub id.
 
-    device: "cpu", "cuda" or "cuda:N"; default a GPU where there is one. dtype: a word in DTYPES;
+    device: "cpu", "cuda" or "cuda:N"; default a GPU where there is one. dtype: a word that `checkpoint.dtype_named` knows;
     default float32 on a CPU and bfloat16 on a GPU. UsageError for other words, RuntimeError with
     the cause where the model cannot be loaded.
     """
@@ -86,7 +84,7 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> Text
     if dtype is None:
         dtype = "float32" if device == "cpu" else "bfloat16"
     place = named("device", read_device, device)
-    wanted = DTYPES[named("dtype", read_dtype, dtype)]
+    wanted = named("dtype", read_dtype, dtype)
     source = str(ASSETS / name) if name in EMBEDDED else name
     try:
         model = checkpoint.load(source, device=place, dtype=wanted)
@@ -104,8 +102,10 @@ def load_tokenizer(source: str, family: str) -> Any:
         "local_files_only": Path(source).is_dir(),
         "trust_remote_code": False,
     }
-    if family in TOKENIZER_TYPES and not (Path(source) / "tokenizer.json").is_file():
-        options["tokenizer_type"] = TOKENIZER_TYPES[family]
+    tokenizer_type = FAMILIES[family].tokenizer_type
+    if tokenizer_type and not (Path(source) / "tokenizer.json").is_file():
+        # Published as Python code, which is not run here; the files beside it are of this type.
+        options["tokenizer_type"] = tokenizer_type
     return AutoTokenizer.from_pretrained(source, **options)
 
 

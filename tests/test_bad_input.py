@@ -113,6 +113,12 @@ def all_at_step_1(scores, candidates, step):
     return (torch.arange(candidates.shape[1]) == 0) | (step > 0)[:, None]
 
 
+def spoiled(model, value):
+    """The model with one number of its last norm set."""
+    model.norm.weight[0] = value
+    return model
+
+
 def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 
@@ -461,6 +467,19 @@ LOGITS = [
         ValueError,
         "tokens.*96",
     ),
+    (
+        "an id past the vocabulary",
+        lambda f: model_in(f).logits(torch.tensor([[1, 40]])),
+        ValueError,
+        r"tokens.*\[0, 40\).*40",
+    ),
+    (
+        "a negative id",
+        lambda f: model_in(f).logits(torch.tensor([[1, -1]])),
+        ValueError,
+        "tokens.*-1",
+    ),
+    ("a list of ids", lambda f: model_in(f).logits([[1, 2]]), TypeError, "tokens.*list"),
 ]
 
 LOAD = [
@@ -581,7 +600,7 @@ LOAD = [
         "ln_f",
     ),
     ("dtype int8", lambda f: load(f, dtype=torch.int8), ValueError, "dtype"),
-    ("dtype a text", lambda f: load(f, dtype="float16"), (TypeError, ValueError), "dtype"),
+    ("dtype a text", lambda f: load(f, dtype="float17"), ValueError, "dtype.*float16.*float17"),
     (
         "a device that is none",
         lambda f: load(f, device="abacus"),
@@ -605,6 +624,99 @@ LOAD = [
         lambda f: fastdllm.checkpoint.save(load(f, weights="fp8"), f / "copy"),
         ValueError,
         "model.*fp8",
+    ),
+    ("dtype float64", lambda f: load(f, dtype=torch.float64), ValueError, "dtype.*auto.*float64"),
+    ("dtype a number", lambda f: load(f, dtype=16), ValueError, "dtype.*bf16.*16"),
+    ("a negative device", lambda f: load(f, device=-1), ValueError, "^device.*-1"),
+    ("a device with a fraction", lambda f: load(f, device=0.5), TypeError, "^device.*0.5"),
+    ("a device that is a bool", lambda f: load(f, device=True), TypeError, "^device.*True"),
+    ("a device that holds nothing", lambda f: load(f, device="meta"), ValueError, "^device.*meta"),
+    (
+        "an end of text that is the mask",
+        lambda f: load(f, set_key("eos_token_id", 37)),
+        ValueError,
+        "config.json.*stop_ids.*37",
+    ),
+    (
+        "more layers than tensors",
+        lambda f: load(f, set_key("n_layers", 10**9)),
+        ValueError,
+        "n_layers=1000000000.*tensors",
+    ),
+    (
+        "an infinite rope base",
+        lambda f: load(f, set_key("rope_theta", INF)),
+        ValueError,
+        "rope_theta.*inf",
+    ),
+    (
+        "a flag that is a text",
+        lambda f: load(f, set_key("weight_tying", "false")),
+        ValueError,
+        "tie_embeddings.*'false'",
+    ),
+    (
+        "scaled rope by its newer name",
+        lambda f: load(f, set_key("rope_parameters", {"rope_type": "yarn", "factor": 4.0})),
+        ValueError,
+        "rope_parameters.*rope_type='yarn'",
+    ),
+    (
+        "two bases of rope",
+        lambda f: load(f, set_key("rope_parameters", {"rope_theta": 3.0})),
+        ValueError,
+        "rope_theta=500000.*rope_theta=3.0",
+    ),
+    (
+        "weights outside the folder",
+        lambda f: load(f, set_key("fastdllm_weights", "../model.safetensors")),
+        ValueError,
+        "config.json.*inside the folder.*'../model.safetensors'",
+    ),
+    (
+        "an index that leaves the folder",
+        lambda f: load(f, edit("model.safetensors.index.json", '{"weight_map": {"a": "/a"}}')),
+        ValueError,
+        "index.json.*inside the folder.*'/a'",
+    ),
+    (
+        "an index of other keys",
+        lambda f: load(
+            f,
+            edit("model.safetensors.index.json", '{"weight_map": {"a": "model.safetensors"}}'),
+        ),
+        ValueError,
+        "index.json.*a is not in model.safetensors.*is not in the index",
+    ),
+    (
+        "a key of the config twice",
+        lambda f: load(f, edit("config.json", '{"d_model": 1, "d_model": 2}')),
+        ValueError,
+        "config.json.*'d_model' comes twice",
+    ),
+    (
+        "NaN in weights to be saved",
+        lambda f: fastdllm.checkpoint.save(spoiled(load(f), NAN), f / "copy"),
+        ValueError,
+        "model.*norm.weight.*NaN",
+    ),
+    (
+        "float64 to be saved",
+        lambda f: fastdllm.checkpoint.save(load(f).double(), f / "copy"),
+        ValueError,
+        "model.*float64",
+    ),
+    (
+        "a number for the folder to save in",
+        lambda f: fastdllm.checkpoint.save(load(f), 3),
+        TypeError,
+        "folder.*int",
+    ),
+    (
+        "another module to be saved",
+        lambda f: fastdllm.checkpoint.save(torch.nn.Linear(2, 2), f / "copy"),
+        TypeError,
+        "model.*Linear",
     ),
 ]
 

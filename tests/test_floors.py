@@ -17,9 +17,13 @@ PACKAGES = {
 }
 FLOORS = {
     "fastdllm_kernels": 0,
+    "fastdllm.bare": 1,
     "fastdllm.config": 1,
+    "fastdllm.folder": 1,
     "fastdllm.cache": 1,
     "fastdllm.attention": 2,
+    "fastdllm.buffers": 2,
+    "fastdllm.guard": 2,
     "fastdllm.replaced": 2,
     "fastdllm.model": 3,
     "fastdllm.families": 3,

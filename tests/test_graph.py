@@ -74,7 +74,8 @@ def records(monkeypatch):
         return act(space, shape, function, plan)
 
     def but_the_device(model, *arguments):
-        return obstacle(SimpleNamespace(device=torch.device("cuda")), *arguments)
+        elsewhere = SimpleNamespace(device=torch.device("cuda"), modules=model.modules)
+        return obstacle(elsewhere, *arguments)
 
     monkeypatch.setattr(graph, "record", record)
     monkeypatch.setattr(decode, "capture_obstacle", but_the_device)
@@ -305,9 +306,6 @@ def test_a_model_that_has_changed_is_captured_anew(records):
         lambda: model.train(not model.training),
         lambda: setattr(model.layers[0].down, "scaling", {"default": 2.0}),
         lambda: model.layers[0].down.scaling.update(default=3.0),
-        lambda: model.norm.register_forward_hook(
-            lambda module, inputs, outputs: (2 * outputs[0], outputs[1])
-        ),
         lambda: setattr(model, "head", lambda hidden: model.lm_head(2 * hidden)),
         lambda: model.layers.__setitem__(1, model.layers[0]),
     )
@@ -318,6 +316,20 @@ def test_a_model_that_has_changed_is_captured_anew(records):
         change()
         check_equal(model, prompts, **options)
         assert len(records) > before
+
+
+def test_a_models_hooks_run_in_every_forward(records, caplog):
+    model = model_of("llada")
+    caplog.set_level(logging.INFO, graph.__name__)
+    calls = []
+    hook = model.norm.register_forward_hook(lambda module, inputs, output: calls.append(1))
+    options = {"gen_length": 8, "block_length": 8, "rule": Quota(4), "stop_ids": ()}
+    done = fastdllm.generate(model, random_prompts(tiny.LLADA, (4,), 0), **options)
+    assert len(calls) == done.nfe[0] == 4 and not records
+    assert any("hooks" in message for message in caplog.messages)
+    hook.remove()
+    fastdllm.generate(model, random_prompts(tiny.LLADA, (4,), 0), **options)
+    assert records
 
 
 def test_what_is_kept_goes_with_clear_with_the_model_and_after_an_error(records):

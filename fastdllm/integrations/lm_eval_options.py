@@ -13,12 +13,12 @@ from typing import Any
 
 import fastdllm
 from fastdllm_kernels import SCORES
+from fastdllm_kernels.rules import LARGEST_COUNT
 
 from ..arguments import CACHES
 from ..options import (
     COUNT,
     ENTROPY_THRESHOLD,
-    LARGEST_STEPS,
     NUMBERS,
     RULES,
     Number,
@@ -316,7 +316,7 @@ def _follow_published(options, given):
     if OTHER_RULES & options.keys():
         options.pop("steps", None)
     else:
-        options.setdefault("steps", LARGEST_STEPS)  # as many as tokens
+        options.setdefault("steps", LARGEST_COUNT)  # as many as tokens
 
 
 def _follow_alg(options, alg):
