@@ -118,9 +118,12 @@ class Decoder:
         self._began = time.perf_counter()
 
     def admit(self, row: Row) -> None:
-        """Give a row a free slot and lay its text into the canvas. IndexError where none is free."""
-        row.slot = self.free.pop()
+        """Give a row a free slot and lay its text into the canvas. IndexError where none is free, and nothing
+        changes where that fails.
+        """
+        row.slot = self.free[-1]
         self.forward.write(row.slot, torch.tensor(row.text, dtype=torch.int64, device="cpu"))
+        self.free.pop()
         self.schedule.begin(row)
         row.turn = self._turn
         self.rows.append(row)

@@ -85,8 +85,8 @@ class Request:
         timeout: seconds, after which TimeoutError is raised and the request goes on. Raises
         RequestCancelled, EngineClosed, and whatever made the request fail.
         """
-        if threading.current_thread() is self._engine._thread and not self._future.done():
-            raise RuntimeError("result: a rule or listener waits for the loop that called it")
+        if not self._future.done():
+            self._engine._refuse_own_thread("result")
         return self._future.result(timeout)
 
     def done(self) -> bool:
@@ -100,6 +100,8 @@ class Request:
     def __iter__(self) -> Iterator[int]:
         given = 0
         while True:
+            if len(self._final) == given and not self._future.done():
+                self._engine._refuse_own_thread("iteration")
             with self._changed:
                 while len(self._final) == given and not self._future.done():
                     self._changed.wait()
@@ -111,7 +113,8 @@ class Request:
                 return
 
     def __await__(self) -> Generator[object, None, Generation]:
-        return asyncio.wrap_future(self._future).__await__()
+        # Shielded: who stops waiting does not end the request.
+        return asyncio.shield(asyncio.wrap_future(self._future)).__await__()
 
     async def __aiter__(self) -> AsyncIterator[int]:
         loop, changed, given = asyncio.get_running_loop(), asyncio.Event(), 0
@@ -354,6 +357,7 @@ class Engine:
 
     def _call(self, function):
         """What function() returns, or raises, in the loop's thread between two turns."""
+        self._refuse_own_thread("warm_up")
         future: Future = Future()
         with self._changed:
             self._refuse_if_closed()
@@ -391,6 +395,7 @@ class Engine:
         drain: finish what was submitted; False: cancel it. Closing twice is closing once. What the
         engine had allocated is freed with it.
         """
+        self._refuse_own_thread("close")
         with self._changed:
             self._closed = self._closed or "it was closed"
             self._ending = True
@@ -399,8 +404,6 @@ class Engine:
             thread = self._thread
         for request in requests:
             self._cancel(request)
-        if thread is threading.current_thread():
-            raise RuntimeError("close: a rule or listener waits for the loop that called it")
         if thread is not None:
             thread.join()
 
@@ -412,6 +415,11 @@ class Engine:
 
     def __exit__(self, kind, error, traceback) -> None:
         self.close(drain=kind is None)
+
+    def _refuse_own_thread(self, what):
+        """RuntimeError where the loop's own thread would wait for the loop."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(f"{what}: a rule or listener waits for the loop that called it")
 
     def _refuse_if_closed(self):
         if self._closed:

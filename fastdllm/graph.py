@@ -37,7 +37,10 @@ PLAIN = (bool, int, float, str, type(None))
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """A captured forward: its graph reads the pinned `plan` and leaves its result in `output`."""
+    """A captured forward: its graph reads `plan`, a tensor on the device, and leaves its result in
+    `output`. Both lie where they lie: what is copied into the plan in the stream's order may not
+    overtake a replay that reads it.
+    """
 
     shape: Shape
     plan: torch.Tensor
@@ -123,15 +126,17 @@ class Workspace:
             return function(self.upload(plan))
         self.steps.move_to_end(key)
         step = self.steps[key]
-        step.plan.copy_(plan)
+        step.plan.copy_(self._pinned(plan), non_blocking=True)
         step.graph.replay()
         return step.output
 
     def upload(self, tensor: torch.Tensor) -> torch.Tensor:
         """A small tensor of the host on the device, without waiting for what runs there."""
-        if self.device.type != "cuda":
-            return tensor.to(self.device)
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return self._pinned(tensor).to(self.device, non_blocking=True)
+
+    def _pinned(self, tensor):
+        """The tensor in memory that a copy may read later: PyTorch keeps it until it has."""
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def _capture(self, key, shape, function, plan):
         pool = next(iter(self.steps.values())).graph.pool() if self.steps else None
@@ -157,9 +162,9 @@ class Workspace:
 
 
 def record(space: Workspace, shape: Shape, function, plan, pool) -> Captured:
-    """Capture function(plan), with the plan's way to the device."""
+    """Capture function(plan) for a plan that stays where it is on the device."""
     device = space.device
-    plan = torch.zeros_like(plan).pin_memory()
+    plan = torch.zeros_like(plan, device=device)
     stream = side_stream(device, 0)
     graph = torch.cuda.CUDAGraph()
     _unfinished.append(graph)
@@ -167,7 +172,7 @@ def record(space: Workspace, shape: Shape, function, plan, pool) -> Captured:
     # Around the capture too: one that fails leaves its own stream the current one.
     with torch.cuda.stream(stream):
         # Kernels are compiled and libraries allocate their workspaces before the capture.
-        result = function(plan.to(device))
+        result = function(plan)
         output = space.tensor("output", *result.shape, dtype=result.dtype, device=device)
         random = torch.cuda.default_generators[stream.device.index]
         before = random.clone_state()
@@ -176,7 +181,7 @@ def record(space: Workspace, shape: Shape, function, plan, pool) -> Captured:
                 graph, pool=pool, stream=stream, capture_error_mode="thread_local"
             ):
                 # Copied, so that no graph keeps logits of its own: they would be gigabytes.
-                output.copy_(function(plan.to(device, non_blocking=True)))
+                output.copy_(function(plan))
         except BaseException:
             # A capture that fails leaves the generator believing it goes on.
             random.graphsafe_set_state(before)

@@ -354,18 +354,57 @@ def test_an_exception_in_the_block_cancels():
             request.result()
 
 
-def test_a_listener_that_waits_for_its_own_loop_is_told_so():
+@pytest.mark.parametrize("what", ["result", "iterate", "warm_up", "close"])
+def test_a_listener_that_waits_for_its_own_loop_is_told_so(what):
     model, config, _ = case("llada")
     with Engine(model, rows=1, positions=64) as engine:
         inner = []
 
         def ask(event):
             inner.append(engine.submit([1], gen_length=2))
-            inner[-1].result()
+            if what == "result":
+                inner[0].result()
+            elif what == "iterate":
+                list(inner[0])
+            else:
+                getattr(engine, what)()
 
         with pytest.raises(RuntimeError, match="waits for the loop"):
             engine.submit([1, 2], gen_length=2, on_step=ask).result(timeout=60)
         inner[0].result(timeout=60)
+
+
+def test_who_stops_waiting_does_not_end_the_request():
+    model, config, _ = case("llada")
+    hold = threading.Event()
+
+    async def wait(request):
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(request, 0.05)
+
+    options = {"gen_length": 4, "rule": Quota(4), "stop_ids": ()}
+    with Engine(model, rows=1, positions=64, block_length=4) as engine:
+        request = engine.submit([1, 2], **options, on_step=lambda event: hold.wait(10))
+        asyncio.run(wait(request))
+        assert not request.done()
+        hold.set()
+        assert request.result(timeout=60).nfe.tolist() == [4]
+
+
+def test_a_row_that_could_not_be_laid_out_is_free_again(monkeypatch):
+    model, config, _ = case("llada")
+    options = {"gen_length": 4, "rule": Quota(4), "stop_ids": ()}
+    with Engine(model, rows=1, positions=64, block_length=4) as engine:
+        write = engine._decoder.forward.write
+
+        def fail(*arguments):
+            monkeypatch.setattr(engine._decoder.forward, "write", write)
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(engine._decoder.forward, "write", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.submit([1, 2], **options).result(timeout=60)
+        assert engine.submit([1, 2], **options).result(timeout=60).nfe.tolist() == [4]
 
 
 def test_generate_and_several_engines_share_a_model():

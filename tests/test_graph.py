@@ -88,8 +88,11 @@ def records(monkeypatch):
 
 
 def model_of(family, device="cpu", dtype=torch.float32, **changes):
+    return model_of_config(tiny.FAMILIES[family] | changes, device, dtype)
+
+
+def model_of_config(config, device="cpu", dtype=torch.float32):
     with tempfile.TemporaryDirectory() as folder:
-        config = tiny.FAMILIES[family] | changes
         return tiny.build(pathlib.Path(folder), config, device=device, dtype=dtype)[0]
 
 
@@ -594,3 +597,18 @@ def test_what_was_dropped_must_come_often_again(monkeypatch):
         space.run(key, Shape(4), lambda plan: plan, plan, patience=2)
         captured.append("".join(space.steps))
     assert captured == ["", "", "a", "a", "a", "b", "b", "b", "a", "a", "a"]
+
+
+@pytest.mark.gpu
+def test_replays_of_one_graph_in_one_turn_keep_their_plans(records):
+    """Rows whose refreshes have one padded length replay one graph one after another, and the host
+    is far ahead of the GPU then.
+    """
+    config = tiny.LLADA | {"d_model": 1024, "mlp_hidden_size": 4096, "n_layers": 8}
+    model = model_of_config(config, "cuda")
+    prompts = random_prompts(tiny.LLADA, (40, 42, 45, 47), 0)
+    options = {"gen_length": 8, "block_length": 4, "rule": Quota(2), "stop_ids": ()}
+    alone = [fastdllm.generate(model, [p], graph=False, **options).tokens[0] for p in prompts]
+    for _ in range(4):
+        together = fastdllm.generate(model, prompts, **options).tokens
+        assert all(map(torch.equal, together, alone))
