@@ -358,3 +358,22 @@ def test_a_line_that_is_full_is_waited_for(monkeypatch):
     kind = soaking.Kind([5], {}, None)
     assert soaking.submitted(SimpleNamespace(submit=submit), kind, counted) == "request"
     assert counted == {"line was full": 2}
+
+
+COMMITTED = sorted(tables.RESULTS.glob("traffic-*.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_a_report_is_made_of_its_results_and_nothing_else(path):
+    assert path.with_suffix(".md").read_text() == report.markdown(traffic.loaded(path))
+
+
+def test_the_index_shows_what_the_files_hold():
+    index = tables.RESULTS / "README.md"
+    results = traffic.loaded(tables.RESULTS / "traffic-cpu.json")
+    assert tables.between_marks(index, "soak") == report.soak_table(results["soak"])
+    assert results["soak"][-1]["requests"] == 10_000 and results["soak"][-1]["wrong"] == []
+    measured = [path for path in COMMITTED if traffic.loaded(path)["saturated"]]
+    for path in measured[-1:]:  # an H200's, where there are several
+        shown = tables.between_marks(index, "traffic")
+        assert shown == report.short_table(traffic.loaded(path), path.stem)
