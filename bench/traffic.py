@@ -99,7 +99,7 @@ class Benchmark:
         """All but cold and soak. The stream comes first: nothing is compiled yet but by the
         engine's own warm_up. It is told of after the check.
         """
-        with elapsed("model and warm_up"):
+        with elapsed("model and engine"):
             answering = Answering(self.size, self.device)
         with answering.engine:
             with elapsed("warm_up"):
