@@ -162,7 +162,14 @@ class Workspace:
 
 
 def record(space: Workspace, shape: Shape, function, plan, pool) -> Captured:
-    """Capture function(plan) for a plan that stays where it is on the device."""
+    """Capture function(plan) for a plan that stays where it is on the device. One thread at a time
+    captures: they share the stream.
+    """
+    with _capturing:
+        return _record(space, shape, function, plan, pool)
+
+
+def _record(space, shape, function, plan, pool):
     device = space.device
     plan = torch.zeros_like(plan, device=device)
     stream = side_stream(device, 0)
@@ -191,6 +198,7 @@ def record(space: Workspace, shape: Shape, function, plan, pool) -> Captured:
     return Captured(shape, plan, graph, output)
 
 
+_capturing = threading.Lock()
 # A graph whose capture fails is never freed: PyTorch's allocator goes on asking it.
 _unfinished: list[torch.cuda.CUDAGraph] = []
 
