@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from fastdllm_kernels import linear_rms_norm, linear_swiglu, rms_norm
+from fastdllm_kernels.attention import fastest_sdpa
 
-from .attention import Attached, BlockAttention, RotaryTable, fastest_sdpa
+from .attention import Attached, BlockAttention, RotaryTable
 from .cache import KVCache
 from .config import ModelConfig
 
