@@ -323,6 +323,19 @@ def test_out_may_be_strided(device, triton_backend):
         assert wide[..., 64:].isnan().all()
 
 
+@pytest.mark.parametrize("page", [16, 64])
+def test_pages_that_do_not_exist_are_the_nearest(page, device, triton_backend):
+    """Pages of 64: a table of one column."""
+    x = inputs(torch.float32, device, S=64, block_start=(20, 40), page=page, rotation="own")
+    table = x["page_table"][:, : 64 // page].contiguous()
+    table[0, 0], table[1, -1] = -(2**31), 2**31 - 1
+    last = len(x["k_cache"]) - 1
+    for name in ("k_cache", "v_cache"):  # between the rows' pages lie others full of NaN
+        x[name][[0, last]] = torch.randn_like(x[name][[0, last]])
+    out, lse = run({**x, "page_table": table})
+    assert_close({**x, "page_table": table.clamp(0, last)}, out, lse)
+
+
 def test_halves_merge_to_the_whole(dtype, device, triton_backend):
     x = inputs(dtype, device, T=16, H=4, HK=2, S=16, block_start=(16,), kv_len=(32,))
     whole, whole_lse = run(x)

@@ -222,8 +222,9 @@ def block_attention(
 
     Returns out [B, T, H, D], and with return_lse also the log-sum-exp of the scaled scores [B, T,
     H] fp32. A row without a visible key gives 0 and -inf. Nothing is read back to the host. Spans
-    are trusted: they lie on the device, so a position outside the cache is the caller's error.
-    Raises TypeError for dtypes, ValueError for shapes and devices.
+    are trusted: they lie on the device, so a position outside the cache is the caller's error. A
+    page that does not exist is read as the nearest one that does. Raises TypeError for dtypes,
+    ValueError for shapes and devices.
     """
     _check(q, k, v, k_cache, v_cache, page_table)
     _check_spans(q, block_start=block_start, kv_len=kv_len, kv_start=kv_start, block_len=block_len)

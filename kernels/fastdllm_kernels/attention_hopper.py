@@ -291,6 +291,7 @@ def _produce(
         row = b
         if page_table_ptr is not None:  # one page a row: where it lies is asked once
             row = gl.load(page_table_ptr + b * page_row)
+            row = gl.minimum(gl.maximum(row, 0), k_cache.shape[0] - 1)
         _, _, written, streams = _share(b, tile, T, spans, ROTATE, KEY_HALF, FORM)
         _, count = _counts(streams, FORM.TILE_KEYS)
         last_where, last_slot = 0, 0

@@ -225,6 +225,12 @@ def _fold(q, k, v, at, end, top, total, acc, scale):
 
 
 @triton.jit
+def _page(pointer, last_page):
+    """What a page table says, held inside the cache."""
+    return tl.minimum(tl.maximum(tl.load(pointer), 0), last_page).to(tl.int64)
+
+
+@triton.jit
 def _fold_stored(
     q,
     sums,
@@ -246,7 +252,8 @@ def _fold_stored(
 
     stored: pointers to keys and values, and how far apart their slots are. place: (prefix, first,
     jump): key i lies in slot first + i below `prefix`, and in jump + i from there. pages: with
-    PAGE slots each, (the row's page table, how far apart pages of keys and of values are).
+    PAGE slots each, (the row's page table, how far apart pages of keys and of values are, the last
+    page).
 
     A last tile that is not full repeats the last key, so that no load of a row needs a mask, and
     only its scores get one.
@@ -254,14 +261,14 @@ def _fold_stored(
     top, total, acc = sums
     k_ptr, v_ptr, k_at, v_at = stored
     prefix, first, jump = place
-    page_ptr, k_page, v_page = pages
+    page_ptr, k_page, v_page, last_page = pages
     k_column, k_inside = _columns(D, TILE_D, PAIRED)
     v_column, v_inside = _columns(D, TILE_D, False)
     for at in tl.range(begin, end, TILE_KEYS, num_stages=STAGES):
         key = tl.minimum(at + tl.arange(0, TILE_KEYS), end - 1)
         if PAGE > 0:
             slot = key + tl.where(key < prefix, first, jump)
-            page = tl.load(page_ptr + slot // PAGE).to(tl.int64)
+            page = _page(page_ptr + slot // PAGE, last_page)
             slot = (slot % PAGE).to(tl.int64)
             k_row, v_row = page * k_page + slot * k_at, page * v_page + slot * v_at
         else:
@@ -388,7 +395,7 @@ def _store(
         tl.store(lse_ptr + split * lse_split + (b * T + t) * (HK * G) + head, lse, mask=t < T)
 
 
-@triton.jit(do_not_specialize=["tiles", "T", "lse_split", "positions"])
+@triton.jit(do_not_specialize=["tiles", "T", "lse_split", "positions", "last_page"])
 def attention_kernel(
     q_ptr,
     k_ptr,
@@ -412,6 +419,7 @@ def attention_kernel(
     out_strides,
     lse_split,
     page_row,
+    last_page,
     table_strides,
     HK: tl.constexpr,
     G: tl.constexpr,
@@ -440,16 +448,17 @@ def attention_kernel(
     tile, kv_head, b = _place(tl.program_id(0), tiles, HK)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    nowhere = (0, 0, 0)
-    pages = nowhere
+    nowhere, no_pages = (0, 0, 0), (0, 0, 0, 0)
+    pages = no_pages
     k_base = k_cache_ptr + kv_head * k_cache_strides[2]
     v_base = v_cache_ptr + kv_head * v_cache_strides[2]
     if PAGE > 0:
-        pages = (page_table_ptr + b * page_row, k_cache_strides[0], v_cache_strides[0])
+        table = page_table_ptr + b * page_row
+        pages = (table, k_cache_strides[0], v_cache_strides[0], last_page)
     else:
         row = b
         if page_table_ptr is not None:  # one page a row: where it lies is asked once
-            row = tl.load(page_table_ptr + b * page_row).to(tl.int64)
+            row = _page(page_table_ptr + b * page_row, last_page)
         k_base, v_base = k_base + row * k_cache_strides[0], v_base + row * v_cache_strides[0]
     start, length, own, first, prefix, cached = _spans(b, T, spans)
     # A tile past the row's block has nothing to compute; its zeros are written all the same.
@@ -472,7 +481,7 @@ def attention_kernel(
         sums = _fold_rotated(q, sums, fresh, at, to, start, positions, tables, scale, D, TILE_D)
     else:
         sums = _fold_stored(
-            q, sums, fresh, at, to, nowhere, nowhere, scale, D, TILE_D, TILE_KEYS, False, 0, STAGES
+            q, sums, fresh, at, to, nowhere, no_pages, scale, D, TILE_D, TILE_KEYS, False, 0, STAGES
         )
     at, to = tl.minimum(begin, cached), tl.minimum(end, cached)
     stored = (k_base, v_base, k_cache_strides[1], v_cache_strides[1])
@@ -635,6 +644,7 @@ def _launch_attention(x, out, lse, chosen):
         out_strides_of(out),
         B * T * H,
         0 if x.page_table is None else x.page_table.stride(0),
+        None if x.page_table is None else x.k_cache.shape[0] - 1,
         (0, 0) if x.cos is None else (x.cos.stride(0), x.sin.stride(0)),
         HK=HK,
         G=H // HK,
