@@ -76,7 +76,7 @@ def attention_variants(config, case):
     tried["num_stages"] = (
         (3, 4, 6) if config.__class__ is not attention_triton.Config else (2, 3, 4)
     )
-    tried |= {name: (False, True) for name in ("rotate_first", "overlap", "apart")}
+    tried |= {name: (False, True) for name in ("rotate_first", "overlap", "halve_keys")}
     return {
         name: [replace(config, **{name: value}) for value in values]
         for name, values in known(config, tried).items()

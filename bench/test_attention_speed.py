@@ -85,7 +85,7 @@ CASES = BLOCKS + WHOLE if ON_GPU else SMALL
 
 
 def inputs(case: Case, index: int):
-    """Independent inputs; the block stands in the middle, so that there is a prefix and a suffix."""
+    """Independent inputs; the block stands in the middle, between a prefix and a suffix."""
     generator = torch.Generator(DEVICE).manual_seed(index)
 
     def normal(*shape):

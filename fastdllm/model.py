@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from fastdllm_kernels import linear_rms_norm, linear_swiglu, rms_norm, swiglu
+from fastdllm_kernels.attention import fastest_sdpa
 
-from .attention import Attached, BlockAttention, RotaryTable, fastest_sdpa
+from .attention import Attached, BlockAttention, RotaryTable
 from .bare import PLAIN, is_bare, is_bare_product, multiply
 from .cache import KVCache
 from .config import ModelConfig

@@ -16,9 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fastdllm_kernels.attention import fastest_sdpa
+
 from . import guard
 from .arguments import choice, sequence
-from .attention import Attached, RotaryTable, attend, fastest_sdpa
+from .attention import Attached, RotaryTable, attend
 from .cache import KVCache
 from .config import ModelConfig
 from .families import FAMILIES, MODELING_FILES, Family, ModelingFile

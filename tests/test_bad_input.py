@@ -14,9 +14,13 @@ from fastdllm import options as written
 from fastdllm import text as texts
 from fastdllm.integrations.lm_eval_options import read_options
 from fastdllm_kernels import (
+    Fp8Weight,
     block_attention,
     confidence_select,
     linear,
+    linear_rms_norm,
+    linear_swiglu,
+    quantize_weight,
     rms_norm,
     rope_to_cache,
     swiglu,
@@ -68,6 +72,11 @@ def attend(**changes):
     return block_attention(*first, **call)
 
 
+def caches(pages, slots):
+    """The caches of `attend` as `pages` of so many slots."""
+    return {name: torch.zeros(pages, slots, 2, 64) for name in ("k_cache", "v_cache")}
+
+
 def select(logits=None, tokens=None, **changes):
     """confidence_select on B 2, T 4, V 10, with changes."""
     logits = torch.zeros(2, 4, 10) if logits is None else logits
@@ -78,8 +87,25 @@ def select(logits=None, tokens=None, **changes):
 def rotate(**changes):
     """rope_to_cache on B 1, T 2, H 2, HK 2, D 8, S 4, with changes."""
     cache = torch.zeros(1, 4, 2, 8)
-    options = {"start": ints(0), "k_cache": cache, "v_cache": cache.clone(), **changes}
-    return rope_to_cache(*[torch.zeros(1, 2, 2, 8)] * 3, *[torch.zeros(4, 4)] * 2, **options)
+    call = {name: torch.zeros(1, 2, 2, 8) for name in "qkv"}
+    call |= {"cos": torch.zeros(4, 4), "sin": torch.zeros(4, 4), "start": ints(0)}
+    return rope_to_cache(**{**call, "k_cache": cache, "v_cache": cache.clone(), **changes})
+
+
+def normalise(**changes):
+    """rms_norm on [2, 8], with changes."""
+    return rms_norm(**{"x": torch.zeros(2, 8), "weight": torch.ones(8), "eps": 1e-5, **changes})
+
+
+def product(op=linear, **changes):
+    """A product of [3, 4] by [8, 4], with changes."""
+    return op(**{"x": torch.zeros(3, 4), "weight": torch.zeros(8, 4), **changes})
+
+
+def product_norm(**changes):
+    """linear_rms_norm of [3, 4] by [8, 4], with changes."""
+    more = {"residual": torch.zeros(3, 8), "norm_weight": torch.ones(8), "eps": 1e-5}
+    return product(linear_rms_norm, **{**more, **changes})
 
 
 def edit(name, content):
@@ -864,6 +890,30 @@ ATTENTION = [
         "^out:",
     ),
     ("out a list", lambda f: attend(out=[]), TypeError, "^out:"),
+    (
+        "tables of no position",
+        lambda f: attend(cos=torch.zeros(0, 32), sin=torch.zeros(0, 32)),
+        ValueError,
+        r"^cos: expected a position or more, got \(0, 32\)",
+    ),
+    (
+        "page_table without a column",
+        lambda f: attend(page_table=torch.zeros(2, 0, dtype=torch.int32)),
+        ValueError,
+        r"^page_table: .*a page or more.*\(2, 0\)",
+    ),
+    (
+        "a cache of no page",
+        lambda f: attend(page_table=torch.zeros(2, 1).int(), **caches(0, 16)),
+        ValueError,
+        r"^k_cache: .*a page of a slot or more, got \(0, 16",
+    ),
+    (
+        "pages of no slot",
+        lambda f: attend(page_table=torch.zeros(2, 1).int(), **caches(3, 0)),
+        ValueError,
+        r"^k_cache: .*a page of a slot or more, got \(3, 0",
+    ),
 ]
 
 SELECT = [
@@ -1151,6 +1201,217 @@ POINTWISE = [
         lambda f: linear(torch.zeros(3, 4), torch.zeros(8, 4), torch.zeros(1)),
         ValueError,
         "^bias:",
+    ),
+    (
+        "an RMSNorm of integers",
+        lambda f: normalise(x=torch.ones(2, 8, dtype=torch.int64)),
+        TypeError,
+        "^x: expected .*float16.*int64",
+    ),
+    ("an RMSNorm of a list", lambda f: normalise(x=[1.0]), TypeError, "^x:.*list"),
+    (
+        "an RMSNorm of a number",
+        lambda f: normalise(x=torch.tensor(1.0), weight=torch.tensor(1.0)),
+        ValueError,
+        r"^x: expected \[\.\.\., C\]",
+    ),
+    (
+        "an RMSNorm weight of integers",
+        lambda f: normalise(weight=torch.ones(8, dtype=torch.int32)),
+        TypeError,
+        "^weight:.*int32",
+    ),
+    (
+        "an RMSNorm weight elsewhere",
+        lambda f: normalise(weight=torch.ones(8, device=META)),
+        ValueError,
+        "^weight:.*cpu.*meta",
+    ),
+    (
+        "a residual of booleans",
+        lambda f: normalise(residual=torch.ones(2, 8, dtype=torch.bool)),
+        TypeError,
+        "^residual:.*bool",
+    ),
+    ("eps of 0", lambda f: normalise(eps=0.0), ValueError, "^eps:.*above 0.*0.0"),
+    ("eps negative", lambda f: normalise(eps=-1e-5), ValueError, "^eps:"),
+    ("eps of NaN", lambda f: normalise(eps=NAN), ValueError, "^eps:"),
+    ("eps infinite", lambda f: normalise(eps=INF), ValueError, "^eps:"),
+    ("eps of text", lambda f: normalise(eps="1e-5"), TypeError, "^eps:.*str"),
+    ("eps of None", lambda f: normalise(eps=None), TypeError, "^eps:"),
+    (
+        "gate and up of integers",
+        lambda f: swiglu(torch.ones(2, 8, dtype=torch.int64)),
+        TypeError,
+        "^gate_up:.*int64",
+    ),
+    ("gate and up a number", lambda f: swiglu(torch.tensor(1.0)), ValueError, "^gate_up:"),
+    ("gate and up a list", lambda f: swiglu([1.0, 2.0]), TypeError, "^gate_up:.*list"),
+    (
+        "a product of integers",
+        lambda f: product(x=torch.ones(3, 4, dtype=torch.int64)),
+        TypeError,
+        "^x:.*int64",
+    ),
+    ("a product of a number", lambda f: product(x=torch.tensor(1.0)), ValueError, "^weight:"),
+    (
+        "a weight of integers",
+        lambda f: product(weight=torch.ones(8, 4, dtype=torch.int8)),
+        TypeError,
+        "^weight:.*int8",
+    ),
+    (
+        "a weight of another dtype",
+        lambda f: product(weight=torch.zeros(8, 4).half()),
+        TypeError,
+        "^weight:.*float32.*float16",
+    ),
+    ("a weight of one row", lambda f: product(weight=torch.zeros(4)), ValueError, "^weight:"),
+    (
+        "a weight of another width",
+        lambda f: product(weight=torch.zeros(8, 5)),
+        ValueError,
+        r"^weight: expected \[out, 4\].*\(8, 5\)",
+    ),
+    (
+        "a weight elsewhere",
+        lambda f: product(weight=torch.zeros(8, 4, device=META)),
+        ValueError,
+        "^weight:.*meta",
+    ),
+    ("a weight of None", lambda f: product(weight=None), TypeError, "^weight:.*NoneType"),
+    (
+        "an fp8 weight of bytes",
+        lambda f: product(weight=Fp8Weight(torch.zeros(8, 4).byte(), torch.ones(8))),
+        TypeError,
+        "^weight:.*float8_e4m3fn.*uint8",
+    ),
+    (
+        "an fp8 weight of one scale",
+        lambda f: product(weight=quantize_weight(torch.ones(8, 4))._replace(scale=torch.ones(1))),
+        ValueError,
+        "^weight:",
+    ),
+    (
+        "a bias of integers",
+        lambda f: product(bias=torch.ones(8, dtype=torch.int64)),
+        TypeError,
+        "^bias:.*int64",
+    ),
+    (
+        "a bias elsewhere",
+        lambda f: product(bias=torch.ones(8, device=META)),
+        ValueError,
+        "^bias:.*meta",
+    ),
+    (
+        "gate and up of an odd number of rows",
+        lambda f: product(linear_swiglu, weight=torch.zeros(7, 4)),
+        ValueError,
+        "^weight:.*even",
+    ),
+    (
+        "an up of another shape",
+        lambda f: product(linear_swiglu, up=torch.zeros(7, 4)),
+        ValueError,
+        "^up:",
+    ),
+    (
+        "an up beside fp8",
+        lambda f: product(
+            linear_swiglu, weight=quantize_weight(torch.ones(8, 4)), up=torch.zeros(8, 4)
+        ),
+        ValueError,
+        "^up:.*Fp8Weight",
+    ),
+    (
+        "a product's residual of another shape",
+        lambda f: product_norm(residual=torch.zeros(3, 7)),
+        ValueError,
+        "^residual:",
+    ),
+    (
+        "a product's norm of integers",
+        lambda f: product_norm(norm_weight=torch.ones(8, dtype=torch.int64)),
+        TypeError,
+        "^norm_weight:",
+    ),
+    ("a product's eps of 0", lambda f: product_norm(eps=0), ValueError, "^eps:"),
+    (
+        "an int8 weight to quantise",
+        lambda f: quantize_weight(torch.ones(8, 16, dtype=torch.int8)),
+        TypeError,
+        "^weight:.*int8",
+    ),
+    ("a row to quantise", lambda f: quantize_weight(torch.ones(16)), ValueError, "^weight:"),
+    ("a list to quantise", lambda f: quantize_weight([1.0]), TypeError, "^weight:.*list"),
+    (
+        "queries of integers",
+        lambda f: rotate(q=torch.ones(1, 2, 2, 8, dtype=torch.int64)),
+        TypeError,
+        "^q:.*int64",
+    ),
+    (
+        "queries of three dimensions",
+        lambda f: rotate(q=torch.zeros(1, 2, 8)),
+        ValueError,
+        "^q:",
+    ),
+    ("keys of another dtype", lambda f: rotate(k=torch.zeros(1, 2, 2, 8).half()), TypeError, "^k:"),
+    ("keys of more positions", lambda f: rotate(k=torch.zeros(1, 3, 2, 8)), ValueError, "^k:"),
+    ("keys of no head", lambda f: rotate(k=torch.zeros(1, 2, 0, 8)), ValueError, "^k:"),
+    ("values of another shape", lambda f: rotate(v=torch.zeros(1, 2, 1, 8)), ValueError, "^v:"),
+    (
+        "values elsewhere",
+        lambda f: rotate(v=torch.zeros(1, 2, 2, 8, device=META)),
+        ValueError,
+        "^v:",
+    ),
+    (
+        "rotation tables of integers",
+        lambda f: rotate(cos=torch.zeros(4, 4).int(), sin=torch.zeros(4, 4).int()),
+        TypeError,
+        "^cos:.*int32",
+    ),
+    (
+        "rotation tables of no position",
+        lambda f: rotate(cos=torch.zeros(0, 4), sin=torch.zeros(0, 4)),
+        ValueError,
+        r"^cos: expected a position or more, got \(0, 4\)",
+    ),
+    ("a rotation without sines", lambda f: rotate(sin=None), TypeError, "^sin:.*NoneType"),
+    ("a key cache that is a list", lambda f: rotate(k_cache=[]), TypeError, "^k_cache:.*list"),
+    (
+        "a page table without a column",
+        lambda f: rotate(page_table=torch.zeros(1, 0).int()),
+        ValueError,
+        "^page_table:.*a page or more",
+    ),
+    (
+        "a page table of one dimension",
+        lambda f: rotate(page_table=ints(0)),
+        ValueError,
+        "^page_table:",
+    ),
+    (
+        "pages to write that have no slot",
+        lambda f: rotate(
+            k_cache=torch.zeros(3, 0, 2, 8),
+            v_cache=torch.zeros(3, 0, 2, 8),
+            page_table=torch.zeros(1, 1).int(),
+        ),
+        ValueError,
+        "^k_cache:.*a page of a slot or more",
+    ),
+    (
+        "no page to write",
+        lambda f: rotate(
+            k_cache=torch.zeros(0, 4, 2, 8),
+            v_cache=torch.zeros(0, 4, 2, 8),
+            page_table=torch.zeros(1, 1).int(),
+        ),
+        ValueError,
+        "^k_cache:.*a page of a slot or more",
     ),
 ]
 

@@ -111,6 +111,7 @@ def launches_on_less_shared_memory(arch):
 
 def launch_case(chip, B, T, H, HK, D, slots, dtype, rotation, page, kernel=None):
     from fastdllm_kernels import attention_triton
+    from fastdllm_kernels.attention import Operands
 
     kernel = kernel or attention_triton
 
@@ -126,7 +127,7 @@ def launch_case(chip, B, T, H, HK, D, slots, dtype, rotation, page, kernel=None)
     tables = (None, None)
     if rotation and not chosen.rotate_first:
         tables = (empty(slots, D // 2, dtype=dtype if rotation == "own" else torch.float32),) * 2
-    kernel.launch(
+    x = Operands(
         empty(B, T, H, D),
         empty(B, T, HK, D),
         empty(B, T, HK, D),
@@ -136,11 +137,11 @@ def launch_case(chip, B, T, H, HK, D, slots, dtype, rotation, page, kernel=None)
         table,
         spans[3],
         *tables,
-        D**-0.5,
-        empty(B, T, H, D),
-        empty(B, T, H, dtype=torch.float32),
-        chosen,
+        scale=D**-0.5,
+        out=empty(B, T, H, D),
+        lse=empty(B, T, H, dtype=torch.float32),
     )
+    kernel.launch(x, chosen)
 
 
 @pytest.mark.parametrize("arch", compile_check.ARCHITECTURES)

@@ -3,15 +3,14 @@ only.
 """
 
 from .attention import block_attention, block_attention_reference
+from .fp8 import Fp8Weight, quantize_weight
 from .linear import (
-    Fp8Weight,
     linear,
     linear_reference,
     linear_rms_norm,
     linear_rms_norm_reference,
     linear_swiglu,
     linear_swiglu_reference,
-    quantize_weight,
 )
 from .pointwise import (
     rms_norm,
