@@ -78,16 +78,13 @@ def inputs(case: Case, index: int):
             std=scale, generator=generator
         )
 
-    x, weight = (
-        normal(case.rows, case.width_in),
-        normal(case.width_out, case.width_in, scale=case.width_in**-0.5),
-    )
-    weight = (quantize_weight(weight), weight) if case.fp8 else weight
-    return (
-        (x, weight, normal(case.rows, case.width_out), normal(case.width_out), EPS)
-        if "norm" in case.op
-        else (x, weight)
-    )
+    x = normal(case.rows, case.width_in)
+    weight = normal(case.width_out, case.width_in, scale=case.width_in**-0.5)
+    if case.fp8:
+        weight = quantize_weight(weight), weight
+    if "norm" not in case.op:
+        return x, weight
+    return x, weight, normal(case.rows, case.width_out), normal(case.width_out), EPS
 
 
 def with_weight(call, which):

@@ -54,33 +54,30 @@ def inputs(
     )
     for b in range(B):
         seen, length = visible(given, b, S, T)
+        unseen = [slot for slot in range(S) if slot not in seen]
         for cache in caches:
-            cache[b, [slot for slot in range(S) if slot not in seen]] = (
-                math.nan if b % 2 else math.inf
-            )
-        q[b, length:], k[b, length:], v[b, length:] = math.nan, math.nan, math.inf
+            cache[b, unseen] = math.nan if b % 2 else math.inf
+        q[b, length:] = math.nan
+        k[b, length:] = math.nan
+        v[b, length:] = math.inf
     if layout == "heads first":
         caches = [cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in caches]
     elif layout == "unlike":
         caches[1] = caches[1].transpose(1, 2).contiguous().transpose(1, 2)
     elif layout == "contiguous":
         q, k, v = (x.contiguous() for x in (q, k, v))
-    spans = {
-        name: None
-        if given[name] is None
-        else torch.tensor(given[name], dtype=torch.int32, device=device)
-        for name in SPANS
-    }
+    spans = dict.fromkeys(SPANS)
+    for name, span in given.items():
+        if span is not None:
+            spans[name] = torch.tensor(span, dtype=torch.int32, device=device)
     table = None
     if page:
         caches, table = paged(caches, page, random)
     cos = sin = None
     if rotation:
         angles = torch.rand(S + 2 * T, D // 2, generator=random) * 100
-        cos, sin = (
-            x.to(device, torch.float32 if rotation == "fp32" else dtype)
-            for x in (angles.cos(), angles.sin())
-        )
+        table_dtype = torch.float32 if rotation == "fp32" else dtype
+        cos, sin = angles.cos().to(device, table_dtype), angles.sin().to(device, table_dtype)
     return dict(
         q=q,
         k=k,
@@ -96,10 +93,8 @@ def inputs(
 
 def visible(given, b, S, T):
     """(cached slots that row b sees, the length of its block)."""
-    start, length = (
-        given["block_start"][b],
-        T if given["block_len"] is None else given["block_len"][b],
-    )
+    start = given["block_start"][b]
+    length = T if given["block_len"] is None else given["block_len"][b]
     first = 0 if given["kv_start"] is None else given["kv_start"][b]
     slots = [*range(first, start), *range(start + length, given["kv_len"][b])]
     return [slot for slot in slots if slot < S], length
@@ -133,11 +128,10 @@ def oracle(x, scale=None):
     the inputs' dtype.
     """
     B, T, H, D = x["q"].shape
-    HK, scale = x["k"].shape[2], D**-0.5 if scale is None else scale
-    out, lse = (
-        torch.zeros(B, T, H, D, dtype=torch.float64),
-        torch.full((B, T, H), -math.inf, dtype=torch.float64),
-    )
+    HK = x["k"].shape[2]
+    scale = D**-0.5 if scale is None else scale
+    out = torch.zeros(B, T, H, D, dtype=torch.float64)
+    lse = torch.full((B, T, H), -math.inf, dtype=torch.float64)
     library = torch.zeros(B, T, H, D, dtype=x["q"].dtype)
     given = {name: None if x[name] is None else x[name].tolist() for name in SPANS}
     caches = [x[name] if x["page_table"] is None else None for name in ("k_cache", "v_cache")]
@@ -344,19 +338,14 @@ def test_halves_merge_to_the_whole(dtype, device, triton_backend):
         "block_start": torch.zeros_like(x["block_start"]),
         "kv_len": torch.full_like(x["kv_len"], 16),
     }
-    (first, first_lse), (second, second_lse) = (
-        run({**alone, "k": x["k_cache"], "v": x["v_cache"]}),
-        run(alone),
-    )
+    first, first_lse = run({**alone, "k": x["k_cache"], "v": x["v_cache"]})
+    second, second_lse = run(alone)
     lse = torch.logaddexp(first_lse, second_lse)
-    merged = (
-        first.float() * (first_lse - lse).exp()[..., None]
-        + second.float() * (second_lse - lse).exp()[..., None]
-    )
+    merged = first.float() * (first_lse - lse).exp()[..., None]
+    merged += second.float() * (second_lse - lse).exp()[..., None]
     torch.testing.assert_close(lse, whole_lse)
-    torch.testing.assert_close(
-        merged.to(dtype), whole, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps
-    )
+    close = dict(rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(merged.to(dtype), whole, **close)
 
 
 def test_nothing_is_written_but_the_result(device, triton_backend):

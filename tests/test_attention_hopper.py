@@ -83,10 +83,8 @@ def test_the_measured_configurations_are_picked(B, T, heads, keys, consumers, st
 def test_the_ring_fits(T, keys):
     for B, heads in ((1, (8, 8)), (1, (8, 1)), (8, (28, 4)), (64, (28, 4))):
         chosen = config(B, T, *heads, 128, keys, 2, H200)
-        rows, slots = (
-            64 * chosen.CONSUMERS,
-            2 * chosen.num_stages * chosen.TILE_KEYS * (2 if chosen.halve_keys else 1),
-        )
+        rows = 64 * chosen.CONSUMERS
+        slots = 2 * chosen.num_stages * chosen.TILE_KEYS * (2 if chosen.halve_keys else 1)
         assert (rows + slots) * 128 * 2 + 1024 <= H200.shared
         assert not (chosen.rotate_first and chosen.splits > 1), "two launches at most"
 

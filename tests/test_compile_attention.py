@@ -20,17 +20,8 @@ COMMON = [
     (1, 32, 28, 4, 128, 2048, torch.bfloat16, "own", 0),  # Dream's step: 64 rows, group 7
     (32, 32, 28, 4, 128, 2048, torch.bfloat16, "own", 16),  # several waves of programs, pages
     (1, 32, 32, 32, 128, 1024, torch.bfloat16, "fp32", 0),  # half the keys
-    (
-        1,
-        32,
-        32,
-        32,
-        128,
-        512,
-        torch.bfloat16,
-        "fp32",
-        0,
-    ),  # a short cache: one program a multiprocessor, 8 warps
+    # A short cache: one program a multiprocessor, 8 warps.
+    (1, 32, 32, 32, 128, 512, torch.bfloat16, "fp32", 0),
     (1, 2048, 32, 32, 128, 2048, torch.bfloat16, None, 0),  # a whole canvas
     (1, 32, 32, 32, 128, 2048, torch.float32, "own", 0),  # exact fp32 products
     (1, 1, 8, 8, 64, 1024, torch.float16, "own", 256),  # 16 rows of padding around one

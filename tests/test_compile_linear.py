@@ -27,18 +27,13 @@ def launches(arch):
     chip = Chip(
         compile_check.MULTIPROCESSORS[arch], compile_check.SHARED_LIMIT[arch], overlap=arch >= 90
     )
-    cases = [(*shape, torch.bfloat16) for shape in SHAPES] + [
-        (*shape, torch.float32) for shape in SHAPES[:3]
-    ]
+    cases = [(*shape, torch.bfloat16) for shape in SHAPES]
+    cases += [(*shape, torch.float32) for shape in SHAPES[:3]]
     for rows, width_in, width_out, gated, splittable, dtype in cases:
-        x, weight, bias = (
-            torch.empty(shape, dtype=dtype, device="meta")
-            for shape in (
-                (rows, width_in),
-                (width_out * (2 if gated else 1), width_in),
-                (width_out,),
-            )
-        )
+        outputs = width_out * (2 if gated else 1)
+        x = torch.empty(rows, width_in, dtype=dtype, device="meta")
+        weight = torch.empty(outputs, width_in, dtype=dtype, device="meta")
+        bias = torch.empty(width_out, dtype=dtype, device="meta")
         chosen = config(rows, width_in, width_out, gated, splittable, dtype.itemsize, chip)
         launch(x, weight, None if gated or splittable else bias, gated=gated, chosen=chosen)
 

@@ -68,15 +68,11 @@ def assert_as_good(ours, reference, oracle):
 def test_rms_norm(width, with_residual, layout, device, dtype, triton_backend, poisoned):
     x = laid_out(random(2, 2, width, dtype=dtype, device=device), layout)
     weight = random(width, seed=1, dtype=dtype, device=device)
-    residual = (
-        laid_out(random(2, 2, width, seed=2, dtype=dtype, device=device), layout)
-        if with_residual
-        else None
-    )
-    ours, reference = (
-        rms_norm(x, weight, 1e-5, residual),
-        rms_norm_reference(x, weight, 1e-5, residual),
-    )
+    residual = None
+    if with_residual:
+        residual = laid_out(random(2, 2, width, seed=2, dtype=dtype, device=device), layout)
+    ours = rms_norm(x, weight, 1e-5, residual)
+    reference = rms_norm_reference(x, weight, 1e-5, residual)
     summed = x
     if with_residual:
         (ours, total), (reference, summed) = ours, reference
@@ -193,10 +189,8 @@ def test_rope_to_cache(kind, heads, kv_heads, dim, table, device, dtype, triton_
 @pytest.mark.parametrize("steps", [1, 17])
 def test_rope_without_a_cache(steps, device, dtype, triton_backend, poisoned):
     q, k, v, cos, sin, start = rope_inputs(4, 2, 64, steps, dtype, device, torch.float32)
-    ours, expected = (
-        rope_to_cache(q, k, v, cos, sin, start),
-        rope_to_cache_reference(q, k, v, cos, sin, start),
-    )
+    ours = rope_to_cache(q, k, v, cos, sin, start)
+    expected = rope_to_cache_reference(q, k, v, cos, sin, start)
     assert all(torch.equal(one, other) for one, other in zip(ours, expected, strict=True))
     assert ours[0].is_contiguous() and ours[1].is_contiguous()
 
@@ -264,10 +258,8 @@ def test_rope_never_writes_outside_the_cache(paged, device, dtype, triton_backen
 def test_the_reference_writes_nothing_past_a_rows_pages():
     q, k, v, cos, sin, _ = rope_inputs(2, 2, 64, 4, torch.float32, "cpu", torch.float32)
     pages = torch.full((2, 4, 4, 2, 64), torch.nan)
-    start, table = (
-        torch.tensor([0, 6], dtype=torch.int32),
-        torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
-    )
+    start = torch.tensor([0, 6], dtype=torch.int32)
+    table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
     rope_to_cache_reference(q[:2], k[:2], v[:2], cos, sin, start, *pages, page_table=table)
     written = ~pages[0].isnan().flatten(2).any(2)
     assert written.tolist() == [[True] * 4, [False] * 4, [False] * 4, [False, False, True, True]]
@@ -282,10 +274,8 @@ def test_rope_refuses_a_cache_it_cannot_address(device, triton_backend):
 
 
 def test_gradients_flow(device):
-    x, weight = (
-        random(2, 8, device=device).requires_grad_(),
-        random(8, device=device).requires_grad_(),
-    )
+    x = random(2, 8, device=device).requires_grad_()
+    weight = random(8, device=device).requires_grad_()
     q, k, v, cos, sin, start = rope_inputs(2, 1, 8, 2, torch.float32, device, torch.float32)
     q = q.detach().requires_grad_()
     y, total = rms_norm(x, weight, 1e-5, x)
@@ -393,12 +383,8 @@ def test_a_graph_replays_with_other_spans(triton_backend):
 
 @pytest.mark.gpu
 def test_the_same_bits_every_time(triton_backend):
-    x, weight = (
-        random(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((2048, 4096), (4096,))
-    )
+    x = random(2048, 4096, dtype=torch.bfloat16, device="cuda")
+    weight = random(4096, dtype=torch.bfloat16, device="cuda")
     first = rms_norm(x, weight, 1e-5, x)
     for _ in range(1000):
-        assert all(
-            torch.equal(one, other)
-            for one, other in zip(rms_norm(x, weight, 1e-5, x), first, strict=True)
-        )
+        assert all(map(torch.equal, rms_norm(x, weight, 1e-5, x), first))

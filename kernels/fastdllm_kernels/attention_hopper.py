@@ -220,6 +220,7 @@ def _counts(streams, TILE_KEYS: gl.constexpr):
 
 @gluon.jit
 def _pick(where, prefix, suffix, own):
+    """Of three values the one that `where` (0, 1, 2) names."""
     return gl.where(where == 0, prefix, gl.where(where == 1, suffix, own))
 
 
@@ -422,6 +423,7 @@ def _packed(weights, DTYPE: gl.constexpr):
 
 @gluon.jit
 def _unpacked(pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Weights [64, keys] of `_packed` pairs."""
     left, right = gl.inline_asm_elementwise(
         "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], (gl.int16, gl.int16), True, 1
     )
@@ -1008,16 +1010,15 @@ def _registers(chosen, table):
     """(registers of a thread of the warps that are no consumers, launch option that bounds those
     all start with). With others than these Triton 3.9 spills some.
     """
+    bound, rotating = {}, 88
     if chosen.CONSUMERS == 1:
         # Two programs of one consumer and a short ring share a multiprocessor.
-        shared = chosen.num_stages <= 3
-        bound = {"maxnreg": 128 if shared else 224}
-        return (24 if table is None else 88 if shared else 168), bound
-    if table is None:
-        return 24, {}
-    if chosen.halve_keys:
-        return (112 if table.element_size() == 4 else 104), {}
-    return 88, {}
+        two = chosen.num_stages <= 3
+        bound = {"maxnreg": 128 if two else 224}
+        rotating = 88 if two else 168
+    elif chosen.halve_keys and table is not None:
+        rotating = 112 if table.element_size() == 4 else 104
+    return 24 if table is None else rotating, bound
 
 
 def _descriptor(x, chosen):

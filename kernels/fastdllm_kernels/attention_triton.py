@@ -18,6 +18,7 @@ inputs give equal bits, launch after launch.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -49,6 +50,15 @@ class Config:
     overlap: bool = False
 
 
+class _Tiles(NamedTuple):
+    """Query rows and keys of a program's tiles, its warps, and the stages of its loads."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
 @lru_cache(maxsize=4096)
 def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
     """The configuration for q [B, T, H, D], k [B, T, HK, D] and `capacity` cached slots a row,
@@ -57,67 +67,72 @@ def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
     Pure: it sees host constants only, so a captured graph replays whatever the spans on the device
     say.
     """
-    rows, groups, keys, tile_d = T * (H // HK), B * HK, max(capacity, T), _tile_d(D)
+    rows, groups = T * (H // HK), B * HK
+    keys, tile_d = max(capacity, T), _tile_d(D)
     if itemsize == 2 and tile_d <= 128:
-        # 64 rows even where there are fewer: below that Hopper's tensor cores take their slow path
-        # (4 queries over 2,048 keys took 20.4 us in tiles of 16 rows, and 15.7). Not 128: two
-        # programs of 64 on a multiprocessor take turns, one at its products while the other is at
-        # its exponentials (2,048 queries and keys: 152 us for 160).
-        splits, tiles = _tiles_of_64(
-            ceil_div(rows, 64) * groups, rows, keys, chip.multiprocessors, tile_d > 64
-        )
+        tiles, splits = _tiles_of_64(rows, groups, keys, chip.multiprocessors, wide=tile_d > 64)
     else:
-        # Exact fp32 products run outside the tensor cores, from operands held in registers: small
-        # tiles, or they spill. With D above 128 the sums of 64 rows fill the registers of 8 warps;
-        # older chips keep copies of the operands there as well.
-        tiles = (16, 16, 8, 2) if itemsize == 4 else (64 if chip.shared > 200000 else 32, 32, 8, 3)
-        splits = _splits(ceil_div(rows, tiles[0]) * groups, keys, 2 * chip.multiprocessors)
-    tile_rows, tile_keys, warps, stages = _fitted(*tiles, tile_d, itemsize, chip.shared)
+        tiles = _small_tiles(itemsize, chip)
+        splits = _splits(ceil_div(rows, tiles.rows) * groups, keys, 2 * chip.multiprocessors)
+    tiles = _fitted(tiles, tile_d, itemsize, chip.shared)
     # Every row tile rotates the block's keys again, off the pipelined path: past a few tiles one
     # more launch is cheaper.
     rotate_first = splits == 1 and T > 256
-    return Config(tile_rows, tile_keys, warps, stages, splits, rotate_first, chip.overlap)
+    return Config(*tiles, splits, rotate_first, chip.overlap)
 
 
-def _tiles_of_64(programs, rows, keys, multiprocessors, wide):
-    """(splits, tiles) of passes in `programs` tiles of 64 rows, `rows` real ones a group; wide: D
-    above 64.
+def _tiles_of_64(rows, groups, keys, multiprocessors, *, wide):
+    """(tiles of 64 rows, splits) for `rows` rows of each of `groups` key heads; wide: D above 64.
+
+    64 rows even where there are fewer: below that Hopper's tensor cores take their slow path (4
+    queries over 2,048 keys took 20.4 us in tiles of 16 rows, and 15.7). Not 128: two programs of 64
+    on a multiprocessor take turns, one at its products while the other is at its exponentials.
     """
+    programs = ceil_div(rows, 64) * groups
     alone = _splits(programs, keys, multiprocessors)
     if wide and 2 * programs <= multiprocessors and keys // alone <= 192:
         # Bound by latency: one program on a multiprocessor at most, with more warps; more than six
         # parts take long to merge.
-        return min(alone, 6), (64, 64, 8, 3)
-    # Two programs on each. Tiles half full wait for memory: fewer keys in more stages keep more
-    # loads in flight. Where D is 64, too, 64 keys would make the assembler serialise the products.
-    return _splits(programs, keys, 2 * multiprocessors), (
-        64,
-        64,
-        4,
-        3,
-    ) if wide and rows >= 64 else (64, 32, 4, 4)
+        return _Tiles(64, 64, 8, 3), min(alone, 6)
+    splits = _splits(programs, keys, 2 * multiprocessors)  # two programs on each
+    if wide and rows >= 64:
+        return _Tiles(64, 64, 4, 3), splits
+    # Tiles half full wait for memory: fewer keys in more stages keep more loads in flight. Where D
+    # is 64, too, 64 keys would make the assembler serialise the products.
+    return _Tiles(64, 32, 4, 4), splits
+
+
+def _small_tiles(itemsize, chip):
+    """Tiles where registers are scarce: in fp32, or with D above 128."""
+    if itemsize == 4:
+        # Exact products run outside the tensor cores, from operands held in registers.
+        return _Tiles(16, 16, 8, 2)
+    # The sums of 64 rows fill the registers of 8 warps; older chips keep copies of the operands
+    # there as well.
+    return _Tiles(64 if chip.shared > 200000 else 32, 32, 8, 3)
 
 
 def _tile_d(D):
     return max(16, power_of_2(D))
 
 
-def _fitted(tile_rows, tile_keys, warps, stages, tile_d, itemsize, shared):
+def _fitted(tiles, tile_d, itemsize, shared):
     """The tiles, made smaller until their buffers fit: fewer keys first (the stages hide latency),
     then stages, then rows.
     """
-    while (tile_rows + 2 * stages * tile_keys) * tile_d * itemsize + 2048 > shared:
-        if tile_keys > 32:
-            tile_keys //= 2
+    rows, keys, warps, stages = tiles
+    while (rows + 2 * stages * keys) * tile_d * itemsize + 2048 > shared:
+        if keys > 32:
+            keys //= 2
         elif stages > 2:
             stages -= 1
-        elif tile_rows > 16:
-            tile_rows //= 2
-        elif tile_keys > 16:
-            tile_keys //= 2
+        elif rows > 16:
+            rows //= 2
+        elif keys > 16:
+            keys //= 2
         else:
             break
-    return tile_rows, tile_keys, warps, stages
+    return _Tiles(rows, keys, warps, stages)
 
 
 def _splits(programs, keys, places):

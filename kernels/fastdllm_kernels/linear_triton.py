@@ -84,6 +84,7 @@ def _loaded(base, here, end, EVEN: tl.constexpr):
 
 @triton.jit
 def _plus_product(acc, w, inputs):
+    """acc + w inputs^T."""
     if w.dtype.is_fp8():
         # Hopper adds fp8 products up in about 14 bits: the sum of every tile moves on into fp32.
         acc += tl.dot(w, tl.trans(inputs))

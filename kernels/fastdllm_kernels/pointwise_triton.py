@@ -78,6 +78,7 @@ def _sum_at(x, residual, column, inside, x_part, PARTS: tl.constexpr):
 
 @triton.jit
 def _scale_and_store(value, scale, weight, y, total, column, inside):
+    """y = value * scale, rounded, times the weight; and total = value where it is wanted."""
     w = tl.load(weight + column, mask=inside, other=0).to(tl.float32)
     normed = (value.to(tl.float32) * scale).to(value.dtype)
     tl.store(y + column, (normed.to(tl.float32) * w).to(value.dtype), mask=inside)
@@ -102,6 +103,9 @@ def rms_norm_kernel(
     PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    """One row a program. ONE_TILE: it is held in registers; otherwise it is read twice, TILE values
+    at a time. PARTS > 1: x is [PARTS, rows, width] fp32, x_part apart.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -133,6 +137,7 @@ def rms_norm_kernel(
 
 @triton.jit
 def swiglu_kernel(gate_up, y, stride, width, tiles, TILE: tl.constexpr, OVERLAP: tl.constexpr):
+    """TILE values of a row [gate | up] of 2 * width a program, `tiles` programs a row."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -149,6 +154,7 @@ def swiglu_kernel(gate_up, y, stride, width, tiles, TILE: tl.constexpr, OVERLAP:
 
 @triton.jit
 def _rounded(x, dtype: tl.constexpr):
+    """x rounded to dtype, as fp32."""
     return x.to(dtype).to(tl.float32)
 
 
@@ -167,6 +173,7 @@ def _rotated(x, offset, cos, sin, inside, HALF: tl.constexpr):
 
 @triton.jit
 def _store_halves(out, low, high, inside, HALF: tl.constexpr):
+    """Both halves of heads to `out`."""
     tl.store(out, low, mask=inside)
     tl.store(out + HALF, high, mask=inside)
 
