@@ -10,13 +10,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 import torch
 
 from fastdllm_kernels import Selection, Threshold
+from fastdllm_kernels.backend import forced
 from fastdllm_kernels.checks import FLOATS
+from fastdllm_kernels.compiling import side_by_side
 from fastdllm_kernels.rules import branch_of, check_rule
 
 from . import arguments
@@ -36,6 +38,8 @@ from .schedule import Row, Schedule, Work
 
 # The canvas's length goes up in these steps, so that one captured step serves many requests.
 CAPACITY = 256
+# What has been decoded in this process, as far as kernels tell it apart: its kernels are there.
+_compiled_ahead: set = set()
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,16 +121,41 @@ class Decoder:
         self._turn = 0
         self._began = time.perf_counter()
 
+    def compile_ahead(self) -> None:
+        """Compile, side by side, the kernels that the rows' next forward and the one after it would
+        compile one by one. Nothing is decided, and no rule of a user's own is called.
+        """
+        rows = [row for row in self.rows if not row.done]
+        with side_by_side() as compiles_only:
+            if not compiles_only or forced() == "reference":
+                return
+            for step in (0, 1):
+                ahead = [replace(row, step=step) for row in rows]
+                works = [self.schedule.work(row) for row in ahead]
+                for where in self.forward.parts(works):
+                    self._compile(ahead[where], works[where])
+        for row in rows:  # what did not only compile may have left something in the canvas
+            self._lay_out(row)
+
+    def _compile(self, rows, works):
+        with self.forward.space.uncaptured():
+            logits = self.forward.run([row.slot for row in rows], works)
+        if branch_of(rows[0].options.sampling.sampling.rule):
+            self._commit(rows, works, logits)
+
     def admit(self, row: Row) -> None:
         """Give a row a free slot and lay its text into the canvas. IndexError where none is free, and nothing
         changes where that fails.
         """
         row.slot = self.free[-1]
-        self.forward.write(row.slot, torch.tensor(row.text, dtype=torch.int64, device="cpu"))
+        self._lay_out(row)
         self.free.pop()
         self.schedule.begin(row)
         row.turn = self._turn
         self.rows.append(row)
+
+    def _lay_out(self, row):
+        self.forward.write(row.slot, torch.tensor(row.text, dtype=torch.int64, device="cpu"))
 
     def release(self, row: Row) -> None:
         """Take a row out, finished or not; its slot is free at once."""
@@ -423,6 +452,10 @@ def _opened(
         decoder = Decoder(forward, schedule)
         for row in rows:
             decoder.admit(row)
+        kernels = config, model.dtype, cache, block_length, len(rows) > 1
+        if model.device.type == "cuda" and kernels not in _compiled_ahead:
+            _compiled_ahead.add(kernels)
+            decoder.compile_ahead()
         yield decoder
 
 

@@ -18,6 +18,7 @@ from contextlib import nullcontext
 import torch
 
 from fastdllm_kernels import Threshold
+from fastdllm_kernels.compiling import watch
 from fastdllm_kernels.rules import check_rule
 
 from . import arguments
@@ -226,6 +227,7 @@ class Engine:
         obstacle = capture_obstacle(model, graph)
         if obstacle:
             log.info("forwards run uncaptured: %s", obstacle)
+        watch()
         self._space = Workspace(model.device, None if obstacle else [])
         with torch.inference_mode(False), torch.no_grad():
             forward = Forward(
@@ -339,7 +341,7 @@ class Engine:
         options: rule, score, temperature, top_p, top_k, as in `submit`; call it again for others.
         progress: called as it goes on; None shows a bar where standard error is a terminal.
         """
-        began = time.perf_counter()
+        began, compiled = time.perf_counter(), watch().kernels
         forward, schedule = self._decoder.forward, self._schedule
         with shown(progress) as tell:
             captured = self._call(lambda: warm_forward(forward, schedule, tell, **options))
@@ -353,7 +355,7 @@ class Engine:
                 for number, request in enumerate(requests):
                     tell("decoding", number, len(requests))
                     request.result()
-        return WarmUp(captured, time.perf_counter() - began)
+        return WarmUp(watch().kernels - compiled, captured, time.perf_counter() - began)
 
     def _call(self, function):
         """What function() returns, or raises, in the loop's thread between two turns."""
@@ -370,8 +372,9 @@ class Engine:
         """What the engine is doing and has done.
 
         rows, busy, waiting: now. finished: requests that have ended. tokens: that became final.
-        turns; refreshes, cached_steps: forwards launched, of one or more rows each. captured:
-        forwards captured in CUDA graphs; capture_seconds. bytes: canvas, cache and logits.
+        turns; refreshes, cached_steps: forwards launched, of one or more rows each. compiled:
+        kernels compiled in this process; compile_seconds. captured: forwards captured in CUDA
+        graphs; capture_seconds. bytes: canvas, cache and logits.
         """
         with self._changed:
             held = self._space.held.values()
@@ -384,6 +387,8 @@ class Engine:
                 "turns": self._turns,
                 "refreshes": self._decoder.forwards["refresh"],
                 "cached_steps": self._decoder.forwards["cached"],
+                "compiled": watch().kernels,
+                "compile_seconds": watch().seconds,
                 "captured": len(self._space.steps),
                 "capture_seconds": self._space.capture_seconds,
                 "bytes": sum(tensor.numel() * tensor.element_size() for tensor in held),

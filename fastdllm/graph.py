@@ -130,6 +130,16 @@ class Workspace:
         step.graph.replay()
         return step.output
 
+    @contextmanager
+    def uncaptured(self) -> Iterator[None]:
+        """Inside, forwards run as they are, of whatever key."""
+        captures, steps = self.captures, self.steps
+        self.captures, self.steps = False, OrderedDict()
+        try:
+            yield
+        finally:
+            self.captures, self.steps = captures, steps
+
     def upload(self, tensor: torch.Tensor) -> torch.Tensor:
         """A small tensor of the host on the device, without waiting for what runs there."""
         return self._pinned(tensor).to(self.device, non_blocking=True)

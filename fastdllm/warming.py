@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastdllm_kernels import Threshold
+from fastdllm_kernels.compiling import side_by_side, watch
 
 from . import arguments
 from .cache import CachePolicy
@@ -33,8 +34,11 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class WarmUp:
-    """What a warm-up made: forwards captured in CUDA graphs, and the seconds it took in all."""
+    """What a warm-up made: kernels compiled (those in triton's cache on disk do not count),
+    forwards captured in CUDA graphs, and the seconds it took in all.
+    """
 
+    compiled: int
     captured: int
     seconds: float
 
@@ -58,7 +62,7 @@ def warm_up(
     standard error is a terminal. The model then keeps its cache allocated, as `generate` leaves it.
     Raises what `generate` raises.
     """
-    began = time.perf_counter()
+    began, compiled = time.perf_counter(), watch().kernels
     model = checked_model(model)
     schedule = schedule_of(model.config, cache, policy, block_length)
     arguments.integer("rows", rows, 1)
@@ -83,7 +87,7 @@ def warm_up(
                 **options,
             )
         tell("decoding", 1, 1)
-    return WarmUp(captured, time.perf_counter() - began)
+    return WarmUp(watch().kernels - compiled, captured, time.perf_counter() - began)
 
 
 def warm_forward(forward: Forward, schedule: Schedule, tell: Progress, **options) -> int:
@@ -97,12 +101,28 @@ def warm_forward(forward: Forward, schedule: Schedule, tell: Progress, **options
         captured = len(forms)
         # The largest first: the others then find their memory in the pool.
         forms.sort(key=lambda form: -form[0].width * form[1])
+        tell("compiling", 0, 1)
+        with side_by_side() as compiles_only:
+            if compiles_only:
+                _compile(forward, forms)
+                _warm_selection(forward, lambda *_: None, **options)
+        tell("compiling", 1, 1)
         for number, (shape, rows) in enumerate(forms):
             tell("capturing forwards", number, captured)
             forward.capture(shape, rows)
         tell("capturing forwards", captured, captured)
     _warm_selection(forward, tell, **options)
     return captured
+
+
+def _compile(forward, forms):
+    """Run forms of forward that stand for all: kernels differ by the number of rows of a step, and
+    by the length of a refresh where that doubles.
+    """
+    for shape, rows in forms:
+        if not shape.stores or not shape.width & (shape.width - 1):
+            with forward.space.uncaptured():
+                forward.capture(shape, rows)
 
 
 def _warm_selection(

@@ -38,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import attention_triton
+from . import attention_triton, compiling
 from .attention_triton import launch_passes, out_strides_of, scale_of, spans_of
 from .backend import ceil_div, chip_of, pdl
 
@@ -947,7 +947,9 @@ def _launch_attention(x, out, lse, chosen):
         fresh = _descriptor(x.k, chosen), _descriptor(x.v, chosen)
     else:
         tables = x.cos, x.sin, x.cos.stride(0), x.sin.stride(0)
-    attention_hopper_kernel[chosen.programs if form.PERSISTENT else items, chosen.splits](
+    compiling.launch(
+        attention_hopper_kernel,
+        (chosen.programs if form.PERSISTENT else items, chosen.splits),
         x.q,
         *fresh,
         _descriptor(k_cache, chosen),

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import compiling
 from .backend import ceil_div, chip_of, dense, on_device, pdl, power_of_2
 from .pointwise import rope_to_cache
 
@@ -638,7 +639,9 @@ def _launch_attention(x, out, lse, chosen):
     tiles = ceil_div(T * (H // HK), chosen.TILE_ROWS)
     # A table of one column names whole rows: no slot needs to be looked up.
     page = 0 if x.page_table is None or x.page_table.shape[1] == 1 else x.k_cache.shape[1]
-    attention_kernel[tiles * B * HK, chosen.splits](
+    compiling.launch(
+        attention_kernel,
+        (tiles * B * HK, chosen.splits),
         x.q,
         x.k,
         x.v,
@@ -690,7 +693,9 @@ def _launch_merge(part, part_lse, out, lse, chosen):
     splits, B, T, H, D = part.shape
     tile_splits, tile_d = power_of_2(splits), _tile_d(D)
     tile_rows = max(1, 512 // tile_d)
-    merge_kernel[(ceil_div(B * T * H, tile_rows),)](
+    compiling.launch(
+        merge_kernel,
+        (ceil_div(B * T * H, tile_rows),),
         part,
         part_lse,
         out,

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import compiling
 from .backend import chip_of, on_device, pdl, power_of_2, rows_of
 
 
@@ -65,7 +66,9 @@ def launch(x, largest, smallest):
     data = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     with on_device(x):
-        quantize_rows_kernel[(rows,)](
+        compiling.launch(
+            quantize_rows_kernel,
+            (rows,),
             x,
             data,
             scale,

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import fp8_triton
+from . import compiling, fp8_triton
 from .backend import ceil_div, chip_of, dense, on_device, pdl, power_of_2, rows_of
 from .fp8 import LARGEST, SMALLEST, Fp8Weight
 from .pointwise_triton import launch_rms_norm
@@ -193,7 +193,9 @@ def launch(
         x, x_scale = fp8_triton.launch(x, LARGEST, SMALLEST)
         weight, w_scale = weight
     with on_device(x):
-        linear_kernel[grid](
+        compiling.launch(
+            linear_kernel,
+            grid,
             x,
             weight,
             up,

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import compiling
 from .backend import Chip, ceil_div, chip_of, dense, on_device, pdl, power_of_2, rows_of
 
 # A row of up to this many values is held in registers (32 fp32 a thread); a wider one is read
@@ -266,7 +267,9 @@ def launch_rms_norm(x, weight, eps, residual=None, parts=1):
         rows, chosen = rows_of(x), rms_norm_config(width, chip_of(x.device))
         added = None if residual is None else rows_of(residual)
         with on_device(x):
-            rms_norm_kernel[(y.numel() // width,)](
+            compiling.launch(
+                rms_norm_kernel,
+                (y.numel() // width,),
                 rows,
                 added,
                 dense(weight),
@@ -295,7 +298,9 @@ def launch_swiglu(gate_up):
         rows, chosen = rows_of(gate_up), swiglu_config(width, chip_of(gate_up.device))
         tiles = ceil_div(width, chosen.TILE)
         with on_device(gate_up):
-            swiglu_kernel[(rows.shape[0] * tiles,)](
+            compiling.launch(
+                swiglu_kernel,
+                (rows.shape[0] * tiles,),
                 rows,
                 y,
                 rows.stride(0),
@@ -331,7 +336,9 @@ def launch_rope_to_cache(q, k, v, cos, sin, start, k_cache, v_cache, *, length, 
         # Without fused multiply-adds every bit is the reference's; the arithmetic hides behind the
         # loads anyway.
         with on_device(q):
-            rope_to_cache_kernel[(rows * steps * tiles,)](
+            compiling.launch(
+                rope_to_cache_kernel,
+                (rows * steps * tiles,),
                 q,
                 k,
                 v,
