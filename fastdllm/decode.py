@@ -332,6 +332,9 @@ def generation_of(rows: Sequence[Row], seconds: float) -> Generation:
 
 def _by_kind(rows, works):
     """[(kind of sampling, indices of its rows)]: each kind is one launch of the selection."""
+    first = rows[0].options.sampling.sampling
+    if all(row.options.sampling.sampling is first for row in rows):
+        return [(None, list(range(len(rows))))]
     kinds: dict = {}
     for index, (row, work) in enumerate(zip(rows, works, strict=True)):
         kinds.setdefault(_sampling(row, work).sampling.kind(), []).append(index)

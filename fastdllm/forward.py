@@ -171,8 +171,9 @@ class Forward:
         """The logits of a forward with these plan entries, a tuple for each row."""
         rows = len(entries)
         # Columns of whole 16 bytes as int32: kernels are compiled for the alignment of pointers.
-        plan = torch.zeros(len(Plan._fields), -(-rows // 4) * 4, dtype=torch.int64, device="cpu")
-        plan[:, :rows] = torch.tensor(entries, dtype=torch.int64, device="cpu").T
+        padding = [0] * (-rows % 4)
+        columns = [[*column, *padding] for column in zip(*entries, strict=True)]
+        plan = torch.tensor(columns, dtype=torch.int64, device="cpu")
         compute = functools.partial(self._compute, shape, rows)
         key = None if patience is None else (self._key, shape, rows)
         return self.space.run(key, shape, compute, plan, patience or 0)
@@ -186,8 +187,8 @@ class Forward:
             # The block's own positions: one shape for all such steps.
             width, ragged, patience = self.block_length, True, 0
         elif len(works) * width <= self._launch_bound():
-            width, patience = -(-width // LENGTHS) * LENGTHS, PATIENCE
-            ragged = min(lengths) < width
+            # Ragged even where it is not: half as many graphs.
+            width, ragged, patience = -(-width // LENGTHS) * LENGTHS, True, PATIENCE
         every_row = list(slots) == list(range(len(self.canvas)))
         alike = len({(work.origin, work.length, work.visible) for work in works}) == 1
         shared = first.refresh and every_row and alike and not ragged

@@ -75,6 +75,9 @@ class Workspace:
         self.uses: Counter = Counter()
         self.lock = threading.Lock()
         self.capture_seconds = 0.0
+        # Pinned memory by shape and dtype, and how much of it was given out since the last wait.
+        self._buffers: dict = {}
+        self._taken: Counter = Counter()
 
     def layout(self, rows: int, capacity: int) -> tuple[int, int]:
         """(rows, positions a row) of a cache that holds at least so many of both: the last one
@@ -145,8 +148,15 @@ class Workspace:
         return self._pinned(tensor).to(self.device, non_blocking=True)
 
     def _pinned(self, tensor):
-        """The tensor in memory that a copy may read later: PyTorch keeps it until it has."""
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+        """A copy of the tensor in memory that the GPU may read until the next `wait`."""
+        if self.device.type != "cuda":
+            return tensor
+        kind = tensor.shape, tensor.dtype
+        buffers, taken = self._buffers.setdefault(kind, []), self._taken[kind]
+        if taken == len(buffers):
+            buffers.append(torch.empty_like(tensor, pin_memory=True))
+        self._taken[kind] += 1
+        return buffers[taken].copy_(tensor)
 
     def _capture(self, key, shape, function, plan):
         pool = next(iter(self.steps.values())).graph.pool() if self.steps else None
@@ -169,6 +179,7 @@ class Workspace:
         """Until everything launched so far has been computed and has arrived."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
+            self._taken.clear()
 
 
 def record(space: Workspace, shape: Shape, function, plan, pool) -> Captured:
@@ -194,11 +205,14 @@ def _record(space, shape, function, plan, pool):
         random = torch.cuda.default_generators[stream.device.index]
         before = random.clone_state()
         try:
-            with torch.cuda.graph(
-                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-            ):
+            # Not by the context manager torch.cuda.graph, which collects garbage and empties the
+            # allocator's cache first: a tenth of a second for each of many graphs.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
                 # Copied, so that no graph keeps logits of its own: they would be gigabytes.
                 output.copy_(function(plan))
+            finally:
+                graph.capture_end()
         except BaseException:
             # A capture that fails leaves the generator believing it goes on.
             random.graphsafe_set_state(before)

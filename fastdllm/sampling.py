@@ -3,6 +3,7 @@ and commits (arXiv 2505.22618, section 3.3), and which rows share a launch of th
 """
 
 import math
+import struct
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -132,22 +133,23 @@ def device_columns(
     """Lists of one number a row as [R] tensors on the device, in one copy: int64 where the list
     holds ints, float64 where it holds floats.
     """
-    floats = {name: isinstance(column[0], float) for name, column in columns.items()}
     rows = len(next(iter(columns.values())))
-    if rows % 2:  # whole 16 bytes: kernels are compiled for the alignment of pointers
-        columns = {name: [*column, column[-1]] for name, column in columns.items()}
-    stacked = torch.stack(
-        [
-            torch.tensor(column, dtype=torch.float64, device="cpu").view(torch.int64)
-            if floats[name]
-            else torch.tensor(column, dtype=torch.int64, device="cpu")
-            for name, column in columns.items()
-        ]
-    )
+    padding = rows % 2  # to whole 16 bytes: kernels are compiled for the alignment of pointers
+    floats = {name: isinstance(column[0], float) for name, column in columns.items()}
+    table = [
+        [*(map(_bits, column) if floats[name] else column), *[0] * padding]
+        for name, column in columns.items()
+    ]
+    device = upload(torch.tensor(table, dtype=torch.int64, device="cpu"))
     return {
         name: (column.view(torch.float64) if floats[name] else column)[:rows]
-        for name, column in zip(columns, upload(stacked), strict=True)
+        for name, column in zip(columns, device, strict=True)
     }
+
+
+def _bits(number):
+    """The bits of a float64, as int64 holds them."""
+    return struct.unpack("<q", struct.pack("<d", number))[0]
 
 
 def row_columns(rows: list[RowSampling], forwards: list[int]) -> dict[str, list]:
