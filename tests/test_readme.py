@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from test_floors import ROOT
 
 import fastdllm
-from fastdllm import Threshold
+from fastdllm import Threshold, cli
 from fastdllm_kernels import rules, select
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -89,6 +90,12 @@ def run(snippet, **others):
     names = world() | others
     exec(snippet, names)
     return names
+
+
+def test_the_command_solves_its_problem(capsys):
+    (line,) = re.findall(r"^fastdllm (generate '.*)$", TEXT, flags=re.MULTILINE)
+    assert cli.main(shlex.split(line)) == 0
+    assert f"#### {500 - 120 - 99}\n" in capsys.readouterr().out
 
 
 def test_load_and_generate():
