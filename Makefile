@@ -19,6 +19,7 @@ test: $(VENV)/test-tools
 lint: $(VENV)/test-tools
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 # Against the real lm-eval, which brings much along.
 test-integrations: $(VENV)/test-tools $(VENV)/eval-tools

@@ -2,13 +2,15 @@
 expected and what came.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 
 from fastdllm_kernels.checks import choice, integer, number
 
 from .cache import CachePolicy
+from .config import ModelConfig
 
 __all__ = [
     "CACHES",
@@ -23,10 +25,16 @@ __all__ = [
 ]
 
 CACHES = ("none", "prefix", "dual")
+Ids = Collection[int] | torch.Tensor
+"""A 1-D sequence of token ids, of integers on any device."""
+Prompts = Collection[Ids] | torch.Tensor | Mapping[str, Any]
+"""A list of them, a [B, P] tensor, or what a tokenizer returns."""
+Padding = Collection[Collection[int]] | torch.Tensor | None
+"""An attention_mask [B, P]: 1 at a row's own tokens, 0 at padding."""
 
 
 def prompt_ids(
-    prompts, vocab_size: int, attention_mask=None, name: str = "prompts"
+    prompts: Any, vocab_size: int, attention_mask: Any = None, name: str = "prompts"
 ) -> list[torch.Tensor]:
     """The prompts as 1-D int64 CPU tensors, none empty, every id inside the vocabulary.
 
@@ -120,7 +128,7 @@ def _ids(name, prompt, vocab_size):
     return ids
 
 
-def top_k(value) -> int | None:
+def top_k(value: Any) -> int | None:
     """`value` as a number of tokens; None, 0 and -1 mean that the filter is off, as elsewhere."""
     if value is None:
         return None
@@ -129,7 +137,7 @@ def top_k(value) -> int | None:
     return value
 
 
-def sequence(name, ids) -> list:
+def sequence(name: str, ids: Any) -> list:
     """`ids` as a list, if they are a sequence."""
     if isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__"):
         raise TypeError(
@@ -138,7 +146,7 @@ def sequence(name, ids) -> list:
     return list(ids)
 
 
-def stop_tokens(stop_ids, config) -> tuple[int, ...]:
+def stop_tokens(stop_ids: Any, config: ModelConfig) -> tuple[int, ...]:
     """The ids that end a text: the model's own for None."""
     if stop_ids is None:
         return config.stop_ids
@@ -151,7 +159,7 @@ def stop_tokens(stop_ids, config) -> tuple[int, ...]:
     return ids
 
 
-def check_policy(policy, cache: str) -> None:
+def check_policy(policy: object, cache: str) -> None:
     """TypeError unless `policy` is a CachePolicy; ValueError where it keeps the prompt's keys and
     there is no cache.
     """

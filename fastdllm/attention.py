@@ -30,7 +30,7 @@ class RotaryTable:
         self.head_dim = head_dim
         self.positions = positions
         self.in_fp32 = in_fp32
-        self._tables = {}
+        self._tables: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, like: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The tables on the device of `like`, in fp32 or in its dtype, of at least the first so
@@ -74,15 +74,15 @@ class BlockAttention(nn.Module):
 
     def __init__(
         self,
-        hidden_size,
-        num_heads,
-        num_kv_heads,
-        head_dim,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
         *,
-        layer,
+        layer: int,
         rotary: RotaryTable,
         attached: Attached,
-        qkv_bias=False,
+        qkv_bias: bool = False,
     ):
         super().__init__()
         self.num_heads = num_heads
@@ -111,7 +111,14 @@ class BlockAttention(nn.Module):
         )
 
 
-def attend(q, k, v, rotary: RotaryTable, cache: KVCache | None, layer: int) -> torch.Tensor:
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rotary: RotaryTable,
+    cache: KVCache | None,
+    layer: int,
+) -> torch.Tensor:
     """BlockAttention between its projections: q [R, T, H, D] and k, v [R, T, HK, D], not rotated
     yet -> [R, T, H, D].
 

@@ -6,6 +6,7 @@ before it calls the model; every BlockAttention reads that span. Spans live in s
 because a CUDA graph bakes host integers in.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -136,8 +137,17 @@ class KVCache:
     tensor holds is never read before a refresh has written it.
     """
 
+    span: Span  # opened before the model is called
+
     def __init__(
-        self, config: ModelConfig, rows: int, capacity: int, *, device, dtype, allocate=torch.zeros
+        self,
+        config: ModelConfig,
+        rows: int,
+        capacity: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        allocate: Callable[..., torch.Tensor] = torch.zeros,
     ):
         self.data = allocate(
             config.num_layers,
@@ -149,7 +159,6 @@ class KVCache:
             device=device,
             dtype=dtype,
         )
-        self.span: Span | None = None
 
     @property
     def bytes(self) -> int:

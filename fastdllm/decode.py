@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import inf
+from typing import Any
 
 import torch
 
@@ -22,12 +23,14 @@ from fastdllm_kernels.compiling import side_by_side
 from fastdllm_kernels.rules import branch_of, check_rule
 
 from . import arguments
+from .arguments import Ids, Padding, Prompts
 from .cache import CachePolicy
 from .config import ModelConfig
 from .forward import Forward, Model
 from .graph import Workspace, unwrapped, workspace
 from .sampling import (
     RowSampling,
+    Rule,
     device_columns,
     row_columns,
     sampling_of,
@@ -215,7 +218,9 @@ class Decoder:
         if refresh_tokens is not None:
             kept, whole = _first_in_line(kept, whole, refresh_tokens)
         groups = [
-            tuple(map(list, zip(*group, strict=True))) for group in (steps, kept, whole) if group
+            ([row for row, _ in group], [work for _, work in group])
+            for group in (steps, kept, whole)
+            if group
         ]
         for rows, _ in groups:
             for row in rows:
@@ -266,7 +271,7 @@ class Decoder:
 
     def _finish(self, launched: _Launched):
         """Move rows on whose forward has been computed, and tell their listeners."""
-        if launched.failure is not None:
+        if launched.report is None:  # its rule has failed
             for row in launched.rows:
                 _fail(row, launched.failure)
             return
@@ -372,7 +377,12 @@ def _event(launched, listener):
 
 @contextmanager
 def decoding(
-    model, prompts, *, attention_mask=None, gen_length=256, **options
+    model: Model | torch.nn.Module,
+    prompts: Prompts,
+    *,
+    attention_mask: Padding = None,
+    gen_length: int = 256,
+    **options: Any,
 ) -> Iterator[Decoder]:
     """The Decoder that `generate` runs, to be turned by hand: takes what `generate` takes.
 
@@ -386,14 +396,14 @@ def decoding(
     """
     model = checked_model(model)
     config = model.config
-    prompts = arguments.prompt_ids(prompts, config.vocab_size, attention_mask)
+    ids = arguments.prompt_ids(prompts, config.vocab_size, attention_mask)
     arguments.integer("gen_length", gen_length, 1)
-    rows = [_row_of_ids(prompt, gen_length, config) for prompt in prompts]
+    rows = [_row_of_ids(of_row, gen_length, config) for of_row in ids]
     with _opened(model, rows, gen_length, **options) as decoder:
         yield decoder
 
 
-def row_of_prompt(prompt, gen_length: int, config: ModelConfig) -> Row:
+def row_of_prompt(prompt: Ids, gen_length: int, config: ModelConfig) -> Row:
     """The Row of one prompt, a 1-D sequence of ids. TypeError and ValueError, naming the argument."""
     (ids,) = arguments.prompt_ids([prompt], config.vocab_size, name="prompt")
     arguments.integer("gen_length", gen_length, 1)
@@ -463,7 +473,11 @@ def _opened(
 
 
 def schedule_of(
-    config: ModelConfig, cache, policy, block_length, longest: int | None = None
+    config: ModelConfig,
+    cache: str,
+    policy: CachePolicy,
+    block_length: int,
+    longest: int | None = None,
 ) -> Schedule:
     """The Schedule that these arguments of `generate` ask for, blocks no longer than `longest`.
     TypeError and ValueError, naming the argument.
@@ -491,7 +505,7 @@ def forward_of(
     )
 
 
-def checked_model(model) -> Model:
+def checked_model(model: Any) -> Model:
     """What decoding works on: the model, or what `replace_attention` left on it."""
     model = unwrapped(model)
     wanted = ("config", "hidden_states", "head", "attach")
@@ -522,15 +536,15 @@ def capture_obstacle(model: Model, graph: bool) -> str | None:
 
 
 def generate(
-    model,
-    prompts,
+    model: Model | torch.nn.Module,
+    prompts: Prompts,
     *,
-    attention_mask=None,
+    attention_mask: Padding = None,
     gen_length: int = 256,
     block_length: int = 32,
     cache: str = "dual",
     policy: CachePolicy = CachePolicy(),  # noqa: B008
-    rule=Threshold(0.9),  # noqa: B008
+    rule: Rule = Threshold(0.9),  # noqa: B008
     score: str = "confidence",
     temperature: float = 0.0,
     top_p: float | None = None,
@@ -593,7 +607,13 @@ def generate(
         return decoder.run()
 
 
-def infill(model, sequences, *, stop_ids: Iterable[int] | None = (), **options) -> Generation:
+def infill(
+    model: Model | torch.nn.Module,
+    sequences: Prompts,
+    *,
+    stop_ids: Iterable[int] | None = (),
+    **options: Any,
+) -> Generation:
     """Fill every mask id inside given sequences; real text stands on both sides.
 
     sequences: a list of 1-D id sequences that hold the model's mask id (config.mask_id) where

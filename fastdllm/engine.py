@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from fastdllm_kernels.compiling import watch
 from fastdllm_kernels.rules import check_rule
 
 from . import arguments
+from .arguments import Ids
 from .cache import CachePolicy, cache_bytes
 from .decode import (
     Decoder,
@@ -35,9 +37,9 @@ from .decode import (
     row_of_prompt,
     schedule_of,
 )
-from .forward import Forward
+from .forward import Forward, Model
 from .graph import Workspace
-from .sampling import sampling_of, sampling_of_rows
+from .sampling import Rule, sampling_of, sampling_of_rows
 from .schedule import Row
 from .warming import Progress, WarmUp, example_prompts, shown, warm_forward
 
@@ -193,7 +195,7 @@ class Engine:
 
     def __init__(
         self,
-        model,
+        model: Model | torch.nn.Module,
         *,
         rows: int = 8,
         positions: int = 2048,
@@ -250,10 +252,10 @@ class Engine:
 
     def submit(
         self,
-        prompt,
+        prompt: Ids,
         *,
         gen_length: int = 256,
-        rule=Threshold(0.9),  # noqa: B008
+        rule: Rule = Threshold(0.9),  # noqa: B008
         score: str = "confidence",
         temperature: float = 0.0,
         top_p: float | None = None,
@@ -333,7 +335,7 @@ class Engine:
             self._start()
             self._changed.notify_all()
 
-    def warm_up(self, *, progress: Progress | None = None, **options) -> WarmUp:
+    def warm_up(self, *, progress: Progress | None = None, **options: Any) -> WarmUp:
         """Compile and capture all that requests with these options will need; returns when it is
         made. Without it things work, and the first requests wait for what they are the first to
         need.

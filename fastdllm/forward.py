@@ -155,7 +155,7 @@ class Forward:
         counts = sorted({min(1 << power, slots) for power in range(slots.bit_length() + 1)})
         # Of works that are launched alike one stands for all.
         alike = {(work.refresh, work.origin > 0, work.length): work for work in examples}
-        forms = {}
+        forms: dict[tuple[Shape, int], None] = {}
         for work in alike.values():
             for count in [1] if work.refresh else counts:
                 shape, patience = self._shape(range(count), [work] * count)
@@ -258,7 +258,7 @@ def _product_dtype(model):
 
 
 @contextmanager
-def attached(model: Model, cache: KVCache | None):
+def attached(model: Model, cache: KVCache | None) -> Iterator[None]:
     """For one forward the model's layers see this cache: what a listener or a rule computes with
     the same model does not.
     """

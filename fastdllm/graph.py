@@ -20,6 +20,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -65,7 +66,7 @@ class Workspace:
     captured. rows, capacity: the layout of the cache, as it was last asked for.
     """
 
-    def __init__(self, device: torch.device, state=None):
+    def __init__(self, device: torch.device, state: list | None = None):
         self.device = device
         self.state = state
         self.captures = state is not None
@@ -182,7 +183,13 @@ class Workspace:
             self._taken.clear()
 
 
-def record(space: Workspace, shape: Shape, function, plan, pool) -> Captured:
+def record(
+    space: Workspace,
+    shape: Shape,
+    function: Callable[[torch.Tensor], torch.Tensor],
+    plan: torch.Tensor,
+    pool: Any,
+) -> Captured:
     """Capture function(plan) for a plan that stays where it is on the device. One thread at a time
     captures: they share the stream.
     """
@@ -239,7 +246,7 @@ _workspaces: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @contextmanager
-def workspace(model, obstacle: str | None) -> Iterator[Workspace]:
+def workspace(model: Any, obstacle: str | None) -> Iterator[Workspace]:
     """The Workspace for one call: the model's own, or one that captures nothing and goes with the
     call, where there is an obstacle to capturing (logged once for each) or where another call is at
     work in the model's own.
@@ -265,20 +272,20 @@ def workspace(model, obstacle: str | None) -> Iterator[Workspace]:
         space.lock.release()
 
 
-def clear(model) -> None:
+def clear(model: object) -> None:
     """Free what stays allocated for `model` between calls of `generate`; its next forwards are
     captured anew.
     """
     _workspaces.pop(unwrapped(model), None)
 
 
-def captured(model) -> list[Captured]:
+def captured(model: object) -> list[Captured]:
     """The captured forwards that `model` keeps between calls of `generate`."""
     space = _workspaces.get(unwrapped(model))
     return list(space.steps.values()) if space else []
 
 
-def pending(model) -> dict[Hashable, int]:
+def pending(model: object) -> dict[Hashable, int]:
     """What has come but not often enough to be captured: how many times."""
     space = _workspaces.get(unwrapped(model))
     if space is None:
@@ -286,7 +293,7 @@ def pending(model) -> dict[Hashable, int]:
     return {key: uses for key, uses in space.uses.items() if key not in space.steps}
 
 
-def unwrapped(model):
+def unwrapped(model: object) -> Any:
     """What `replace_attention` leaves on somebody else's model, or the model."""
     return getattr(model, "fastdllm_adapter", model)
 
@@ -296,7 +303,7 @@ def _log_once(obstacle):
     log.info("forwards run uncaptured: %s", obstacle)
 
 
-def model_state(model) -> list:
+def model_state(model: Any) -> list:
     """What a captured forward has baked in of the model: its modules, where their tensors lie, and
     their plain attributes.
 

@@ -16,6 +16,9 @@ class Fp8Linear(nn.Module):
     quantised as they come.
     """
 
+    data: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, product: nn.Linear):
         super().__init__()
         data, scale = quantize_weight(product.weight.detach())
@@ -27,7 +30,7 @@ class Fp8Linear(nn.Module):
     def weight(self) -> Fp8Weight:
         return Fp8Weight(self.data, self.scale)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
 
     def _apply(self, fn, recurse=True):

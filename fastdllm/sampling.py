@@ -4,9 +4,9 @@ and commits (arXiv 2505.22618, section 3.3), and which rows share a launch of th
 
 import math
 import struct
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -27,6 +27,7 @@ from fastdllm_kernels.rules import (
 )
 
 from . import arguments
+from .config import ModelConfig
 from .families import FAMILIES
 
 # Spreads consecutive seeds over the 64-bit keys; as a signed number.
@@ -34,6 +35,18 @@ GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 BEST_ONE = Threshold(math.inf)
 # So that logits divided by a temperature are numbers, and tell one from another.
 COLDEST, HOTTEST = 1e-30, 1e30
+
+
+class Commits(Protocol):
+    """A rule that is a frozen dataclass: see fastdllm_kernels.rules."""
+
+    def commit(
+        self, scores: torch.Tensor, candidates: torch.Tensor, step: torch.Tensor, /
+    ) -> torch.Tensor: ...
+
+
+Rule = Commits | Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""A rule of either kind: a dataclass, or a function of commit's arguments."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +58,7 @@ class Sampling:
     family scores after temperature and filters (Dream), not by the clean softmax (LLaDA).
     """
 
-    rule: object
+    rule: Rule
     score: str = "confidence"
     temperature: float = 0.0
     top_p: float | None = None
@@ -81,7 +94,14 @@ class RowSampling(NamedTuple):
         return _signed(self.seed * GOLDEN + forwards)
 
 
-def sampling_of(config, rule, score, temperature, top_p, top_k) -> Sampling:
+def sampling_of(
+    config: ModelConfig,
+    rule: Rule,
+    score: str,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+) -> Sampling:
     """The Sampling that these arguments of `generate` ask for. TypeError and ValueError, naming the
     argument.
     """
@@ -110,7 +130,7 @@ def sampling_of_rows(sampling: Sampling, rows: int, seed: int | None) -> list[Ro
         arguments.integer("seed", seed, -math.inf)
     elif sampling.draws:
         seed = int(torch.randint(2**62, (), device="cpu"))
-    values = [()] * rows
+    values: Iterable[tuple] = [()] * rows
     if not _is_function(sampling.rule) and per_row_fields(sampling.rule):
         values = zip(*row_values(sampling.rule, rows), strict=True)
     return [
@@ -199,7 +219,7 @@ def select(
         top_p, top_k = sampling.top_p, sampling.top_k
         offered = filter_logits(logits, temperature or 1.0, top_p, top_k, mask_id)
         logits = offered if sampling.filtered_score else logits
-    options = {
+    options: dict[str, Any] = {
         "mask_id": mask_id,
         "score": sampling.score,
         "temperature": temperature,
@@ -224,7 +244,17 @@ def _shares_rule(rows):
 
 
 def select_in_parts(
-    rule, logits, offered, tokens, candidates, step, *, mask_id, score, temperature, seed
+    rule: Rule,
+    logits: torch.Tensor,
+    offered: torch.Tensor,
+    tokens: torch.Tensor,
+    candidates: torch.Tensor,
+    step: torch.Tensor,
+    *,
+    mask_id: int,
+    score: str,
+    temperature: float,
+    seed: torch.Tensor | None,
 ) -> Selection:
     """confidence_select for proposals drawn from `offered` logits but scored by the clean ones."""
     rows, width, vocab = logits.shape
@@ -240,7 +270,13 @@ def select_in_parts(
     return commit_proposals(commit, proposal.token_ids, value, tokens, candidates, step)
 
 
-def filter_logits(logits, temperature, top_p, top_k, mask_id):
+def filter_logits(
+    logits: torch.Tensor,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+    mask_id: int,
+) -> torch.Tensor:
     """Logits [B, T, V] with -inf outside the top-p nucleus and the top k of softmax(logits /
     temperature).
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from fastdllm_kernels.compiling import side_by_side, watch
 from . import arguments
 from .cache import CachePolicy
 from .decode import capture_obstacle, checked_model, forward_of, generate, schedule_of
-from .forward import Forward
+from .forward import Forward, Model
 from .graph import workspace
 from .sampling import device_columns, row_columns, sampling_of, sampling_of_rows, select
 from .schedule import Schedule
@@ -44,7 +45,7 @@ class WarmUp:
 
 
 def warm_up(
-    model,
+    model: Model | torch.nn.Module,
     *,
     rows: int = 1,
     positions: int = 2048,
@@ -52,7 +53,7 @@ def warm_up(
     cache: str = "dual",
     policy: CachePolicy = CachePolicy(),  # noqa: B008
     progress: Progress | None = None,
-    **options,
+    **options: Any,
 ) -> WarmUp:
     """Compile and capture what `generate` needs for up to `rows` prompts at once of up to
     `positions` tokens each, generation included.
@@ -90,7 +91,7 @@ def warm_up(
     return WarmUp(watch().kernels - compiled, captured, time.perf_counter() - began)
 
 
-def warm_forward(forward: Forward, schedule: Schedule, tell: Progress, **options) -> int:
+def warm_forward(forward: Forward, schedule: Schedule, tell: Progress, **options: Any) -> int:
     """Capture every form of forward that rows of `forward` may come to, and compile the selection
     of requests with these options; how many were captured.
     """
@@ -155,8 +156,8 @@ def _warm_selection(
             alone = samplings[0].sampling is not sampling
             part = logits[:rows, : 1 if alone else width]
             tokens = forward.canvas.new_full(part.shape[:2], config.mask_id)
-            columns = row_columns(samplings, [0] * rows)
-            columns = device_columns(forward.space.upload, step=[0] * rows, **columns)
+            numbers = row_columns(samplings, [0] * rows)
+            columns = device_columns(forward.space.upload, step=[0] * rows, **numbers)
             select(samplings, columns, part, tokens, config.mask_id)
 
 
