@@ -318,9 +318,9 @@ def test_out_may_be_strided(device, triton_backend):
 
 
 @pytest.mark.parametrize("page", [16, 64])
-def test_pages_that_do_not_exist_are_the_nearest(page, device, triton_backend):
-    """Pages of 64: a table of one column."""
-    x = inputs(torch.float32, device, S=64, block_start=(20, 40), page=page, rotation="own")
+def test_pages_that_do_not_exist_are_the_nearest(page, dtype, device, triton_backend):
+    """Pages of 64: a table of one column, which a chip's own kernel takes."""
+    x = inputs(dtype, device, S=64, block_start=(20, 40), page=page, rotation="own")
     table = x["page_table"][:, : 64 // page].contiguous()
     table[0, 0], table[1, -1] = -(2**31), 2**31 - 1
     last = len(x["k_cache"]) - 1

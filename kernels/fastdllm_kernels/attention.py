@@ -14,11 +14,12 @@ sequences: they choose between this op and PyTorch's scaled_dot_product_attentio
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -29,27 +30,27 @@ LIBRARY = torch.library.Library("fastdllm", "FRAGMENT")
 
 
 def block_attention_reference(
-    q,
-    k,
-    v,
-    k_cache,
-    v_cache,
-    block_start,
-    kv_len,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_start: Tensor,
+    kv_len: Tensor,
     *,
-    kv_start=None,
-    page_table=None,
-    block_len=None,
-    cos=None,
-    sin=None,
-    scale=None,
-    return_lse=False,
-    out=None,
-):
+    kv_start: Tensor | None = None,
+    page_table: Tensor | None = None,
+    block_len: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> Any:
     """See `block_attention`: the same result by PyTorch's own operations, fp32 inside."""
     rows, width, heads, dim = q.shape
     kv_heads, device = k.shape[2], q.device
-    if cos is not None:
+    if cos is not None and sin is not None:
         at = positions_of(block_start, width, cos)
         q, k = rotate(q, cos[at], sin[at]), rotate(k, cos[at], sin[at])
     if page_table is not None:
@@ -89,21 +90,21 @@ class Operands(NamedTuple):
     `lse` where it was asked for.
     """
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    k_cache: torch.Tensor
-    v_cache: torch.Tensor
-    block_start: torch.Tensor
-    kv_len: torch.Tensor
-    kv_start: torch.Tensor | None = None
-    page_table: torch.Tensor | None = None
-    block_len: torch.Tensor | None = None
-    cos: torch.Tensor | None = None
-    sin: torch.Tensor | None = None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    block_start: Tensor
+    kv_len: Tensor
+    kv_start: Tensor | None = None
+    page_table: Tensor | None = None
+    block_len: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
     scale: float = 1.0
-    out: torch.Tensor | None = None
-    lse: torch.Tensor | None = None
+    out: Tensor | None = None
+    lse: Tensor | None = None
 
 
 LIBRARY.define(
@@ -152,7 +153,17 @@ class Kernel(Protocol):
     def supports(self, x: Operands) -> bool:
         """Whether this kernel takes these operands. The portable one takes all."""
 
-    def config(self, B, T, H, HK, D, capacity, itemsize, chip: backend.Chip) -> Any:
+    def config(
+        self,
+        B: int,
+        T: int,
+        H: int,
+        HK: int,
+        D: int,
+        capacity: int,
+        itemsize: int,
+        chip: backend.Chip,
+    ) -> Any:
         """The file's frozen `Config` for q [B, T, H, D], k [B, T, HK, D], `capacity` cached slots
         a row and `itemsize` bytes an element. Pure, cached, and a measured reason beside each
         branch.
@@ -189,23 +200,23 @@ def _kernels(hopper: bool) -> tuple[Kernel, ...]:
 
 
 def block_attention(
-    q,
-    k,
-    v,
-    k_cache,
-    v_cache,
-    block_start,
-    kv_len,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_start: Tensor,
+    kv_len: Tensor,
     *,
-    kv_start=None,
-    page_table=None,
-    block_len=None,
-    cos=None,
-    sin=None,
-    scale=None,
-    return_lse=False,
-    out=None,
-):
+    kv_start: Tensor | None = None,
+    page_table: Tensor | None = None,
+    block_len: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> Any:
     """Attention of an active block over a cached prefix, itself and a cached suffix (Fast-dLLM,
     arXiv 2505.22618, 3.2).
 
@@ -265,14 +276,16 @@ SDPA_BACKENDS = [
 ]
 
 
-def fastest_sdpa(tensor: torch.Tensor):
+def fastest_sdpa(tensor: Tensor) -> AbstractContextManager:
     """A context in which PyTorch's SDPA prefers SDPA_BACKENDS in their order, on a GPU. To be
     entered once a forward: it takes 50 us.
     """
     return sdpa_kernel(SDPA_BACKENDS, set_priority=True) if tensor.is_cuda else nullcontext()
 
 
-def whole_attention(q, k, v, *, start=None, lengths=None):
+def whole_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, start: Tensor | None = None, lengths: Tensor | None = None
+) -> Tensor:
     """Attention of every query of a row to every key of it, both rotated already.
 
     q [B, T, H, D]; k, v [B, L, HK, D]; without `start` they may differ in T and L. start [B] int32
@@ -301,7 +314,17 @@ def whole_attention(q, k, v, *, start=None, lengths=None):
     return out.transpose(1, 2)
 
 
-def stored_attention(q, k, v, k_cache, v_cache, block_start, kv_len, *, stored: int):
+def stored_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_start: Tensor,
+    kv_len: Tensor,
+    *,
+    stored: int,
+) -> Tensor:
     """`block_attention` of rows that stand alike, over a cache that holds their own keys and values
     already.
 

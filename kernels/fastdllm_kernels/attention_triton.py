@@ -79,7 +79,15 @@ def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
     # Every row tile rotates the block's keys again, off the pipelined path: past a few tiles one
     # more launch is cheaper.
     rotate_first = splits == 1 and T > 256
-    return Config(*tiles, splits, rotate_first, chip.overlap)
+    return Config(
+        tiles.rows,
+        tiles.keys,
+        tiles.warps,
+        tiles.stages,
+        splits,
+        rotate_first,
+        chip.overlap,
+    )
 
 
 def _tiles_of_64(rows, groups, keys, multiprocessors, *, wide):

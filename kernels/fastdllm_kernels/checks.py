@@ -4,6 +4,7 @@ and what came.
 
 import math
 import sys
+from typing import Any
 
 import torch
 
@@ -48,7 +49,9 @@ def choice(name: str, value, known: tuple[str, ...]) -> str:
     return value
 
 
-def tensor(name: str, value, dtypes: tuple, shape=None, device=None, *, optional: bool = False):
+def tensor(
+    name: str, value, dtypes: tuple, shape=None, device=None, *, optional: bool = False
+) -> Any:
     """`value` if it is a tensor of one of `dtypes`, and of this shape on this device where they are
     given.
     """

@@ -9,6 +9,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import backend, checks
 
@@ -19,23 +20,23 @@ ROWS_AT_ONCE = 4096  # of a weight that is quantised: in fp32 they lie beside it
 class Fp8Weight(NamedTuple):
     """The weight data.float() * scale[:, None]: data [out, in] float8_e4m3fn, scale [out] fp32."""
 
-    data: torch.Tensor
-    scale: torch.Tensor
+    data: Tensor
+    scale: Tensor
 
     @property
-    def shape(self):
+    def shape(self) -> torch.Size:
         return self.data.shape
 
     @property
-    def ndim(self):
+    def ndim(self) -> int:
         return self.data.ndim
 
-    def split(self, rows):
+    def split(self, rows) -> "list[Fp8Weight]":
         """Views of so many rows each, as Tensor.split gives them."""
         pairs = zip(self.data.split(rows), self.scale.split(rows), strict=True)
         return [Fp8Weight(*pair) for pair in pairs]
 
-    def copy_(self, weight):
+    def copy_(self, weight: Tensor) -> "Fp8Weight":
         """Quantise `weight` [out, in], of any dtype and device, into this one; a row's scale is
         finite if the row is.
         """
@@ -46,7 +47,7 @@ class Fp8Weight(NamedTuple):
         return self
 
 
-def quantize_weight(weight) -> Fp8Weight:
+def quantize_weight(weight: Tensor) -> Fp8Weight:
     """weight [out, in] (float16, bfloat16, float32 or float64) in e4m3, each row with the scale
     that makes its largest magnitude 448. TypeError for another dtype, ValueError for another shape.
     """
@@ -59,14 +60,14 @@ def quantize_weight(weight) -> Fp8Weight:
 
 
 @torch.no_grad()
-def quantize_rows_reference(x):
+def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """See `quantize_rows`."""
     largest = x.abs().amax(-1).float().clamp(min=SMALLEST)
     data = (x.float() * (LARGEST / largest)[..., None]).to(torch.float8_e4m3fn)
     return data, largest * (1 / LARGEST)
 
 
-def quantize_rows(x):
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(data [rows, in] float8_e4m3fn, scale [rows] fp32) of x [rows, in]: each row's largest
     magnitude becomes 448.
     """
@@ -78,7 +79,7 @@ def quantize_rows(x):
     return quantize_rows_reference(x)
 
 
-def obstacle(x):
+def obstacle(x: Tensor) -> str | None:
     """Why rows of x [..., in] are not multiplied in fp8, or None."""
     if not _multiplies_fp8(x.device):
         return "fp8 needs an NVIDIA GPU of compute capability 8.9 or above"

@@ -15,6 +15,7 @@ Fp8Weight (fp8.py).
 """
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from . import backend, checks, fp8
@@ -25,7 +26,7 @@ from .pointwise import rms_norm, rms_norm_reference, swiglu, swiglu_reference
 MOST_ROWS = 64
 
 
-def linear_reference(x, weight, bias=None):
+def linear_reference(x: Tensor, weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> Tensor:
     """See `linear`."""
     if not isinstance(weight, Fp8Weight):
         return functional.linear(x, weight, bias)
@@ -34,19 +35,23 @@ def linear_reference(x, weight, bias=None):
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def linear_swiglu_reference(x, weight, up=None):
+def linear_swiglu_reference(
+    x: Tensor, weight: Tensor | Fp8Weight, up: Tensor | None = None
+) -> Tensor:
     """See `linear_swiglu`."""
     if up is None:
         return swiglu_reference(linear_reference(x, weight))
     return functional.silu(linear_reference(x, weight)) * linear_reference(x, up)
 
 
-def linear_rms_norm_reference(x, weight, residual, norm_weight, eps):
+def linear_rms_norm_reference(
+    x: Tensor, weight: Tensor | Fp8Weight, residual: Tensor, norm_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """See `linear_rms_norm`."""
     return rms_norm_reference(linear_reference(x, weight), norm_weight, eps, residual)
 
 
-def library_product(x, weight, bias=None):
+def library_product(x: Tensor, weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> Tensor:
     """The library's product; with an Fp8Weight that is torch._scaled_mm, and where this does not
     run the reference.
     """
@@ -85,7 +90,7 @@ def _use_kernel(op, x, weight, *others):
     return backend.use_kernel(op, x, *others, unsupported=unsupported, dtypes=dtypes)
 
 
-def linear(x, weight, bias=None):
+def linear(x: Tensor, weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> Tensor:
     """x [..., in] weight [out, in]^T + bias [out] (or None) -> [..., out].
 
     weight, here and below: a tensor of x's dtype, or an Fp8Weight. Raises TypeError for what is no
@@ -101,7 +106,7 @@ def linear(x, weight, bias=None):
     return library_product(x, weight, bias)
 
 
-def linear_swiglu(x, weight, up=None):
+def linear_swiglu(x: Tensor, weight: Tensor | Fp8Weight, up: Tensor | None = None) -> Tensor:
     """silu(gate) * up of the product x [..., in] by weight [2 I, in] = [gate; up] -> [..., I].
 
     up: a tensor [I, in] where weight, a tensor too, is the gate's [I, in] alone. Raises as `linear`
@@ -128,7 +133,9 @@ def linear_swiglu(x, weight, up=None):
     return functional.silu(library_product(x, weight)) * library_product(x, up)
 
 
-def linear_rms_norm(x, weight, residual, norm_weight, eps):
+def linear_rms_norm(
+    x: Tensor, weight: Tensor | Fp8Weight, residual: Tensor, norm_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """The product x [..., in] by weight [out, in], added to the residual [..., out], and its
     RMSNorm by norm_weight [out] and eps, a finite number above 0.
 

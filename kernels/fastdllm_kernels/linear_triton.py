@@ -183,7 +183,8 @@ def launch(
     chosen = chosen or config(
         rows, width_in, width_out, gated, splittable, itemsize, chip_of(x.device)
     )
-    shape, dtype = (rows, width_out), x.dtype
+    shape: tuple[int, ...] = (rows, width_out)
+    dtype = x.dtype
     if chosen.splits > 1:
         shape, dtype = (chosen.splits, *shape), torch.float32
     y = torch.empty(shape, dtype=dtype, device=x.device)

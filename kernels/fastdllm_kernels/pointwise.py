@@ -13,12 +13,15 @@ Under torch.compile the references run too: its own fusion reaches across them i
 around.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from . import backend, checks
 
 
-def rotate(x, cos, sin):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-split RoPE of x [B, T, H, D] by cos and sin [B, T, D/2]: computed in cos.dtype, returned
     in x.dtype.
     """
@@ -27,7 +30,7 @@ def rotate(x, cos, sin):
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def positions_of(start, count, table):
+def positions_of(start: Tensor, count: int, table: Tensor) -> Tensor:
     """Positions [B, count] of rows that begin at `start` [B], held inside `table`: rows past their
     length may overrun it.
     """
@@ -35,7 +38,9 @@ def positions_of(start, count, table):
     return at.clamp(0, table.shape[0] - 1)
 
 
-def rms_norm_reference(x, weight, eps, residual=None):
+def rms_norm_reference(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> Any:
     """See `rms_norm`."""
     if residual is not None:
         x = x + residual
@@ -44,19 +49,29 @@ def rms_norm_reference(x, weight, eps, residual=None):
     return y if residual is None else (y, x)
 
 
-def swiglu_reference(gate_up):
+def swiglu_reference(gate_up: Tensor) -> Tensor:
     """See `swiglu`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 
 
 def rope_to_cache_reference(
-    q, k, v, cos, sin, start, k_cache=None, v_cache=None, *, length=None, page_table=None
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    start: Tensor,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    *,
+    length: Tensor | None = None,
+    page_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """See `rope_to_cache`."""
     at = positions_of(start, q.shape[1], cos)
     q, k = rotate(q, cos[at], sin[at]), rotate(k, cos[at], sin[at])
-    if k_cache is None:
+    if k_cache is None or v_cache is None:
         return q, k
     rows, steps = at.shape
     step = torch.arange(steps, device=at.device)
@@ -75,7 +90,7 @@ def rope_to_cache_reference(
     return q, k
 
 
-def rms_norm(x, weight, eps, residual=None):
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
     """RMSNorm over the last dimension, statistics in fp32, cast back, then times the weight.
 
     x [..., C]; weight [C]; residual [..., C] or None; eps: a finite number above 0. float16,
@@ -97,7 +112,7 @@ def rms_norm(x, weight, eps, residual=None):
     return rms_norm_reference(x, weight, eps, residual)
 
 
-def swiglu(gate_up):
+def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for gate_up [..., 2 I] = [gate | up]; returns [..., I]. float16, bfloat16,
     float32 (float64 by the reference). TypeError for another dtype, ValueError when the width is
     odd.
@@ -113,8 +128,18 @@ def swiglu(gate_up):
 
 
 def rope_to_cache(
-    q, k, v, cos, sin, start, k_cache=None, v_cache=None, *, length=None, page_table=None
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    start: Tensor,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    *,
+    length: Tensor | None = None,
+    page_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Rotate q and k, and write the rotated keys and the values into the cache at the rows' spans.
 
     q [B, T, H, D]; k, v [B, T, HK, D]; all of one dtype, float16, bfloat16, float32 (float64 by the
