@@ -5,6 +5,8 @@ LoRA adapter, a quantised stand-in, a forward hook, an offloading wrapper) would
 without a word. Every place that reads a weight past its module asks here first.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -51,7 +53,7 @@ def is_bare_product(module: nn.Module) -> bool:
     return is_product(module) and module._parameters["bias"] is None
 
 
-def multiply(product: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def multiply(product: Any, x: torch.Tensor) -> torch.Tensor:
     """product(x), by the op for few rows where that is the same."""
     if is_product(product):
         return linear(x, product.weight, product.bias)

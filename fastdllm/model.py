@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
 
 
 def add_and_norm(
-    norm: nn.Module, residual: torch.Tensor, update: torch.Tensor
+    norm: Any, residual: torch.Tensor, update: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm(sum), sum) of sum = residual + update, both [..., C], in one pass over the rows."""
     if _is_bare_norm(norm):
@@ -43,7 +43,7 @@ def add_and_norm(
 
 
 def multiply_add_and_norm(
-    norm: nn.Module, residual: torch.Tensor, product: nn.Module, x: torch.Tensor
+    norm: Any, residual: torch.Tensor, product: Any, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`add_and_norm` of the update product(x), fused with the product; x [..., in]."""
     if is_bare_product(product) and _is_bare_norm(norm):

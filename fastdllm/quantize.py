@@ -18,6 +18,7 @@ class Fp8Linear(nn.Module):
 
     data: torch.Tensor
     scale: torch.Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, product: nn.Linear):
         super().__init__()
