@@ -167,5 +167,6 @@ def check_policy(policy: object, cache: str) -> None:
         raise TypeError(f"policy: expected a CachePolicy, got {policy!r}")
     if cache == "none" and policy.prompt_refreshes != 1:
         raise ValueError(
-            f"policy: prompt_refreshes {policy.prompt_refreshes} needs cache prefix or dual, got none"
+            f"policy: prompt_refreshes {policy.prompt_refreshes} needs cache prefix or dual, "
+            "got none"
         )

@@ -147,8 +147,8 @@ class Decoder:
             self._commit(rows, works, logits)
 
     def admit(self, row: Row) -> None:
-        """Give a row a free slot and lay its text into the canvas. IndexError where none is free, and nothing
-        changes where that fails.
+        """Give a row a free slot and lay its text into the canvas. IndexError where none is free,
+        and nothing changes where that fails.
         """
         row.slot = self.free[-1]
         self._lay_out(row)
@@ -169,8 +169,8 @@ class Decoder:
         """One forward for every row that is not done, and its commit; whether such rows are left.
 
         refresh_tokens: of the rows that are due for a refresh, only those that have waited longest
-        get it, one row at least and no more tokens than that; None: all. A row whose logits hold a NaN, or whose rule or listener raises, is done and has a
-        `failure`; the others go on.
+        get it, one row at least and no more tokens than that; None: all. A row whose logits hold a
+        NaN, or whose rule or listener raises, is done and has a `failure`; the others go on.
         """
         self._turn += 1
         launched = [
@@ -404,7 +404,7 @@ def decoding(
 
 
 def row_of_prompt(prompt: Ids, gen_length: int, config: ModelConfig) -> Row:
-    """The Row of one prompt, a 1-D sequence of ids. TypeError and ValueError, naming the argument."""
+    """The Row of one prompt, a 1-D sequence of ids. TypeError and ValueError name the argument."""
     (ids,) = arguments.prompt_ids([prompt], config.vocab_size, name="prompt")
     arguments.integer("gen_length", gen_length, 1)
     return _row_of_ids(ids, gen_length, config)

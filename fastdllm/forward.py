@@ -179,7 +179,7 @@ class Forward:
         return self.space.run(key, shape, compute, plan, patience or 0)
 
     def _shape(self, slots, works):
-        """(the Shape of a forward, how often it must have come before it is captured; None: never)."""
+        """(the Shape of a forward, how often it must have come to be captured; None: never)."""
         first = works[0]
         lengths = [work.length for work in works]
         width, ragged, patience = max(lengths), min(lengths) < max(lengths), None
@@ -238,7 +238,7 @@ class Forward:
         return self.canvas[plan.slot[:, None], position]
 
     def _wanted(self, shape, plan, packing):
-        """Which outputs give the block's logits, [R, T] int64 counted through all rows; None: all."""
+        """Which outputs give a block's logits, [R, T] int64 counted through all rows; None: all."""
         shift = self.config.logit_shift
         if not shape.stores and shape.width == shape.block and not shift:
             return None

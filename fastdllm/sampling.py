@@ -79,7 +79,7 @@ class Sampling:
 
 
 class RowSampling(NamedTuple):
-    """One row's Sampling: its own values of the rule's per-row fields, and the seed of its draws."""
+    """One row's Sampling: its values of the rule's per-row fields, and the seed of its draws."""
 
     sampling: Sampling
     values: tuple[float, ...]

@@ -75,9 +75,9 @@ class TextModel:
 def load(name: str, device: str | None = None, dtype: str | None = None) -> TextModel:
     """A model and its tokenizer, both from `name`: an embedded model, a folder or a hub id.
 
-    device: "cpu", "cuda" or "cuda:N"; default a GPU where there is one. dtype: a word that `checkpoint.dtype_named` knows;
-    default float32 on a CPU and bfloat16 on a GPU. UsageError for other words, RuntimeError with
-    the cause where the model cannot be loaded.
+    device: "cpu", "cuda" or "cuda:N"; default a GPU where there is one. dtype: a word that
+    `checkpoint.dtype_named` knows; default float32 on a CPU and bfloat16 on a GPU. UsageError for
+    other words, RuntimeError with the cause where the model cannot be loaded.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

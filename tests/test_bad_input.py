@@ -1512,7 +1512,7 @@ def test_a_wrong_call_raises_the_stated_error(tmp_path, call, error, pattern):
 @pytest.mark.parametrize("mode", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_nan_logits_name_the_row_and_the_position(tmp_path, family, mode):
-    """The prompt of row 1 alone holds a token whose embedding is broken: row 0 must not be blamed."""
+    """Only row 1's prompt holds a token whose embedding is broken: row 0 must not be blamed."""
     config = tiny.FAMILIES[family]
     model = model_in(tmp_path, family)
     broken = oracle_models.shape_of(config)["vocab"] - 8

@@ -1,4 +1,4 @@
-"""Engine: what a request gets is what it would get alone, whatever comes, goes or fails around it."""
+"""Engine: a request gets what it would get alone, whatever comes, goes or fails around it."""
 
 import asyncio
 import copy

@@ -22,7 +22,7 @@ _only_compiles: ContextVar[bool] = ContextVar("fastdllm_only_compiles", default=
 
 
 def launch(kernel, grid: tuple, *arguments, **options) -> None:
-    """kernel[grid](*arguments, **options); inside `side_by_side` it is compiled and does not run."""
+    """kernel[grid](*arguments, **options); inside `side_by_side` the kernel is only compiled."""
     if _only_compiles.get():
         kernel.warmup(*arguments, grid=grid, **options)
     else:
