@@ -337,7 +337,14 @@ def test_a_closed_stream_is_no_error(command, closed, call, monkeypatch):
 def in_a_process(*words, **options):
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     command = [sys.executable, "-m", "fastdllm", *words]
-    return subprocess.Popen(command, cwd=ROOT, env=environment | options.pop("env", {}), **options)
+    environment |= options.pop("env", {})
+
+    def heed_interrupts():  # a shell starts what runs in its background deaf to them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, preexec_fn=heed_interrupts, **options
+    )
 
 
 @pytest.mark.parametrize(
