@@ -15,6 +15,7 @@ import fastdllm
 from fastdllm_kernels import SCORES
 from fastdllm_kernels.rules import LARGEST_COUNT
 
+from .. import arguments
 from ..arguments import CACHES
 from ..options import (
     COUNT,
@@ -153,7 +154,7 @@ class Options:
             block_length=gen_length if self.block_length is None else self.block_length,
             temperature=0.0 if temperature is None else temperature,
             top_p=_first("top_p", self.top_p, sampling),
-            top_k=_first("top_k", self.top_k, sampling),
+            top_k=arguments.top_k(_first("top_k", self.top_k, sampling)),
             until=() if self.escape_until else _stop_strings(request.get("until")),
         )
 
