@@ -134,8 +134,9 @@ def _unsupported(x):
     """Why no kernel takes these operands, or None."""
     if x.q.shape[-1] > 256:
         return f"the head dimension is {x.q.shape[-1]}, above 256"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in x[:5]):
-        return "an input requires a gradient and the kernel has none"
+    reason = backend.derivative(*x[:5], x.cos, x.sin)
+    if reason:
+        return reason
     for name in ("q", "k", "v", "k_cache", "v_cache", "cos", "sin", "page_table", "out"):
         tensor = getattr(x, name)
         if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
@@ -234,17 +235,35 @@ def block_attention(
     Returns out [B, T, H, D], and with return_lse also the log-sum-exp of the scaled scores [B, T,
     H] fp32. A row without a visible key gives 0 and -inf. Nothing is read back to the host. Spans
     are trusted: they lie on the device, so a position outside the cache is the caller's error. A
-    page that does not exist is read as the nearest one that does. Raises TypeError for dtypes,
+    page that does not exist is read as the nearest one that does. Where a derivative is wanted,
+    under torch.compile and torch.func too, the reference computes. Raises TypeError for dtypes,
     ValueError for shapes and devices.
     """
     _check(q, k, v, k_cache, v_cache, page_table)
     _check_spans(q, block_start=block_start, kv_len=kv_len, kv_start=kv_start, block_len=block_len)
     _check_rotation(q, cos, sin)
     scale = q.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
+    checks.tensor("out", out, (q.dtype,), q.shape, q.device, optional=True)
+    if backend.wants_derivative("block_attention", q, k, v, k_cache, v_cache, cos, sin, out):
+        return block_attention_reference(
+            q,
+            k,
+            v,
+            k_cache,
+            v_cache,
+            block_start,
+            kv_len,
+            kv_start=kv_start,
+            page_table=page_table,
+            block_len=block_len,
+            cos=cos,
+            sin=sin,
+            scale=scale,
+            return_lse=return_lse,
+            out=out,
+        )
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    else:
-        checks.tensor("out", out, (q.dtype,), q.shape, q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
     x = Operands(
         q,

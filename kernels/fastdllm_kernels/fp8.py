@@ -1,8 +1,8 @@
 """Weights in fp8: half the bytes of bf16, e4m3 numbers with a scale for each row.
 
 Where such a weight is multiplied (linear.py), the rows of x are quantised as they come, each by its
-largest magnitude. Two operands of 3 bits of mantissa lose about 4% of a product's size, and there
-is no gradient.
+largest magnitude. Two operands of 3 bits of mantissa lose about 4% of a product's size. There is no
+gradient: an x that wants one is refused.
 """
 
 from functools import cache

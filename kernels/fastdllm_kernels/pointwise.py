@@ -160,6 +160,7 @@ def rope_to_cache(
     if length is not None:
         checks.tensor("length", length, (torch.int32,), q.shape[:1], q.device)
     unsupported = _check_caches(q, k, k_cache, v_cache, page_table)
+    unsupported = backend.derivative(cos, sin) or unsupported
     if backend.use_kernel("rope_to_cache", q, k, v, k_cache, v_cache, unsupported=unsupported):
         from .pointwise_triton import launch_rope_to_cache
 

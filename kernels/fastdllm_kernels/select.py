@@ -470,7 +470,7 @@ def confidence_select(
     checks.tensor(
         "step", step, (torch.int64, torch.int32), tokens.shape[:1], tokens.device, optional=True
     )
-    if branch_of(rule) is None:
+    if branch_of(rule) is None or backend.wants_derivative("confidence_select", logits):
         return _select_with(
             token_confidence,
             logits,
@@ -529,6 +529,19 @@ def token_confidence(
     checks.tensor(
         "position", position, (torch.int64,), logits.shape[:1], logits.device, optional=True
     )
+    if backend.wants_derivative("token_confidence", logits):
+        return token_confidence_reference(
+            logits,
+            mask_id=mask_id,
+            score=score,
+            temperature=temperature,
+            seed=seed_number if seed is None else seed,
+            position=position,
+            vocab_size=vocab_size,
+            return_logsumexp=return_logsumexp,
+            return_entropy=return_entropy,
+            return_margin=return_margin,
+        )
     scoring = Scoring(logits, mask_id, vocab_size, score, float(temperature), seed, seed_number)
     rows = Rows(position, 0, return_entropy, return_margin)
     token_ids, _, values = torch.ops.fastdllm.token_confidence(*scoring, *rows)
@@ -569,6 +582,16 @@ def token_confidence_partials(
     checks.tensor(
         "position", position, (torch.int64,), logits.shape[:1], logits.device, optional=True
     )
+    if backend.wants_derivative("token_confidence_partials", logits):
+        return token_confidence_partials_reference(
+            logits,
+            vocab_start=vocab_start,
+            mask_id=mask_id,
+            temperature=temperature,
+            seed=seed_number if seed is None else seed,
+            position=position,
+            vocab_size=vocab_size,
+        )
     scoring = Scoring(logits, mask_id, vocab_size, None, float(temperature), seed, seed_number)
     rows = Rows(position, vocab_start, entropy=True, margin=True)
     token_ids, has_nan, values = torch.ops.fastdllm.token_confidence(*scoring, *rows)
