@@ -281,7 +281,8 @@ def replace_attention(
 
     Replacing twice is replacing once; with other keywords, the last ones hold. TypeError for what
     is no module with a config; ValueError, before anything changes, for a model that is not known,
-    naming what was looked for, and for a config that lacks a value or asks for other maths.
+    naming what was looked for, for layers that share their attention or its number or are not as
+    many as the config says, and for a config that lacks a value or asks for other maths.
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TypeError(
@@ -374,9 +375,31 @@ def _config(
         raise ValueError(
             f"{error} (pass mask_id= and stop_ids= where the config has no ids)"
         ) from None
-    return replace(
-        config,
-        num_layers=len(_find(model, file.layers)),
-        family=family,
-        **FAMILIES[family].fixed,
-    )
+    _check_layers(model, file, config.num_layers)
+    return replace(config, family=family, **FAMILIES[family].fixed)
+
+
+def _check_layers(model: Any, file: ModelingFile, expected: int) -> None:
+    """ValueError unless there are as many layers as the config says, each with attention and a
+    number of its own: layers that share one would write one layer's keys and values.
+    """
+    layers = _find(model, file.layers)
+    if len(layers) != expected:
+        raise ValueError(
+            f"model: expected {expected} layers in {file.layers}, as model.config says, "
+            f"got {len(layers)}"
+        )
+    modules: dict[int, int] = {}
+    numbers: dict[int, int] = {}
+    for index, layer in enumerate(layers):
+        owner = _find(layer, file.attention_owner)
+        number = getattr(owner, file.layer_number, None)
+        twin = modules.setdefault(id(owner), index)
+        if twin == index and number is not None:
+            twin = numbers.setdefault(number, index)
+        if twin != index:
+            raise ValueError(
+                f"model: expected layers with attention and a {file.layer_number} of their own, "
+                f"got {file.layers}.{index} and {file.layers}.{twin} with {file.layer_number} "
+                f"{number}: both would write one layer's keys and values"
+            )

@@ -803,6 +803,38 @@ def headless(tmp_path):
     return model
 
 
+def with_layers(kind, change):
+    """Makes a published model whose list of layers `change` had."""
+
+    def make(tmp_path):
+        model, _, _ = build(kind, tmp_path)
+        inner = model.model
+        change(inner.transformer.blocks if kind == "LLaDA" else inner.layers)
+        return model
+
+    return make
+
+
+def repeat_the_first(layers):
+    layers[1] = layers[0]
+
+
+def copy_the_first(layers):
+    layers[1] = copy.deepcopy(layers[0])
+
+
+def share_attention(layers):
+    layers[1].self_attn = layers[0].self_attn
+
+
+def append_one(layers):
+    layers.append(copy.deepcopy(layers[0]))
+
+
+def drop_the_last(layers):
+    del layers[len(layers) - 1]
+
+
 scaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}}
 REFUSED = {
     "another architecture": (
@@ -861,6 +893,36 @@ REFUSED = {
         {"mask_id": 3},
         ValueError,
         "model.config.*rope_parameters.*linear",
+    ),
+    "a layer that comes twice": (
+        with_layers("LLaDA", repeat_the_first),
+        {},
+        ValueError,
+        r"model\.transformer\.blocks\.1 and model\.transformer\.blocks\.0 with layer_id 0",
+    ),
+    "a copy of a layer, its number too": (
+        with_layers("Dream", copy_the_first),
+        {},
+        ValueError,
+        r"model\.layers\.1 and model\.layers\.0 with layer_idx 0",
+    ),
+    "attention that two layers share": (
+        with_layers("Dream", share_attention),
+        {},
+        ValueError,
+        r"model\.layers\.1 and model\.layers\.0 with layer_idx 0",
+    ),
+    "a layer more than the config says": (
+        with_layers("LLaDA", append_one),
+        {},
+        ValueError,
+        r"expected 2 layers in model\.transformer\.blocks, as model\.config says, got 3",
+    ),
+    "a layer less than the config says": (
+        with_layers("Qwen2, dream", drop_the_last),
+        {"mask_id": 3},
+        ValueError,
+        r"expected 2 layers in model\.layers.*got 1",
     ),
 }
 
