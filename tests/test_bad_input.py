@@ -891,6 +891,30 @@ ATTENTION = [
     ),
     ("out a list", lambda f: attend(out=[]), TypeError, "^out:"),
     (
+        "out whose heads are one",
+        lambda f: attend(out=torch.zeros(2, 4, 1, 64).expand(2, 4, 6, 64)),
+        ValueError,
+        r"^out: .*lie apart.*\(2, 4, 6, 64\) with strides \(256, 64, 0, 1\)",
+    ),
+    (
+        "out whose rows overlap",
+        lambda f: attend(out=torch.zeros(4000).as_strided((2, 4, 6, 64), (1, 384, 64, 1))),
+        ValueError,
+        "^out: .*lie apart",
+    ),
+    (
+        "out whose heads overlap by one number",
+        lambda f: attend(out=torch.zeros(4000).as_strided((2, 4, 6, 64), (1536, 384, 63, 1))),
+        ValueError,
+        "^out: .*lie apart",
+    ),
+    (
+        "out that a gradient is wanted of",
+        lambda f: attend(out=torch.zeros(2, 4, 6, 64, requires_grad=True)),
+        ValueError,
+        "^out: .*leaf with a gradient",
+    ),
+    (
         "tables of no position",
         lambda f: attend(cos=torch.zeros(0, 32), sin=torch.zeros(0, 32)),
         ValueError,
@@ -954,6 +978,26 @@ SELECT = [
         lambda f: select(tokens=torch.full((2, 4), MASK, device=META)),
         ValueError,
         "^tokens:",
+    ),
+    (
+        "tokens whose rows are one",
+        lambda f: select(tokens=torch.full((1, 4), MASK).expand(2, 4)),
+        ValueError,
+        r"^tokens: .*lie apart.*\(2, 4\) with strides \(0, 1\)",
+    ),
+    (
+        "tokens whose rows overlap",
+        lambda f: select(tokens=torch.full((8,), MASK).unfold(0, 4, 2)[:2]),
+        ValueError,
+        "^tokens: .*lie apart",
+    ),
+    (
+        "tokens that overlap, and a rule without a kernel",
+        lambda f: select(
+            tokens=torch.full((2, 1), MASK).expand(2, 4), rule=lambda scores, c, step: c
+        ),
+        ValueError,
+        "^tokens: .*lie apart",
     ),
     ("mask_id past the vocabulary", lambda f: select(mask_id=10), ValueError, "^mask_id:.*10"),
     ("mask_id negative", lambda f: select(mask_id=-1), ValueError, "^mask_id:"),
@@ -1186,6 +1230,40 @@ POINTWISE = [
         lambda f: rotate(k_cache=torch.zeros(1, 4, 3, 8)),
         ValueError,
         "^k_cache:",
+    ),
+    (
+        "a key cache whose slots are one",
+        lambda f: rotate(k_cache=torch.zeros(1, 1, 2, 8).expand(1, 4, 2, 8)),
+        ValueError,
+        "^k_cache: .*lie apart",
+    ),
+    (
+        "a value cache whose heads are one",
+        lambda f: rotate(v_cache=torch.zeros(1, 4, 1, 8).expand(1, 4, 2, 8)),
+        ValueError,
+        "^v_cache: .*lie apart",
+    ),
+    (
+        "one tensor for both caches",
+        lambda f: rotate(**dict.fromkeys(("k_cache", "v_cache"), torch.zeros(1, 4, 2, 8))),
+        ValueError,
+        "^v_cache: .*of its own",
+    ),
+    (
+        "pages that overlap",
+        lambda f: rotate(
+            k_cache=torch.zeros(160).as_strided((3, 4, 2, 8), (16, 16, 8, 1)),
+            v_cache=torch.zeros(3, 4, 2, 8),
+            page_table=torch.zeros(1, 1).int(),
+        ),
+        ValueError,
+        "^k_cache: .*lie apart",
+    ),
+    (
+        "a key cache that a gradient is wanted of",
+        lambda f: rotate(k_cache=torch.zeros(1, 4, 2, 8, requires_grad=True)),
+        ValueError,
+        "^k_cache: .*leaf with a gradient",
     ),
     ("starts of other rows", lambda f: rotate(start=ints(0, 1)), ValueError, "^start:"),
     ("starts of floats", lambda f: rotate(start=torch.zeros(1)), TypeError, "^start:"),

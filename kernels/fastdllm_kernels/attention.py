@@ -230,7 +230,7 @@ def block_attention(
     positions is never read; it is never written. block_len [B] int32: row b's block has only that
     many of the T positions (its suffix starts right after them; rows past it give 0). cos, sin
     [positions, D/2]: rotate q and k, in their dtype; cached keys are rotated already. scale:
-    default D ** -0.5. out: where to write [B, T, H, D].
+    default D ** -0.5. out: where to write [B, T, H, D], its elements in places of their own.
 
     Returns out [B, T, H, D], and with return_lse also the log-sum-exp of the scaled scores [B, T,
     H] fp32. A row without a visible key gives 0 and -inf. Nothing is read back to the host. Spans
@@ -244,6 +244,7 @@ def block_attention(
     _check_rotation(q, cos, sin)
     scale = q.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
     checks.tensor("out", out, (q.dtype,), q.shape, q.device, optional=True)
+    checks.written("out", out)
     if backend.wants_derivative("block_attention", q, k, v, k_cache, v_cache, cos, sin, out):
         return block_attention_reference(
             q,

@@ -69,6 +69,26 @@ def tensor(
     return value
 
 
+def written(name: str, value) -> Any:
+    """`value`, a tensor to write into (or None), if no two of its elements lie in one place, as far
+    as its strides tell, and no gradient of it would be lost.
+    """
+    if value is None:
+        return None
+    if not value.is_contiguous():
+        reach = 0  # of the dimensions of smaller strides, in elements
+        for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+            if size > 1 and stride <= reach:
+                raise ValueError(
+                    f"{name}: expected a tensor whose elements lie apart, to be written, got shape "
+                    f"{tuple(value.shape)} with strides {value.stride()}"
+                )
+            reach += stride * (size - 1)
+    if value.requires_grad and value.is_leaf and torch.is_grad_enabled():
+        raise ValueError(f"{name}: expected a tensor to write into, got a leaf with a gradient")
+    return value
+
+
 def rotation(cos, sin, q):
     """cos and sin if they are tables [positions, D/2], of a position or more, that rotate q."""
     for name, table in (("cos", cos), ("sin", sin)):

@@ -201,6 +201,10 @@ def _check_caches(q, k, k_cache, v_cache, page_table):
                 f"got {tuple(k_cache.shape)} on {k_cache.device}"
             )
         checks.tensor("v_cache", v_cache, (k.dtype,), k_cache.shape, q.device)
+        if k_cache is v_cache:
+            raise ValueError("v_cache: expected a tensor of its own, got k_cache")
+        checks.written("k_cache", k_cache)
+        checks.written("v_cache", v_cache)
     if page_table is not None:
         checks.pages(page_table, k_cache, q)
     if k_cache is not None and (k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1):
