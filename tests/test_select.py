@@ -300,6 +300,19 @@ def test_the_compiler_sees_one_node_whatever_the_rule(device, rule):
     assert torch.equal(compiled(tokens.clone()), call(tokens.clone()))
 
 
+def test_the_compiler_takes_tokens_of_any_strides_and_lengths(device):
+    def call(logits, tokens):
+        chosen = fk.confidence_select(logits, tokens, mask_id=19, rule=Threshold(0.3))
+        return chosen.committed, tokens
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager", dynamic=True)
+    for width in (3, 4):
+        logits = random_logits(device, torch.float32, 2, width, 20)
+        one, two = (torch.full((width, 2), 19, device=device).t() for _ in range(2))
+        for got, wanted in zip(compiled(logits, one), call(logits, two), strict=True):
+            assert torch.equal(got, wanted)
+
+
 @triton.jit
 def _quota_kernel(masks, steps, step, even, dream, N: tl.constexpr):
     at = tl.arange(0, N)

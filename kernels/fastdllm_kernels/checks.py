@@ -75,18 +75,29 @@ def written(name: str, value) -> Any:
     """
     if value is None:
         return None
-    if not value.is_contiguous():
-        reach = 0  # of the dimensions of smaller strides, in elements
-        for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
-            if size > 1 and stride <= reach:
-                raise ValueError(
-                    f"{name}: expected a tensor whose elements lie apart, to be written, got shape "
-                    f"{tuple(value.shape)} with strides {value.stride()}"
-                )
-            reach += stride * (size - 1)
+    if not value.is_contiguous() and _overlaps(value):
+        raise ValueError(
+            f"{name}: expected a tensor whose elements lie apart, to be written, got shape "
+            f"{tuple(value.shape)} with strides {value.stride()}"
+        )
     if value.requires_grad and value.is_leaf and torch.is_grad_enabled():
         raise ValueError(f"{name}: expected a tensor to write into, got a leaf with a gradient")
     return value
+
+
+def _overlaps(value):
+    """Whether a dimension's stride is no longer than what the dimensions inside it cover."""
+    dimensions = [
+        (stride, stride * (size - 1))
+        for stride, size in zip(value.stride(), value.shape, strict=True)
+        if size > 1
+    ]
+    # Without sorting, which torch.compile does not do with symbols.
+    for stride, extent in dimensions:
+        inside = sum(other for step, other in dimensions if step <= stride) - extent
+        if stride <= inside:
+            return True
+    return False
 
 
 def rotation(cos, sin, q):
