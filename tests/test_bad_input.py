@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy
 import oracle_models
 import pytest
 import tiny
@@ -747,7 +748,13 @@ LOAD = [
 ]
 
 ATTENTION = [
-    ("q a list", lambda f: attend(q=[1]), TypeError, "^q:"),
+    ("q a list", lambda f: attend(q=[1]), TypeError, "^q: expected a tensor, got list$"),
+    (
+        "q of numpy",
+        lambda f: attend(q=numpy.zeros((2, 4, 6, 64), numpy.float32)),
+        TypeError,
+        "^q: expected a tensor, got ndarray$",
+    ),
     ("q of three dimensions", lambda f: attend(q=torch.zeros(2, 4, 64)), ValueError, "^q:"),
     (
         "q of integers",
@@ -942,6 +949,12 @@ ATTENTION = [
 
 SELECT = [
     ("logits a list", lambda f: select(logits=[0.0]), TypeError, "^logits:"),
+    (
+        "logits of numpy",
+        lambda f: select(logits=numpy.zeros((2, 4, 10), numpy.float32)),
+        TypeError,
+        "^logits: expected a tensor, got ndarray$",
+    ),
     (
         "logits of integers",
         lambda f: select(logits=torch.zeros(2, 4, 10, dtype=torch.int64)),
@@ -1310,6 +1323,12 @@ POINTWISE = [
         lambda f: normalise(residual=torch.ones(2, 8, dtype=torch.bool)),
         TypeError,
         "^residual:.*bool",
+    ),
+    (
+        "an RMSNorm weight of numpy",
+        lambda f: normalise(weight=numpy.ones(8, numpy.float32)),
+        TypeError,
+        "^weight: expected a tensor, got ndarray$",
     ),
     ("eps of 0", lambda f: normalise(eps=0.0), ValueError, "^eps:.*above 0.*0.0"),
     ("eps negative", lambda f: normalise(eps=-1e-5), ValueError, "^eps:"),

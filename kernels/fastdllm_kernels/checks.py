@@ -57,10 +57,11 @@ def tensor(
     """
     if value is None and optional:
         return None
-    if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        got = getattr(value, "dtype", type(value).__name__)
-        raise TypeError(f"{name}: expected a tensor of {wanted}, got {got}")
+        raise TypeError(f"{name}: expected a tensor of {wanted}, got {value.dtype}")
     if shape is not None and (value.shape != shape or value.device != device):
         raise ValueError(
             f"{name}: expected shape {tuple(shape)} on {device}, "
