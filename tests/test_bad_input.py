@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import dataclass
 
 import numpy
 import oracle_models
@@ -21,6 +22,7 @@ from fastdllm_kernels import (
     linear,
     linear_rms_norm,
     linear_swiglu,
+    per_row,
     quantize_weight,
     rms_norm,
     rope_to_cache,
@@ -138,6 +140,16 @@ def all_at_step_1(scores, candidates, step):
     any more.
     """
     return (torch.arange(candidates.shape[1]) == 0) | (step > 0)[:, None]
+
+
+@dataclass(frozen=True)
+class Above:
+    """A rule without a kernel."""
+
+    tau: torch.Tensor = per_row(0.5)
+
+    def commit(self, scores, candidates, step):
+        return candidates
 
 
 def spoiled(model, value):
@@ -1133,6 +1145,30 @@ RULES = [
         lambda f: Threshold(torch.tensor([0.5, NAN])),
         ValueError,
         "tau",
+    ),
+    (
+        "thresholds on meta",
+        lambda f: Threshold(torch.empty(3, device=META)),
+        ValueError,
+        "^Threshold.tau: expected a tensor that holds numbers, got one on meta",
+    ),
+    (
+        "steps on meta",
+        lambda f: Quota(torch.empty(3, dtype=torch.int64, device=META)),
+        ValueError,
+        "^Quota.steps: .*meta",
+    ),
+    (
+        "a rule of the caller's own with a field on meta",
+        lambda f: generate(f, rule=Above(torch.empty(1, device=META))),
+        ValueError,
+        "^rule: Above.tau: .*meta",
+    ),
+    (
+        "the same, of confidence_select",
+        lambda f: select(rule=Above(torch.empty(2, device=META))),
+        ValueError,
+        "^rule: Above.tau: .*meta",
     ),
     ("a factor of 0", lambda f: Factor(0.0), ValueError, r"\bf\b"),
     ("a negative factor", lambda f: Factor(-1.0), ValueError, r"\bf\b"),

@@ -463,7 +463,7 @@ def confidence_select(
     vocab_size = _check_logits(logits, 3, mask_id, score, temperature, vocab_size)
     checks.tensor("tokens", tokens, (torch.int64,), logits.shape[:2], logits.device)
     checks.written("tokens", tokens)
-    check_rule(rule, len(tokens))
+    check_rule(rule, len(tokens), tokens.device)
     checks.tensor(
         "candidates", candidates, (torch.bool,), tokens.shape, tokens.device, optional=True
     )
