@@ -17,17 +17,20 @@ from fastdllm import text as texts
 from fastdllm.integrations.lm_eval_options import read_options
 from fastdllm_kernels import (
     Fp8Weight,
+    Partials,
     block_attention,
     confidence_select,
     linear,
     linear_rms_norm,
     linear_swiglu,
+    merge_confidence_partials,
     per_row,
     quantize_weight,
     rms_norm,
     rope_to_cache,
     swiglu,
     token_confidence,
+    token_confidence_partials,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -85,6 +88,15 @@ def select(logits=None, tokens=None, **changes):
     logits = torch.zeros(2, 4, 10) if logits is None else logits
     tokens = torch.full((2, 4), MASK) if tokens is None else tokens
     return confidence_select(logits, tokens, **{"mask_id": MASK, "rule": Threshold(0.9), **changes})
+
+
+def part(rows=3, **changes):
+    """Partials of so many rows, with changes."""
+    return token_confidence_partials(torch.zeros(rows, 4))._replace(**changes)
+
+
+def merge(partials, **options):
+    return merge_confidence_partials(partials, **options)
 
 
 def rotate(**changes):
@@ -1134,6 +1146,86 @@ SELECT = [
     ),
 ]
 
+MERGE = [
+    ("partials that are none", lambda f: merge(None), TypeError, "^partials: .*NoneType"),
+    ("no partials", lambda f: merge([]), ValueError, "^partials: .*at least one"),
+    ("one Partials", lambda f: merge(part()), TypeError, "^partials: .*list of Partials.*Partials"),
+    (
+        "partials by a generator",
+        lambda f: merge(part() for _ in range(2)),
+        TypeError,
+        "^partials: .*generator",
+    ),
+    (
+        "a plain tuple among partials",
+        lambda f: merge([part(), tuple(part())]),
+        TypeError,
+        r"^partials\[1\]: expected Partials, got tuple",
+    ),
+    (
+        "a list among partials",
+        lambda f: merge([part(maximum=[0.0] * 3)]),
+        TypeError,
+        r"^partials\[0\].maximum: expected a tensor, got list",
+    ),
+    (
+        "partials of half precision",
+        lambda f: merge([part(), part(total=torch.ones(3).half())]),
+        TypeError,
+        r"^partials\[1\].total: .*float32.*float16",
+    ),
+    (
+        "partials whose ids are int32",
+        lambda f: merge([part(token_ids=ints(1, 2, 3))]),
+        TypeError,
+        r"^partials\[0\].token_ids: .*int64.*int32",
+    ),
+    (
+        "partials whose NaNs are numbers",
+        lambda f: merge([part(has_nan=torch.zeros(3))]),
+        TypeError,
+        r"^partials\[0\].has_nan: .*bool.*float32",
+    ),
+    (
+        "partials of other rows",
+        lambda f: merge([part(), part(4)]),
+        ValueError,
+        r"^partials\[1\].maximum: expected \(3,\) on cpu.*\(4,\)",
+    ),
+    (
+        "a field of one row",
+        lambda f: merge([part(), part(logit=torch.zeros(1))]),
+        ValueError,
+        r"^partials\[1\].logit: .*\(1,\)",
+    ),
+    (
+        "partials of two dimensions",
+        lambda f: merge([Partials(*(field[None] for field in part()))]),
+        ValueError,
+        r"^partials\[0\].maximum: expected \[N\], got \(1, 3\)",
+    ),
+    (
+        "partials elsewhere",
+        lambda f: merge([part(), Partials(*(field.to(META) for field in part()))]),
+        ValueError,
+        r"^partials\[1\].maximum: expected .* on cpu.*meta",
+    ),
+    ("merging by an unknown score", lambda f: merge([part()], score="x"), ValueError, "^score:"),
+    ("merging at random", lambda f: merge([part()], score="random"), ValueError, "^seed:"),
+    (
+        "merging with seeds of other rows",
+        lambda f: merge([part()], score="random", seed=torch.zeros(2).long()),
+        ValueError,
+        "^seed:",
+    ),
+    (
+        "merging at positions of int32",
+        lambda f: merge([part()], score="random", seed=1, position=ints(0, 1, 2)),
+        TypeError,
+        "^position:",
+    ),
+]
+
 RULES = [
     ("a threshold of NaN", lambda f: Threshold(NAN), ValueError, "tau"),
     ("a threshold of text", lambda f: Threshold("0.9"), TypeError, "tau"),
@@ -1623,6 +1715,7 @@ TABLE = [
         ("load", LOAD),
         ("block_attention", ATTENTION),
         ("select", SELECT),
+        ("merge", MERGE),
         ("rules", RULES),
         ("pointwise", POINTWISE),
         ("options", OPTIONS),

@@ -214,11 +214,14 @@ def merge_confidence_partials(
 
     partials: a non-empty list of Partials of equal shape on one device, made with equal mask_id,
     temperature, seed and position. score, seed, position (both for score "random") and the returned
-    fields are those of `token_confidence`.
+    fields are those of `token_confidence`. Raises TypeError for dtypes and what is no Partials,
+    ValueError for shapes and devices that do not fit together.
     """
-    if not partials:
-        raise ValueError("partials: expected at least one Partials, got none")
+    _check_partials(partials)
     checks.choice("score", score, SCORES)
+    like = partials[0].maximum
+    _seed_arguments(seed, like, score == "random")
+    checks.tensor("position", position, (torch.int64,), like.shape, like.device, optional=True)
     part = Partials(*(torch.stack(field) for field in zip(*partials, strict=True)))
     maximum, has_nan = part.maximum.amax(0), part.has_nan.any(0)
     shift = torch.where(maximum == -math.inf, 0, maximum)
@@ -252,6 +255,29 @@ def merge_confidence_partials(
         values[score],
         *(values[name] if want else None for name, want in returned.items()),
     )
+
+
+def _check_partials(partials):
+    """That these are Partials of the same rows."""
+    if not isinstance(partials, (list, tuple)) or isinstance(partials, Partials):
+        raise TypeError(f"partials: expected a list of Partials, got {type(partials).__name__}")
+    if not partials:
+        raise ValueError("partials: expected at least one Partials, got none")
+    dtypes = {"token_ids": torch.int64, "has_nan": torch.bool}
+    for index, part in enumerate(partials):
+        if not isinstance(part, Partials):
+            raise TypeError(f"partials[{index}]: expected Partials, got {type(part).__name__}")
+        for field, value in part._asdict().items():
+            name = f"partials[{index}].{field}"
+            checks.tensor(name, value, (dtypes.get(field, torch.float32),))
+            like = partials[0].maximum
+            if value.ndim != 1:
+                raise ValueError(f"{name}: expected [N], got {tuple(value.shape)}")
+            if value.shape != like.shape or value.device != like.device:
+                raise ValueError(
+                    f"{name}: expected {tuple(like.shape)} on {like.device}, as that of "
+                    f"partials[0], got {tuple(value.shape)} on {value.device}"
+                )
 
 
 def confidence_select_reference(
