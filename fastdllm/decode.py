@@ -519,6 +519,8 @@ def checked_model(model: Any) -> Model:
             "model: expected weights of float16, bfloat16 or float32 on a device, "
             f"got {model.dtype} on {model.device}"
         )
+    if hasattr(model, "check_layers"):
+        model.check_layers()
     return model
 
 

@@ -165,7 +165,8 @@ class Adapter:
         self.config = config
         self.attached = Attached()
         self.checked = guard.Checked()
-        self.replaced: list[Replaced] = [*self._attentions(), *self._forwards()]
+        self.attentions = list(self._attentions())
+        self.replaced: list[Replaced] = [*self.attentions, *self._forwards()]
         self.replaced += speed_up(self._part("layers"), self._part("norm"))
         # transformers 5 drops this key from LLaDA's config, and LLaDA's forward reads it.
         their_config: Any = model.config
@@ -219,6 +220,27 @@ class Adapter:
         takes it away.
         """
         self.attached.cache = cache
+
+    def check_layers(self) -> None:
+        """ValueError naming the first layer whose attention is not the one that was replaced in it,
+        or that is there twice.
+        """
+        owners = {id(replaced.module) for replaced in self.attentions}
+        seen: dict[int, int] = {}
+        for index, layer in enumerate(self._part("layers")):
+            where = f"{self.file.layers}.{index}"
+            found = [id(module) for module in layer.modules() if id(module) in owners]
+            if not found:
+                raise ValueError(
+                    f"model: {where} ({type(layer).__name__}) came after replace_attention, and "
+                    "its attention is its own: restore_attention, then replace_attention again"
+                )
+            first = seen.setdefault(found[0], index)
+            if first != index:
+                raise ValueError(
+                    f"model: expected layers with keys and values of their own, got one layer in "
+                    f"{self.file.layers}.{first} and {where}"
+                )
 
     def hidden_states(self, tokens: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
         """The last layer's output, normalised: tokens [R, T] int64 -> [R, T, hidden_size], or [...,

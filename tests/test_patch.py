@@ -936,6 +936,40 @@ def test_what_it_cannot_do_is_refused_before_anything_changes(name, tmp_path):
     assert not hasattr(model, "fastdllm_adapter")
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (copy_the_first, r"^model: model\.layers\.1 \(DreamDecoderLayer\) came after"),
+        (repeat_the_first, r"^model: .*one layer in model\.layers\.0 and model\.layers\.1"),
+        (append_one, r"^model: model\.layers\.2 \(DreamDecoderLayer\) came after"),
+        (
+            lambda layers: layers.__setitem__(0, nn.Identity()),
+            r"^model: model\.layers\.0 \(Identity\) came after",
+        ),
+    ],
+)
+def test_a_layer_that_came_after_replacing_is_refused(change, message, tmp_path):
+    model, _, _ = build("Dream", tmp_path)
+    fastdllm.replace_attention(model)
+    change(model.model.layers)
+    with pytest.raises(ValueError, match=message):
+        decode(model)
+
+
+def test_a_layer_that_was_swapped_decodes_once_it_is_replaced(tmp_path):
+    model, _, native = build("Dream", tmp_path / "one")
+    other, _, _ = build("Dream", tmp_path / "two", seed=1)
+    wanted = decode(fastdllm.replace_attention(copy.deepcopy(model)))
+    fastdllm.replace_attention(other)
+    for index in range(2):
+        other.model.layers[index] = model.model.layers[index]
+    with pytest.raises(ValueError, match=r"model\.layers\.0 .*restore_attention"):
+        decode(other)
+    fastdllm.replace_attention(fastdllm.restore_attention(other))
+    other.load_state_dict(model.state_dict())
+    assert_same(decode(other), wanted)
+
+
 # What runs by this project's ops once a model is replaced: its plain linears and RMSNorms.
 
 
