@@ -19,6 +19,7 @@ from fastdllm_kernels import (
     Fp8Weight,
     Partials,
     block_attention,
+    commit_proposals,
     confidence_select,
     linear,
     linear_rms_norm,
@@ -90,9 +91,27 @@ def select(logits=None, tokens=None, **changes):
     return confidence_select(logits, tokens, **{"mask_id": MASK, "rule": Threshold(0.9), **changes})
 
 
-def part(rows=3, **changes):
-    """Partials of so many rows, with changes."""
-    return token_confidence_partials(torch.zeros(rows, 4))._replace(**changes)
+def part(rows=3, **options):
+    """Partials of so many rows, V 4."""
+    return token_confidence_partials(torch.zeros(rows, 4), **options)
+
+
+def changed_part(**fields):
+    """Partials of 3 rows with other fields."""
+    return part()._replace(**fields)
+
+
+def propose(**changes):
+    """commit_proposals on B 2, T 4, with changes."""
+    call = {
+        "commit": Threshold(0.5).commit,
+        "token_ids": torch.ones(8, dtype=torch.int64),
+        "score": torch.ones(8),
+        "tokens": torch.full((2, 4), MASK),
+        "candidates": torch.ones(2, 4, dtype=torch.bool),
+        "step": torch.zeros(2, dtype=torch.int64),
+    }
+    return commit_proposals(**{**call, **changes})
 
 
 def merge(partials, **options):
@@ -175,6 +194,7 @@ def ints(*values):
 
 
 META = torch.device("meta")
+DENSE = "expected a dense tensor, got a torch.sparse_coo one"
 
 GENERATE = [
     ("no prompts", lambda f: generate(f, []), ValueError, "prompts"),
@@ -910,6 +930,14 @@ ATTENTION = [
         "^cos:",
     ),
     ("cos a list", lambda f: attend(cos=[1.0], sin=[0.0]), TypeError, "^cos:"),
+    ("sparse queries", lambda f: attend(q=torch.zeros(2, 4, 6, 64).to_sparse()), TypeError, DENSE),
+    ("sparse starts", lambda f: attend(block_start=ints(4, 8).to_sparse()), TypeError, DENSE),
+    (
+        "return_lse a text",
+        lambda f: attend(return_lse="no"),
+        TypeError,
+        "^return_lse: expected a bool, got str",
+    ),
     ("scale of NaN", lambda f: attend(scale=NAN), ValueError, "^scale:"),
     ("scale too large for a float", lambda f: attend(scale=10**400), ValueError, "^scale:"),
     ("scale of text", lambda f: attend(scale="1"), (TypeError, ValueError), "^scale:"),
@@ -1016,6 +1044,33 @@ SELECT = [
         ValueError,
         "^tokens:",
     ),
+    ("sparse logits", lambda f: select(logits=torch.zeros(2, 4, 10).to_sparse()), TypeError, DENSE),
+    (
+        "nested logits",
+        lambda f: select(logits=torch.nested.nested_tensor([torch.zeros(4, 10)] * 2)),
+        TypeError,
+        "^logits: expected a dense tensor, got a nested one",
+    ),
+    (
+        "token_confidence's flag a number",
+        lambda f: token_confidence(torch.zeros(4, 10), return_entropy=1),
+        TypeError,
+        "^return_entropy: expected a bool, got int",
+    ),
+    (
+        "token_confidence's flag a text",
+        lambda f: token_confidence(torch.zeros(4, 10), return_logsumexp="no"),
+        TypeError,
+        "^return_logsumexp: .*str",
+    ),
+    (
+        "a part that begins past 32 bits",
+        lambda f: part(vocab_start=2**70),
+        ValueError,
+        "^vocab_start: .*1180591620717411303424",
+    ),
+    ("a part's mask past 32 bits", lambda f: part(mask_id=2**70), ValueError, "^mask_id:"),
+    ("a part's mask negative", lambda f: part(mask_id=-1), ValueError, "^mask_id:.*-1"),
     (
         "tokens whose rows are one",
         lambda f: select(tokens=torch.full((1, 4), MASK).expand(2, 4)),
@@ -1164,25 +1219,25 @@ MERGE = [
     ),
     (
         "a list among partials",
-        lambda f: merge([part(maximum=[0.0] * 3)]),
+        lambda f: merge([changed_part(maximum=[0.0] * 3)]),
         TypeError,
         r"^partials\[0\].maximum: expected a tensor, got list",
     ),
     (
         "partials of half precision",
-        lambda f: merge([part(), part(total=torch.ones(3).half())]),
+        lambda f: merge([part(), changed_part(total=torch.ones(3).half())]),
         TypeError,
         r"^partials\[1\].total: .*float32.*float16",
     ),
     (
         "partials whose ids are int32",
-        lambda f: merge([part(token_ids=ints(1, 2, 3))]),
+        lambda f: merge([changed_part(token_ids=ints(1, 2, 3))]),
         TypeError,
         r"^partials\[0\].token_ids: .*int64.*int32",
     ),
     (
         "partials whose NaNs are numbers",
-        lambda f: merge([part(has_nan=torch.zeros(3))]),
+        lambda f: merge([changed_part(has_nan=torch.zeros(3))]),
         TypeError,
         r"^partials\[0\].has_nan: .*bool.*float32",
     ),
@@ -1194,7 +1249,7 @@ MERGE = [
     ),
     (
         "a field of one row",
-        lambda f: merge([part(), part(logit=torch.zeros(1))]),
+        lambda f: merge([part(), changed_part(logit=torch.zeros(1))]),
         ValueError,
         r"^partials\[1\].logit: .*\(1,\)",
     ),
@@ -1210,6 +1265,12 @@ MERGE = [
         ValueError,
         r"^partials\[1\].maximum: expected .* on cpu.*meta",
     ),
+    (
+        "merging with a flag of None",
+        lambda f: merge([part()], return_margin=None),
+        TypeError,
+        "^return_margin: .*NoneType",
+    ),
     ("merging by an unknown score", lambda f: merge([part()], score="x"), ValueError, "^score:"),
     ("merging at random", lambda f: merge([part()], score="random"), ValueError, "^seed:"),
     (
@@ -1224,6 +1285,44 @@ MERGE = [
         TypeError,
         "^position:",
     ),
+]
+
+COMMIT = [
+    ("a rule for its commit", lambda f: propose(commit=Threshold(0.5)), TypeError, "^commit:.*Thr"),
+    (
+        "proposals of int32",
+        lambda f: propose(token_ids=torch.ones(8).int()),
+        TypeError,
+        "^token_ids:.*int64.*int32",
+    ),
+    ("fewer proposals", lambda f: propose(token_ids=torch.ones(4).long()), ValueError, "^token_id"),
+    ("scores of integers", lambda f: propose(score=torch.ones(8).long()), TypeError, "^score:"),
+    ("scores in float64", lambda f: propose(score=torch.ones(8).double()), TypeError, "^score:"),
+    ("more scores", lambda f: propose(score=torch.ones(2, 8)), ValueError, r"^score:.*\(2, 8\)"),
+    ("scores elsewhere", lambda f: propose(score=torch.ones(8, device=META)), ValueError, "^score"),
+    (
+        "tokens of floats to commit into",
+        lambda f: propose(tokens=torch.full((2, 4), 9.0)),
+        TypeError,
+        "^tokens:.*float32",
+    ),
+    ("a row of tokens", lambda f: propose(tokens=torch.full((8,), MASK)), ValueError, "^tokens:"),
+    (
+        "tokens that overlap to commit into",
+        lambda f: propose(tokens=torch.full((2, 1), MASK).expand(2, 4)),
+        ValueError,
+        "^tokens:.*lie apart",
+    ),
+    ("candidates of integers", lambda f: propose(candidates=ints(1)), TypeError, "^candidates:"),
+    (
+        "one candidate for all",
+        lambda f: propose(candidates=torch.tensor(True)),
+        ValueError,
+        r"^candidates:.*\(2, 4\).*\(\)",
+    ),
+    ("no step", lambda f: propose(step=None), TypeError, "^step:.*NoneType"),
+    ("a step of floats", lambda f: propose(step=torch.zeros(2)), TypeError, "^step:"),
+    ("a step of one row", lambda f: propose(step=ints(0)), ValueError, "^step:"),
 ]
 
 RULES = [
@@ -1463,6 +1562,18 @@ POINTWISE = [
     ("eps of NaN", lambda f: normalise(eps=NAN), ValueError, "^eps:"),
     ("eps infinite", lambda f: normalise(eps=INF), ValueError, "^eps:"),
     ("eps of text", lambda f: normalise(eps="1e-5"), TypeError, "^eps:.*str"),
+    (
+        "a sparse weight",
+        lambda f: product(weight=torch.zeros(8, 4).to_sparse()),
+        TypeError,
+        f"^weight: {DENSE}",
+    ),
+    (
+        "a weight without a column to quantise",
+        lambda f: quantize_weight(torch.zeros(8, 0)),
+        ValueError,
+        r"^weight: .*an input or more, got \(8, 0\)",
+    ),
     ("eps of None", lambda f: normalise(eps=None), TypeError, "^eps:"),
     (
         "gate and up of integers",
@@ -1716,6 +1827,7 @@ TABLE = [
         ("block_attention", ATTENTION),
         ("select", SELECT),
         ("merge", MERGE),
+        ("commit", COMMIT),
         ("rules", RULES),
         ("pointwise", POINTWISE),
         ("options", OPTIONS),

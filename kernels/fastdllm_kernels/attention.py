@@ -243,6 +243,7 @@ def block_attention(
     _check_spans(q, block_start=block_start, kv_len=kv_len, kv_start=kv_start, block_len=block_len)
     _check_rotation(q, cos, sin)
     scale = q.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
+    checks.flag("return_lse", return_lse)
     checks.tensor("out", out, (q.dtype,), q.shape, q.device, optional=True)
     checks.written("out", out)
     if backend.wants_derivative("block_attention", q, k, v, k_cache, v_cache, cos, sin, out):

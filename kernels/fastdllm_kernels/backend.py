@@ -66,6 +66,8 @@ def _obstacle(tensor, *dtypes):
     """Why no kernel runs on the tensor here, or None."""
     if triton is None:
         return "triton is not installed"
+    if tensor.is_meta:
+        return "the inputs are on meta"
     if interpreting():
         for dtype in (tensor.dtype, *dtypes):
             if dtype in WRONG_IN_INTERPRETER:

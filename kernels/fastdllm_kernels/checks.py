@@ -23,6 +23,13 @@ def integer(name: str, value, low: float = -math.inf, high: float = math.inf) ->
     return value
 
 
+def flag(name: str, value) -> bool:
+    """`value` if it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    return value
+
+
 def number(
     name: str,
     value,
@@ -62,6 +69,9 @@ def tensor(
     if value.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected a tensor of {wanted}, got {value.dtype}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
     if shape is not None and (value.shape != shape or value.device != device):
         raise ValueError(
             f"{name}: expected shape {tuple(shape)} on {device}, "

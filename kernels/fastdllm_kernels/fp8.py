@@ -52,8 +52,10 @@ def quantize_weight(weight: Tensor) -> Fp8Weight:
     that makes its largest magnitude 448. TypeError for another dtype, ValueError for another shape.
     """
     checks.tensor("weight", weight, checks.REALS)
-    if weight.ndim != 2:
-        raise ValueError(f"weight: expected [out, in], got {tuple(weight.shape)}")
+    if weight.ndim != 2 or not weight.shape[1]:
+        raise ValueError(
+            f"weight: expected [out, in] with an input or more, got {tuple(weight.shape)}"
+        )
     data = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
     scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     return Fp8Weight(data, scale).copy_(weight)

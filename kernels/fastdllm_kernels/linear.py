@@ -146,7 +146,7 @@ def linear_rms_norm(
     _check_product(x, weight)
     _check_beside("residual", residual, (*x.shape[:-1], weight.shape[0]), x)
     checks.tensor("norm_weight", norm_weight, checks.REALS, weight.shape[:1], x.device)
-    checks.number("eps", eps, above=0)
+    eps = checks.number("eps", eps, above=0)
     if _use_kernel("linear_rms_norm", x, weight, residual, norm_weight):
         from .linear_triton import launch_linear_rms_norm
 

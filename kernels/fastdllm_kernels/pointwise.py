@@ -102,7 +102,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     if not x.ndim:
         raise ValueError("x: expected [..., C], got shape ()")
     checks.tensor("weight", weight, checks.REALS, x.shape[-1:], x.device)
-    checks.number("eps", eps, above=0)
+    eps = checks.number("eps", eps, above=0)
     if residual is not None:
         checks.tensor("residual", residual, checks.REALS, x.shape, x.device)
     if backend.use_kernel("rms_norm", x, weight, residual):

@@ -24,6 +24,7 @@ from . import backend, checks
 from .noise import gumbel_noise, inverse, uniform
 from .rules import branch_of, check_rule, commit_of, flatten, unflatten
 
+MOST_IDS = 2**31 - 1  # kernels count columns in int32
 SCORES = ("confidence", "margin", "entropy", "random")
 
 
@@ -219,6 +220,9 @@ def merge_confidence_partials(
     """
     _check_partials(partials)
     checks.choice("score", score, SCORES)
+    returned = {"logsumexp": return_logsumexp, "entropy": return_entropy, "margin": return_margin}
+    for name, want in returned.items():
+        checks.flag(f"return_{name}", want)
     like = partials[0].maximum
     _seed_arguments(seed, like, score == "random")
     checks.tensor("position", position, (torch.int64,), like.shape, like.device, optional=True)
@@ -249,7 +253,6 @@ def merge_confidence_partials(
         rows = torch.arange(len(maximum), device=maximum.device)
         values["random"] = uniform(_seeds(seed, rows), rows if position is None else position)
     values = {name: value.masked_fill(has_nan, math.nan) for name, value in values.items()}
-    returned = {"logsumexp": return_logsumexp, "entropy": return_entropy, "margin": return_margin}
     return Confidence(
         token_ids,
         values[score],
@@ -327,11 +330,13 @@ def commit_proposals(commit, token_ids, score, tokens, candidates, step) -> Sele
     what remains.
 
     commit: (scores [B, T], candidates [B, T], step [B]) -> mask [B, T]: `rules.commit_of(rule)`.
-    token_ids, score: B * T proposals and their scores, NaN where the logits hold one. tokens,
-    candidates [B, T].
+    token_ids (int64), score (fp32): B * T proposals and their scores, NaN where the logits hold
+    one. tokens, candidates [B, T] int64 and bool, step [B] int64 or int32. Raises TypeError for
+    dtypes, ValueError for shapes, devices and tokens that overlap.
     """
-    token_ids = torch.where(candidates, token_ids.view_as(tokens), tokens)
-    value = score.view_as(tokens).masked_fill(~candidates, -math.inf)
+    _check_proposals(commit, token_ids, score, tokens, candidates, step)
+    token_ids = torch.where(candidates, token_ids.reshape(tokens.shape), tokens)
+    value = score.reshape(tokens.shape).masked_fill(~candidates, -math.inf)
     broken = candidates & value.isnan()
     committed = commit(value, candidates & ~broken, step)
     tokens.copy_(torch.where(committed, token_ids, tokens))
@@ -340,6 +345,27 @@ def commit_proposals(commit, token_ids, score, tokens, candidates, step) -> Sele
         torch.int32
     )
     return Selection(token_ids, value, committed, remaining)
+
+
+def _check_proposals(commit, token_ids, score, tokens, candidates, step):
+    if not callable(commit):
+        raise TypeError(f"commit: expected a function, got {type(commit).__name__}")
+    checks.tensor("tokens", tokens, (torch.int64,))
+    if tokens.ndim != 2 or not tokens.numel():
+        raise ValueError(f"tokens: expected a non-empty [B, T], got {tuple(tokens.shape)}")
+    checks.written("tokens", tokens)
+    for name, value, dtype in (
+        ("token_ids", token_ids, torch.int64),
+        ("score", score, torch.float32),
+    ):
+        checks.tensor(name, value, (dtype,))
+        if value.numel() != tokens.numel() or value.device != tokens.device:
+            raise ValueError(
+                f"{name}: expected {tokens.numel()} numbers on {tokens.device}, "
+                f"got {tuple(value.shape)} on {value.device}"
+            )
+    checks.tensor("candidates", candidates, (torch.bool,), tokens.shape, tokens.device)
+    checks.tensor("step", step, (torch.int64, torch.int32), tokens.shape[:1], tokens.device)
 
 
 def _seeds(seed, like):
@@ -552,6 +578,9 @@ def token_confidence(
     row holds a NaN), and on request the log-sum-exp, the negative entropy and the top-2 margin.
     """
     vocab_size = _check_logits(logits, 2, mask_id, score, temperature, vocab_size)
+    checks.flag("return_logsumexp", return_logsumexp)
+    checks.flag("return_entropy", return_entropy)
+    checks.flag("return_margin", return_margin)
     seed, seed_number = _seed_arguments(seed, logits, temperature > 0 or score == "random")
     checks.tensor(
         "position", position, (torch.int64,), logits.shape[:1], logits.device, optional=True
@@ -600,11 +629,11 @@ def token_confidence_partials(
     `token_confidence` on the whole. vocab_size: this part's entries past it are padding. Returns
     Partials. Raises as `token_confidence` does.
     """
-    if checks.integer("vocab_start", vocab_start, 0) % 2:
+    vocab_size = _check_logits(logits, 2, None, "confidence", temperature, vocab_size)
+    if checks.integer("vocab_start", vocab_start, 0, MOST_IDS - logits.shape[1]) % 2:
         raise ValueError(f"vocab_start: expected an even number, got {vocab_start}")
     if mask_id is not None:
-        checks.integer("mask_id", mask_id)
-    vocab_size = _check_logits(logits, 2, None, "confidence", temperature, vocab_size)
+        checks.integer("mask_id", mask_id, 0, MOST_IDS - 1)
     seed, seed_number = _seed_arguments(seed, logits, temperature > 0)
     checks.tensor(
         "position", position, (torch.int64,), logits.shape[:1], logits.device, optional=True
