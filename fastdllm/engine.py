@@ -88,6 +88,8 @@ class Request:
         timeout: seconds, after which TimeoutError is raised and the request goes on. Raises
         RequestCancelled, EngineClosed, and whatever made the request fail.
         """
+        if timeout is not None:
+            timeout = min(arguments.number("timeout", timeout), threading.TIMEOUT_MAX)
         if not self._future.done():
             self._engine._refuse_own_thread("result")
         return self._future.result(timeout)
@@ -221,8 +223,7 @@ class Engine:
                 f"positions: expected at most the model's {config.max_positions}, got {positions}"
             )
         self._schedule = schedule_of(config, cache, policy, block_length, positions)
-        if not isinstance(graph, bool):
-            raise TypeError(f"graph: expected a bool, got {type(graph).__name__}")
+        arguments.flag("graph", graph)
         arguments.integer("queue", queue, 1)
         _check_memory(model, rows, positions, cache)
         self.model, self.rows, self.positions, self.queue = model, rows, positions, queue
@@ -316,8 +317,7 @@ class Engine:
             )
         check_rule(rule, 1)
         row.stops = frozenset(arguments.stop_tokens(stop_ids, config))
-        if on_step is not None and not callable(on_step):
-            raise TypeError(f"on_step: expected a function or None, got {type(on_step).__name__}")
+        arguments.function("on_step", on_step)
         if deadline is not None:
             arguments.number("deadline", deadline, above=0)
         sampling = sampling_of(config, rule, score, temperature, top_p, top_k)
@@ -402,6 +402,7 @@ class Engine:
         drain: finish what was submitted; False: cancel it. Closing twice is closing once. What the
         engine had allocated is freed with it.
         """
+        arguments.flag("drain", drain)
         self._refuse_own_thread("close")
         with self._changed:
             self._closed = self._closed or "it was closed"

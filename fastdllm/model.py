@@ -225,6 +225,8 @@ class DiffusionTransformer(nn.Module):
     def _check_tokens(self, tokens: torch.Tensor) -> None:
         if not isinstance(tokens, torch.Tensor):
             raise TypeError(f"tokens: expected a tensor, got {type(tokens).__name__}")
+        if tokens.layout != torch.strided or tokens.is_nested:
+            raise TypeError(f"tokens: expected a dense tensor, got one of {tokens.layout}")
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or not tokens.numel():
             raise ValueError(
                 "tokens: expected a non-empty [B, L] int64 tensor, "

@@ -324,8 +324,10 @@ def restore_attention(model: nn.Module) -> nn.Module:
     """Take out what `replace_attention` put in; returns the model, computing what it did before, to
     the bit.
 
-    A model whose attention is not replaced comes back as it is.
+    A model whose attention is not replaced comes back as it is. TypeError for what is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     base = _base(model)
     if hasattr(base, ADAPTER):
         getattr(base, ADAPTER).restore()

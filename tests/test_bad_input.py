@@ -49,6 +49,12 @@ def generate(folder, prompts=((1, 2, 3),), family="llada", **options):
     return fastdllm.generate(model_in(folder, family), prompts, **settings)
 
 
+def wait(folder, timeout):
+    """An engine's answer, waited for so long."""
+    with fastdllm.Engine(model_in(folder), rows=1, positions=16, block_length=4) as engine:
+        return engine.submit([1], gen_length=2).result(timeout)
+
+
 def load(folder, change=None, config=tiny.LLADA, state_change=None, **options):
     """Loads a good checkpoint after `change` has had its way with the folder."""
     state = oracle_models.random_state(config, 0)
@@ -235,6 +241,48 @@ GENERATE = [
         r"attention_mask\[0\].*0 at padding",
     ),
     ("a mask that is a number", lambda f: generate(f, attention_mask=1), ValueError, "attention"),
+    (
+        "a mask of no dimension",
+        lambda f: generate(f, attention_mask=torch.tensor(1)),
+        ValueError,
+        "^attention_mask: expected one row",
+    ),
+    (
+        "a mask of text",
+        lambda f: generate(f, attention_mask="1"),
+        ValueError,
+        "^attention_mask: expected one row.*got 1",
+    ),
+    (
+        "a mask row of text",
+        lambda f: generate(f, attention_mask=["111"]),
+        TypeError,
+        r"^attention_mask\[0\]: expected a sequence of 0 and 1, got str",
+    ),
+    (
+        "a mask row past 64 bits",
+        lambda f: generate(f, attention_mask=[[1, 1, 2**70]]),
+        TypeError,
+        r"^attention_mask\[0\]",
+    ),
+    (
+        "a mask row on meta",
+        lambda f: generate(f, attention_mask=[torch.ones(3, device=META)]),
+        TypeError,
+        r"^attention_mask\[0\]: expected a sequence.*Tensor",
+    ),
+    (
+        "a nested tensor of prompts",
+        lambda f: generate(f, torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
+        TypeError,
+        "^prompts: expected a list",
+    ),
+    (
+        "a prompt on meta",
+        lambda f: generate(f, [torch.ones(3, dtype=torch.int64, device=META)]),
+        TypeError,
+        r"^prompts\[0\]",
+    ),
     ("an id past 64 bits", lambda f: generate(f, [[1, 2**70]]), ValueError, r"prompts\[0\]"),
     (
         "a sparse prompt",
@@ -502,6 +550,35 @@ GENERATE = [
     ),
     ("stop_ids of text", lambda f: generate(f, stop_ids="eos"), TypeError, "stop_ids"),
     ("stop ids that are floats", lambda f: generate(f, stop_ids=[1.0]), TypeError, "stop_ids"),
+    (
+        "a stop id of no dimension",
+        lambda f: generate(f, stop_ids=torch.tensor(3)),
+        TypeError,
+        "^stop_ids: expected None or a sequence.*Tensor",
+    ),
+    (
+        "progress that cannot be called",
+        lambda f: fastdllm.warm_up(model_in(f), positions=40, progress=3),
+        TypeError,
+        "^progress: expected a function or None, got int",
+    ),
+    (
+        "rows to warm up past 64 bits",
+        lambda f: fastdllm.warm_up(model_in(f), positions=40, rows=2**70),
+        ValueError,
+        "^rows:",
+    ),
+    (
+        "a block to warm up past 64 bits",
+        lambda f: fastdllm.warm_up(model_in(f), positions=40, block_length=2**70),
+        ValueError,
+        "^positions: expected more than the block_length",
+    ),
+    ("a wait of text", lambda f: wait(f, "1"), TypeError, "^timeout: expected a number, got str"),
+    ("a wait of NaN", lambda f: wait(f, NAN), ValueError, "^timeout:"),
+    ("a wait without an end", lambda f: wait(f, INF), ValueError, "^timeout: .*inf"),
+    ("a wait past every clock", lambda f: wait(f, 10**400), ValueError, "^timeout:"),
+    ("restoring what is no model", lambda f: fastdllm.restore_attention(3), TypeError, "^model:"),
     ("on_step that cannot be called", lambda f: generate(f, on_step=[]), TypeError, "on_step"),
     ("graph that is no bool", lambda f: generate(f, graph=1), TypeError, "graph.*bool.*int"),
     ("an option by another name", lambda f: generate(f, threshold=0.9), TypeError, "threshold"),
@@ -551,6 +628,12 @@ LOGITS = [
         "tokens.*-1",
     ),
     ("a list of ids", lambda f: model_in(f).logits([[1, 2]]), TypeError, "tokens.*list"),
+    (
+        "sparse ids",
+        lambda f: model_in(f).logits(torch.ones(1, 2, dtype=torch.int64).to_sparse()),
+        TypeError,
+        "^tokens: expected a dense tensor.*sparse",
+    ),
 ]
 
 LOAD = [

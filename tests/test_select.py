@@ -771,7 +771,7 @@ def test_what_the_kernel_cannot_take_goes_to_the_reference_or_raises(device, mon
         (
             lambda z: fk.token_confidence_partials(z, vocab_start=-2),
             ValueError,
-            "vocab_start: expected an int >= 0",
+            "vocab_start: expected an int in .*got -2",
         ),
         (
             lambda z: fk.token_confidence_partials(z, vocab_start=2.0),
