@@ -76,7 +76,8 @@ def block_attention_reference(
     scores = scores.masked_fill(~visible[:, None, None, None], -math.inf)
     seen = visible.any(1)[:, None, None, None] & in_block[:, :, None, None]
     lse = torch.logsumexp(scores, dim=-1).masked_fill(~seen, -math.inf)
-    weights = torch.exp(scores - torch.where(seen, lse, 0)[..., None])
+    lse = lse.masked_fill(lse == math.inf, math.nan)
+    weights = torch.exp(scores - torch.where(lse == -math.inf, 0, lse)[..., None])
     weights = weights.masked_fill(~seen[..., None], 0)
     result = torch.einsum("bthgj,bjhd->bthgd", weights, values).flatten(2, 3).to(q.dtype)
     result = result if out is None else out.copy_(result)
@@ -233,11 +234,12 @@ def block_attention(
     default D ** -0.5. out: where to write [B, T, H, D], its elements in places of their own.
 
     Returns out [B, T, H, D], and with return_lse also the log-sum-exp of the scaled scores [B, T,
-    H] fp32. A row without a visible key gives 0 and -inf. Nothing is read back to the host. Spans
-    are trusted: they lie on the device, so a position outside the cache is the caller's error. A
-    page that does not exist is read as the nearest one that does. Where a derivative is wanted,
-    under torch.compile and torch.func too, the reference computes. Raises TypeError for dtypes,
-    ValueError for shapes and devices.
+    H] fp32. A row without a visible key, and one whose scores are all -inf, gives 0 and -inf; a
+    score of +inf or NaN gives NaN. Nothing is read back to the host. Spans are trusted: they lie on
+    the device, so a position outside the cache is the caller's error. A page that does not exist is
+    read as the nearest one that does. Where a derivative is wanted, under torch.compile and
+    torch.func too, the reference computes. Raises TypeError for dtypes, ValueError for shapes and
+    devices.
     """
     _check(q, k, v, k_cache, v_cache, page_table)
     _check_spans(q, block_start=block_start, kv_len=kv_len, kv_start=kv_start, block_len=block_len)
