@@ -1271,6 +1271,24 @@ SELECT = [
         "^vocab_size:",
     ),
     (
+        "token_confidence of the mask alone",
+        lambda f: token_confidence(torch.zeros(4, 1), mask_id=0),
+        ValueError,
+        "^vocab_size: .*>= 2, got 1",
+    ),
+    (
+        "token_confidence of the mask and padding",
+        lambda f: token_confidence(torch.zeros(4, 10), mask_id=0, vocab_size=1),
+        ValueError,
+        "^vocab_size: .*>= 2, got 1",
+    ),
+    (
+        "a part of the mask alone",
+        lambda f: part(vocab_start=6, mask_id=6, vocab_size=1),
+        ValueError,
+        "^vocab_size: .*>= 2, got 1",
+    ),
+    (
         "token_confidence of three dimensions",
         lambda f: token_confidence(torch.zeros(2, 4, 10)),
         ValueError,

@@ -429,6 +429,33 @@ def test_a_nan_is_reported_and_never_committed(either_backend, device, dtype, sc
     assert got.token_ids[3, 0] == 8 and got.score[3, 0] == -INF
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("mask_id", [0, 2, 4])
+@pytest.mark.parametrize("mask_logit, lse", [(-INF, -INF), (3.0, 3.0)])
+def test_the_mask_is_not_proposed_where_nothing_else_is_likely(
+    mask_logit, lse, mask_id, temperature, device, either_backend
+):
+    logits = torch.full((2, 5), -INF, device=device)
+    logits[:, mask_id] = mask_logit
+    other = int(mask_id == 0)
+    wanted = [torch.full((2,), value) for value in (0.0, lse, 0.0, 0.0)]
+    names = ("return_logsumexp", "return_entropy", "return_margin")
+    options = {"mask_id": mask_id, "temperature": temperature, "seed": 1}
+    got = fk.token_confidence(logits, **options, **dict.fromkeys(names, True))
+    assert got.token_ids.tolist() == [other, other]
+    for value, number in zip(got[1:], wanted, strict=True):
+        assert torch.equal(value.cpu(), number)
+    halves = [
+        fk.token_confidence_partials(logits[:, at : at + 2], vocab_start=at, **options)
+        for at in (2, 0)
+    ]
+    merged = fk.merge_confidence_partials(halves)
+    assert merged.token_ids.tolist() == [other, other]
+    tokens = torch.full((1, 2), mask_id, device=device)
+    fk.confidence_select(logits[None], tokens, rule=Quota(1), **options)
+    assert tokens.tolist() == [[other, other]]
+
+
 def test_an_infinite_logit_is_as_in_the_reference(triton_backend, device):
     z = random_logits(device, torch.float32, 1, 4, 70)
     z[0, 0, 5], z[0, 1, 69], z[0, 2, 3:5] = INF, INF, INF

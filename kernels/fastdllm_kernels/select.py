@@ -576,6 +576,10 @@ def token_confidence(
     `confidence_select`; seed an int or [N] int64, position [N] int64 what a row's draws are counted
     by (default its index). Returns a Confidence: token_ids [N] int64, score [N] fp32 (NaN where the
     row holds a NaN), and on request the log-sum-exp, the negative entropy and the top-2 margin.
+
+    Where nothing but the mask is above -inf the lowest other id is proposed, with confidence and
+    margin 0; where nothing is, the log-sum-exp is -inf and the entropy 0 as well. ValueError for a
+    vocabulary of the mask alone.
     """
     vocab_size = _check_logits(logits, 2, mask_id, score, temperature, vocab_size)
     checks.flag("return_logsumexp", return_logsumexp)
@@ -634,6 +638,8 @@ def token_confidence_partials(
         raise ValueError(f"vocab_start: expected an even number, got {vocab_start}")
     if mask_id is not None:
         checks.integer("mask_id", mask_id, 0, MOST_IDS - 1)
+        if mask_id == vocab_start:  # as in the whole, another must be there to propose
+            checks.integer("vocab_size", vocab_size, 2)
     seed, seed_number = _seed_arguments(seed, logits, temperature > 0)
     checks.tensor(
         "position", position, (torch.int64,), logits.shape[:1], logits.device, optional=True
@@ -668,7 +674,6 @@ def _check_logits(logits, ndim, mask_id, score, temperature, vocab_size):
             raise ValueError(
                 f"mask_id: expected a value below vocab_size = {vocab_size}, got {mask_id}"
             )
-    if ndim == 3:
         # The mask id, which is never proposed, and another.
         checks.integer("vocab_size", vocab_size, 2)
     checks.choice("score", score, SCORES)
