@@ -137,6 +137,23 @@ def test_backward(name, call, x, device):
     torch.testing.assert_close(gradient(op, x), wanted)
 
 
+def test_gradients_beside_a_logit_of_minus_infinity(device):
+    """Those of the other logits alone, by PyTorch's own softmax."""
+    logits = normal(3, 7).to(device)
+    without = logits[:, :6].clone().requires_grad_()
+    logits[:, 6] = -torch.inf
+    logits.requires_grad_()
+    names = ("return_logsumexp", "return_entropy", "return_margin")
+    found = fk.token_confidence(logits, **dict.fromkeys(names, True))
+    p = without.softmax(-1)
+    top = p.topk(2).values
+    wanted = (top[:, 0], without.logsumexp(-1), (p * p.log()).sum(-1), top[:, 0] - top[:, 1])
+    for value, other in zip(found[1:], wanted, strict=True):
+        (got,) = torch.autograd.grad(value.sum(), logits, retain_graph=True)
+        (other,) = torch.autograd.grad(other.sum(), without, retain_graph=True)
+        torch.testing.assert_close(got, torch.cat([other, 0 * other[:, :1]], dim=1))
+
+
 @every_call
 def test_backward_under_torch_compile(name, call, x, device):
     x = x.to(device)

@@ -190,7 +190,8 @@ def token_confidence_partials_reference(
     return Partials(
         maximum,
         power.sum(-1),
-        torch.where(power > 0, power * away, 0 * power).sum(-1),
+        # Clamped: 0 times -inf would be NaN, in a gradient behind torch.where as well.
+        (power * away.clamp(min=torch.finfo(torch.float32).min)).sum(-1),
         compared[rows, token_ids],
         offered[rows, token_ids],
         top[:, 0],
