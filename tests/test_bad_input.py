@@ -36,6 +36,7 @@ from fastdllm_kernels import (
 
 NAN, INF = float("nan"), float("inf")
 MASK = 9
+FILTERED = {"temperature": 1.0, "top_p": 0.9, "seed": 0}
 
 
 def model_in(folder, family="llada"):
@@ -482,6 +483,18 @@ GENERATE = [
         lambda f: generate(f, rule=lambda s, c, step: c & False),
         ValueError,
         "rule",
+    ),
+    (
+        "a user's rule that commits nothing of filtered proposals",
+        lambda f: generate(f, rule=lambda s, c, step: c & False, **FILTERED),
+        ValueError,
+        "^rule: row 0 commits nothing",
+    ),
+    (
+        "a user's rule past the candidates of filtered proposals",
+        lambda f: generate(f, rule=all_at_step_1, **FILTERED),
+        ValueError,
+        "^rule: row 0 commits position 0",
     ),
     (
         "a negative temperature",
