@@ -81,6 +81,7 @@ class Request:
         self._final: list[int] = []
         self._watchers: list[Callable[[], object]] = []
         self._cancelled = False
+        self._over = False  # its end is decided; both change under the engine's lock
 
     def result(self, timeout: float | None = None) -> Generation:
         """The Generation of one row, once there is one; asked again, the same again.
@@ -99,7 +100,9 @@ class Request:
         return self._future.done()
 
     def cancel(self) -> bool:
-        """End the request within a turn of the loop; False where it had ended before."""
+        """End the request within a turn of the loop: it has no result then. False where it had
+        ended before.
+        """
         return self._engine._cancel(self)
 
     def __iter__(self) -> Iterator[int]:
@@ -440,12 +443,13 @@ class Engine:
 
     def _cancel(self, request):
         with self._changed:
-            if request.done():
+            if request._over:
                 return False
             request._cancelled = True
             if request in self._waiting:
                 self._waiting.remove(request)
                 self._finished += 1
+                request._over = True
                 request._end(RequestCancelled("the request was cancelled before it began"))
             self._changed.notify_all()
         return True
@@ -528,6 +532,9 @@ class Engine:
             if self._running.pop(row, None) is None and request in self._waiting:
                 self._waiting.remove(request)
             self._finished += 1
+            request._over = True
+            if request._cancelled and error is None:  # in its last turn
+                error = RequestCancelled("the request was cancelled")
         if row in self._decoder.rows:
             self._decoder.release(row)
         request._end(error)
