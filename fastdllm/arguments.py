@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastdllm_kernels.checks import choice, integer, number
+from fastdllm_kernels.checks import choice, flag, integer, number
 
 from .cache import CachePolicy
 from .config import ModelConfig
@@ -16,6 +16,8 @@ __all__ = [
     "CACHES",
     "check_policy",
     "choice",
+    "flag",
+    "function",
     "integer",
     "number",
     "prompt_ids",
@@ -54,8 +56,7 @@ def prompt_ids(
         if flat:  # a tokenizer that was given one text
             prompts = [prompts]
             attention_mask = None if attention_mask is None else [attention_mask]
-    listed = hasattr(prompts, "__len__") and hasattr(prompts, "__iter__")
-    if isinstance(prompts, str | bytes) or not listed or getattr(prompts, "ndim", 1) == 0:
+    if not _is_listed(prompts):
         raise TypeError(
             f"{name}: expected a list of id sequences or a [B, P] tensor, "
             f"got {type(prompts).__name__}"
@@ -68,9 +69,16 @@ def prompt_ids(
     return _without_padding(rows, attention_mask)
 
 
+def function(name: str, value: Any) -> Any:
+    """`value` if it can be called, or None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}: expected a function or None, got {type(value).__name__}")
+    return value
+
+
 def _without_padding(rows, attention_mask):
     """Each row's tokens where its mask is 1: one run, the padding on one side or both."""
-    if not hasattr(attention_mask, "__len__") or len(attention_mask) != len(rows):
+    if not _is_listed(attention_mask) or len(attention_mask) != len(rows):
         raise ValueError(
             f"attention_mask: expected one row for each of {len(rows)} prompts, "
             f"got {getattr(attention_mask, 'shape', attention_mask)}"
@@ -78,7 +86,7 @@ def _without_padding(rows, attention_mask):
     found = []
     for row, (ids, mask) in enumerate(zip(rows, attention_mask, strict=True)):
         name = f"attention_mask[{row}]"
-        seen = torch.as_tensor(mask, device="cpu")
+        seen = _numbers(name, mask, "a sequence of 0 and 1")
         if seen.shape != ids.shape:
             raise ValueError(
                 f"{name}: expected {len(ids)} entries, one for each id, got shape "
@@ -96,24 +104,42 @@ def _without_padding(rows, attention_mask):
     return found
 
 
+def _is_listed(value):
+    """Whether something has rows: a list, an array or a dense tensor, and no text."""
+    if isinstance(value, str | bytes | Mapping) or getattr(value, "is_nested", False):
+        return False
+    listed = hasattr(value, "__len__") and hasattr(value, "__iter__")
+    return listed and getattr(value, "ndim", 1) > 0
+
+
+def _numbers(name, value, wanted):
+    """`value` as a dense tensor on the CPU; TypeError says what was wanted."""
+    try:
+        # A copy where numpy counts backwards, which no tensor can.
+        numbers = torch.as_tensor(
+            value.copy() if hasattr(value, "strides") else value, device="cpu"
+        )
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}") from None
+    if numbers.layout != torch.strided or numbers.is_nested:
+        kind = "nested" if numbers.is_nested else numbers.layout
+        raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
+    return numbers
+
+
 def _ids(name, prompt, vocab_size):
     if isinstance(prompt, str | bytes):
         raise TypeError(
             f"{name}: expected token ids, got {type(prompt).__name__}: tokenize the text first"
         )
     try:
-        # A copy where numpy counts backwards, which no tensor can.
-        ids = torch.as_tensor(prompt.copy() if hasattr(prompt, "strides") else prompt, device="cpu")
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+        ids = _numbers(name, prompt, "a 1-D sequence of token ids")
+    except TypeError:
         if isinstance(prompt, list | tuple) and all(isinstance(token, int) for token in prompt):
             raise ValueError(
                 f"{name}: expected ids in [0, {vocab_size}), got {max(prompt, key=abs)}"
             ) from None
-        raise TypeError(
-            f"{name}: expected a 1-D sequence of token ids, got {type(prompt).__name__}"
-        ) from None
-    if ids.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got one of {ids.layout}")
+        raise
     if ids.ndim != 1 or not ids.numel():
         raise ValueError(
             f"{name}: expected a 1-D sequence of at least one token id, "
@@ -139,7 +165,8 @@ def top_k(value: Any) -> int | None:
 
 def sequence(name: str, ids: Any) -> list:
     """`ids` as a list, if they are a sequence."""
-    if isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__"):
+    no_sequence = isinstance(ids, str | bytes) or not hasattr(ids, "__iter__")
+    if no_sequence or getattr(ids, "ndim", 1) == 0:
         raise TypeError(
             f"{name}: expected None or a sequence of token ids, got {type(ids).__name__}"
         )

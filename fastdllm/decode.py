@@ -444,10 +444,8 @@ def _opened(
     schedule = schedule_of(config, cache, policy, block_length, longest_block)
     check_rule(rule, len(rows))
     stops = frozenset(arguments.stop_tokens(stop_ids, config))
-    if on_step is not None and not callable(on_step):
-        raise TypeError(f"on_step: expected a function or None, got {type(on_step).__name__}")
-    if not isinstance(graph, bool):
-        raise TypeError(f"graph: expected a bool, got {type(graph).__name__}")
+    arguments.function("on_step", on_step)
+    arguments.flag("graph", graph)
     sampling = sampling_of(config, rule, score, temperature, top_p, top_k)
     samplings = sampling_of_rows(sampling, len(rows), seed)
     listener = None if on_step is None else Listener(on_step)
@@ -519,6 +517,8 @@ def checked_model(model: Any) -> Model:
             "model: expected weights of float16, bfloat16 or float32 on a device, "
             f"got {model.dtype} on {model.device}"
         )
+    if hasattr(model, "check_layers"):
+        model.check_layers()
     return model
 
 

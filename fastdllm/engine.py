@@ -81,6 +81,7 @@ class Request:
         self._final: list[int] = []
         self._watchers: list[Callable[[], object]] = []
         self._cancelled = False
+        self._over = False  # its end is decided; both change under the engine's lock
 
     def result(self, timeout: float | None = None) -> Generation:
         """The Generation of one row, once there is one; asked again, the same again.
@@ -88,6 +89,8 @@ class Request:
         timeout: seconds, after which TimeoutError is raised and the request goes on. Raises
         RequestCancelled, EngineClosed, and whatever made the request fail.
         """
+        if timeout is not None:
+            timeout = min(arguments.number("timeout", timeout), threading.TIMEOUT_MAX)
         if not self._future.done():
             self._engine._refuse_own_thread("result")
         return self._future.result(timeout)
@@ -97,7 +100,9 @@ class Request:
         return self._future.done()
 
     def cancel(self) -> bool:
-        """End the request within a turn of the loop; False where it had ended before."""
+        """End the request within a turn of the loop: it has no result then. False where it had
+        ended before.
+        """
         return self._engine._cancel(self)
 
     def __iter__(self) -> Iterator[int]:
@@ -221,8 +226,7 @@ class Engine:
                 f"positions: expected at most the model's {config.max_positions}, got {positions}"
             )
         self._schedule = schedule_of(config, cache, policy, block_length, positions)
-        if not isinstance(graph, bool):
-            raise TypeError(f"graph: expected a bool, got {type(graph).__name__}")
+        arguments.flag("graph", graph)
         arguments.integer("queue", queue, 1)
         _check_memory(model, rows, positions, cache)
         self.model, self.rows, self.positions, self.queue = model, rows, positions, queue
@@ -316,8 +320,7 @@ class Engine:
             )
         check_rule(rule, 1)
         row.stops = frozenset(arguments.stop_tokens(stop_ids, config))
-        if on_step is not None and not callable(on_step):
-            raise TypeError(f"on_step: expected a function or None, got {type(on_step).__name__}")
+        arguments.function("on_step", on_step)
         if deadline is not None:
             arguments.number("deadline", deadline, above=0)
         sampling = sampling_of(config, rule, score, temperature, top_p, top_k)
@@ -402,6 +405,7 @@ class Engine:
         drain: finish what was submitted; False: cancel it. Closing twice is closing once. What the
         engine had allocated is freed with it.
         """
+        arguments.flag("drain", drain)
         self._refuse_own_thread("close")
         with self._changed:
             self._closed = self._closed or "it was closed"
@@ -439,12 +443,13 @@ class Engine:
 
     def _cancel(self, request):
         with self._changed:
-            if request.done():
+            if request._over:
                 return False
             request._cancelled = True
             if request in self._waiting:
                 self._waiting.remove(request)
                 self._finished += 1
+                request._over = True
                 request._end(RequestCancelled("the request was cancelled before it began"))
             self._changed.notify_all()
         return True
@@ -527,6 +532,9 @@ class Engine:
             if self._running.pop(row, None) is None and request in self._waiting:
                 self._waiting.remove(request)
             self._finished += 1
+            request._over = True
+            if request._cancelled and error is None:  # in its last turn
+                error = RequestCancelled("the request was cancelled")
         if row in self._decoder.rows:
             self._decoder.release(row)
         request._end(error)

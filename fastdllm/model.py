@@ -154,6 +154,36 @@ class DiffusionTransformer(nn.Module):
         """
         self.attached.cache = cache
 
+    def check_layers(self) -> None:
+        """ValueError naming the first layer that was put into the model and that this one's cache
+        does not reach: none of this kind, another model's or a copy's, or one that is there twice.
+        """
+        layers: list[Any] = list(self.layers)
+        if not layers:
+            raise ValueError("model: expected a layer or more in model.layers, got none")
+        numbers: dict[int, int] = {}
+        for index, layer in enumerate(layers):
+            if not hasattr(layer, "attention_norm"):
+                raise ValueError(
+                    f"model: expected a TransformerLayer in model.layers[{index}], "
+                    f"got {type(layer).__name__}"
+                )
+            for module in layer.modules():
+                if not isinstance(module, BlockAttention):
+                    continue
+                if module.attached is not self.attached:
+                    raise ValueError(
+                        f"model: expected layers that were built with it, got in "
+                        f"model.layers[{index}] one of another model or a copy: copy its weights "
+                        "with load_state_dict instead"
+                    )
+                first = numbers.setdefault(module.layer, index)
+                if first != index:
+                    raise ValueError(
+                        f"model: expected layers with keys and values of their own, got one layer "
+                        f"in model.layers[{first}] and model.layers[{index}]"
+                    )
+
     def hidden_states(self, tokens: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
         """The last layer's output, normalised.
 
@@ -180,10 +210,12 @@ class DiffusionTransformer(nn.Module):
 
         Where the family's outputs are shifted (Dream), output i - 1 predicts position i and
         position 0 uses its own. TypeError for what is no tensor; ValueError for tokens of another
-        shape or dtype, for more than the positions the model has, and for ids outside its
-        vocabulary (the host waits for these to be looked at).
+        shape or dtype, for more than the positions the model has, for ids outside its vocabulary
+        (the host waits for these to be looked at), and for layers that are not the model's own.
         """
         self._check_tokens(tokens)
+        if not torch.compiler.is_compiling():
+            self.check_layers()
         outputs = self.head(self.hidden_states(tokens))
         shift, length = self.config.logit_shift, tokens.shape[1]
         if not shift:
@@ -193,6 +225,8 @@ class DiffusionTransformer(nn.Module):
     def _check_tokens(self, tokens: torch.Tensor) -> None:
         if not isinstance(tokens, torch.Tensor):
             raise TypeError(f"tokens: expected a tensor, got {type(tokens).__name__}")
+        if tokens.layout != torch.strided or tokens.is_nested:
+            raise TypeError(f"tokens: expected a dense tensor, got one of {tokens.layout}")
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or not tokens.numel():
             raise ValueError(
                 "tokens: expected a non-empty [B, L] int64 tensor, "

@@ -165,7 +165,8 @@ class Adapter:
         self.config = config
         self.attached = Attached()
         self.checked = guard.Checked()
-        self.replaced: list[Replaced] = [*self._attentions(), *self._forwards()]
+        self.attentions = list(self._attentions())
+        self.replaced: list[Replaced] = [*self.attentions, *self._forwards()]
         self.replaced += speed_up(self._part("layers"), self._part("norm"))
         # transformers 5 drops this key from LLaDA's config, and LLaDA's forward reads it.
         their_config: Any = model.config
@@ -219,6 +220,27 @@ class Adapter:
         takes it away.
         """
         self.attached.cache = cache
+
+    def check_layers(self) -> None:
+        """ValueError naming the first layer whose attention is not the one that was replaced in it,
+        or that is there twice.
+        """
+        owners = {id(replaced.module) for replaced in self.attentions}
+        seen: dict[int, int] = {}
+        for index, layer in enumerate(self._part("layers")):
+            where = f"{self.file.layers}.{index}"
+            found = [id(module) for module in layer.modules() if id(module) in owners]
+            if not found:
+                raise ValueError(
+                    f"model: {where} ({type(layer).__name__}) came after replace_attention, and "
+                    "its attention is its own: restore_attention, then replace_attention again"
+                )
+            first = seen.setdefault(found[0], index)
+            if first != index:
+                raise ValueError(
+                    f"model: expected layers with keys and values of their own, got one layer in "
+                    f"{self.file.layers}.{first} and {where}"
+                )
 
     def hidden_states(self, tokens: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
         """The last layer's output, normalised: tokens [R, T] int64 -> [R, T, hidden_size], or [...,
@@ -281,7 +303,8 @@ def replace_attention(
 
     Replacing twice is replacing once; with other keywords, the last ones hold. TypeError for what
     is no module with a config; ValueError, before anything changes, for a model that is not known,
-    naming what was looked for, and for a config that lacks a value or asks for other maths.
+    naming what was looked for, for layers that share their attention or its number or are not as
+    many as the config says, and for a config that lacks a value or asks for other maths.
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TypeError(
@@ -301,8 +324,10 @@ def restore_attention(model: nn.Module) -> nn.Module:
     """Take out what `replace_attention` put in; returns the model, computing what it did before, to
     the bit.
 
-    A model whose attention is not replaced comes back as it is.
+    A model whose attention is not replaced comes back as it is. TypeError for what is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     base = _base(model)
     if hasattr(base, ADAPTER):
         getattr(base, ADAPTER).restore()
@@ -374,9 +399,31 @@ def _config(
         raise ValueError(
             f"{error} (pass mask_id= and stop_ids= where the config has no ids)"
         ) from None
-    return replace(
-        config,
-        num_layers=len(_find(model, file.layers)),
-        family=family,
-        **FAMILIES[family].fixed,
-    )
+    _check_layers(model, file, config.num_layers)
+    return replace(config, family=family, **FAMILIES[family].fixed)
+
+
+def _check_layers(model: Any, file: ModelingFile, expected: int) -> None:
+    """ValueError unless there are as many layers as the config says, each with attention and a
+    number of its own: layers that share one would write one layer's keys and values.
+    """
+    layers = _find(model, file.layers)
+    if len(layers) != expected:
+        raise ValueError(
+            f"model: expected {expected} layers in {file.layers}, as model.config says, "
+            f"got {len(layers)}"
+        )
+    modules: dict[int, int] = {}
+    numbers: dict[int, int] = {}
+    for index, layer in enumerate(layers):
+        owner = _find(layer, file.attention_owner)
+        number = getattr(owner, file.layer_number, None)
+        twin = modules.setdefault(id(owner), index)
+        if twin == index and number is not None:
+            twin = numbers.setdefault(number, index)
+        if twin != index:
+            raise ValueError(
+                f"model: expected layers with attention and a {file.layer_number} of their own, "
+                f"got {file.layers}.{index} and {file.layers}.{twin} with {file.layer_number} "
+                f"{number}: both would write one layer's keys and values"
+            )

@@ -20,6 +20,7 @@ from fastdllm_kernels import (
 )
 from fastdllm_kernels.rules import (
     branch_of,
+    commit_of,
     fixed_values,
     per_row_fields,
     row_values,
@@ -266,8 +267,7 @@ def select_in_parts(
     clean = token_confidence(logits.reshape(-1, vocab), return_logsumexp=True, **options)
     chosen = logits.reshape(-1, vocab).gather(1, proposal.token_ids[:, None])[:, 0].float()
     value = torch.exp(chosen - clean.logsumexp) if score == "confidence" else clean.score
-    commit = rule.commit if hasattr(rule, "commit") else rule
-    return commit_proposals(commit, proposal.token_ids, value, tokens, candidates, step)
+    return commit_proposals(commit_of(rule), proposal.token_ids, value, tokens, candidates, step)
 
 
 def filter_logits(

@@ -29,6 +29,7 @@ from .sampling import device_columns, row_columns, sampling_of, sampling_of_rows
 from .schedule import Schedule
 
 log = logging.getLogger(__name__)
+MOST_ROWS = 2**31 - 1
 Progress = Callable[[str, int, int], None]
 """Called with what is being made, how many of it are done, and how many there are."""
 
@@ -66,8 +67,12 @@ def warm_up(
     began, compiled = time.perf_counter(), watch().kernels
     model = checked_model(model)
     schedule = schedule_of(model.config, cache, policy, block_length)
-    arguments.integer("rows", rows, 1)
-    arguments.integer("positions", positions, block_length + 1, model.config.max_positions)
+    arguments.integer("rows", rows, 1, MOST_ROWS)
+    arguments.integer("positions", positions, 2, model.config.max_positions)
+    if positions <= block_length:
+        raise ValueError(
+            f"positions: expected more than the block_length {block_length}, got {positions}"
+        )
     with shown(progress) as tell:
         with (
             torch.inference_mode(False),
@@ -175,6 +180,7 @@ def example_prompts(rows: int, positions: int, block_length: int) -> Iterator[li
 @contextmanager
 def shown(progress: Progress | None) -> Iterator[Progress]:
     """What to tell of the progress: the caller's function, a bar on a terminal, or nobody."""
+    arguments.function("progress", progress)
     if progress is not None:
         yield progress
         return

@@ -1,13 +1,13 @@
-"""Random decodes and kernel calls against oracles, outside of the tests: `make fuzz`, or
+"""Random decodes, engines and kernel calls against oracles, outside of the tests: `make fuzz`, or
 
-python tests/fuzz.py --decodes 10000 --kernel-calls 1000 --seed 0 --out bench/results/fuzz.json
+python tests/fuzz.py --decodes 10000 --engines 1000 --kernel-calls 1000 --seed 0
 python tests/fuzz.py --seed 0 --only decode:123        one case, in this process
 
-fuzz_decodes.py and fuzz_kernels.py say what is drawn and what must hold. Cases are numbered and
-follow from the seed. They run in processes of their own, so that one that crashes or hangs is a
-failure like another. A failure prints the case as Python, made smaller where it fails alike, and
-the run goes on; the exit status is 1 if there was any. With --device cuda the kernels are compiled,
-and captured forwards are compared with eager ones.
+fuzz_decodes.py, fuzz_engine.py and fuzz_kernels.py say what is drawn and what must hold. Cases are
+numbered and follow from the seed. They run in processes of their own, so that one that crashes or
+hangs is a failure like another. A failure prints the case as Python, made smaller where it fails
+alike, and the run goes on; the exit status is 1 if there was any. With --device cuda the kernels
+are compiled, and captured forwards are compared with eager ones.
 """
 
 import argparse
@@ -23,21 +23,22 @@ from importlib.metadata import version
 from multiprocessing.connection import wait
 from pathlib import Path
 
-MODULES = {"decode": "fuzz_decodes", "kernel": "fuzz_kernels"}
+MODULES = {"decode": "fuzz_decodes", "engine": "fuzz_engine", "kernel": "fuzz_kernels"}
 # Cases that a process gets at once: as many decodes as share a model.
-CHUNK = {"decode": 25, "kernel": 5}
+CHUNK = {"decode": 25, "engine": 25, "kernel": 5}
 SHRINKING_SECONDS = 20
 
 
 def parser():
     parse = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parse.add_argument("--decodes", type=int, default=10000)
+    parse.add_argument("--engines", type=int, default=1000)
     parse.add_argument("--kernel-calls", type=int, default=1000)
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parse.add_argument("--processes", type=int, help="default: one a core, at most 8 on a GPU")
     parse.add_argument("--limit", type=float, default=300, help="seconds that one case may take")
-    parse.add_argument("--only", metavar="KIND:NUMBER", help="one case: decode:123 or kernel:45")
+    parse.add_argument("--only", metavar="KIND:NUMBER", help="one case: decode:123, engine:4")
     parse.add_argument("--out", type=Path, help="where the result goes, as JSON")
     return parse
 
@@ -54,9 +55,9 @@ def prepare(device):
 def draw(kind, seed, number, device):
     """(the module that knows the kind, the case of that number)."""
     module = __import__(MODULES[kind])
-    if kind == "decode":
-        return module, module.random_case(seed, number)
-    return module, module.random_call(seed, number, device)
+    if kind == "kernel":
+        return module, module.random_call(seed, number, device)
+    return module, module.random_case(seed, number)
 
 
 def run_case(kind, seed, number, device):
@@ -257,7 +258,8 @@ def result(options, tally, seconds):
         versions["gpu"] = torch.cuda.get_device_name()
     return {
         "command": f"python tests/fuzz.py --decodes {options.decodes} "
-        f"--kernel-calls {options.kernel_calls} --seed {options.seed} --device {options.device}",
+        f"--engines {options.engines} --kernel-calls {options.kernel_calls} "
+        f"--seed {options.seed} --device {options.device}",
         "seed": options.seed,
         "versions": versions,
         "kernels": "interpreted" if options.device == "cpu" else "compiled",
@@ -274,7 +276,7 @@ def only(text, seed, device):
     """One case in this process; returns the exit status."""
     kind, _, number = text.partition(":")
     if kind not in MODULES or not number.isdigit():
-        raise SystemExit(f"--only: expected decode:NUMBER or kernel:NUMBER, got {text!r}")
+        raise SystemExit(f"--only: expected {', '.join(MODULES)} and :NUMBER, got {text!r}")
     tally = Tally()
     tally.add(kind, *run_case(kind, seed, int(number), device))
     print(f"checks {dict(tally.checks)}, near ties {tally.near_ties}")
@@ -288,7 +290,11 @@ def main(arguments=None):
         return only(options.only, options.seed, options.device)
     cores = len(os.sched_getaffinity(0))
     processes = options.processes or (cores if options.device == "cpu" else min(cores, 8))
-    counts = {"decode": options.decodes, "kernel": options.kernel_calls}
+    counts = {
+        "decode": options.decodes,
+        "engine": options.engines,
+        "kernel": options.kernel_calls,
+    }
     began = time.monotonic()
     tally = run(counts, options.seed, options.device, processes, options.limit)
     report = result(options, tally, time.monotonic() - began)

@@ -8,6 +8,8 @@ alone       a row of a batch is the row by itself: tokens and numbers of forward
 stated      the plain decoder of oracle_decode.py, where that knows the options
 kernels     Triton's kernels decode as the references do (on a CPU: small cases alone)
 captured    captured forwards decode as eager ones do (on a GPU)
+infill      masks at the end are filled as `generate` fills them; masks anywhere, every row as alone
+            and nothing else changed
 
 Everything runs in fp32, where products of more rows may still round otherwise. Two results that
 differ are a near tie, counted and no failure, where weights changed by 1e-5 of themselves change
@@ -316,26 +318,26 @@ kept = functools.lru_cache(maxsize=4)(build)
 def decode(case: Case, loaded, row=None, **more):
     """`generate` on the whole batch, or on one row alone as it is decoded there."""
     prompts = [torch.tensor(prompt) for prompt in case.prompts]
-    seed = case.seed
-    if row is not None:
-        prompts = prompts[row : row + 1]
-        seed = None if seed is None else seed + row
+    prompts = prompts if row is None else prompts[row : row + 1]
     return fastdllm.generate(
-        loaded,
-        prompts,
-        gen_length=case.gen_length,
-        block_length=case.block_length,
-        cache=case.cache,
-        policy=fastdllm.CachePolicy(case.prompt_refreshes, case.suffix_blocks),
-        rule=rule_of(case, row),
-        score=case.score,
-        temperature=case.temperature,
-        top_p=case.top_p,
-        top_k=case.top_k,
-        seed=seed,
-        stop_ids=case.stop_ids,
-        **more,
+        loaded, prompts, gen_length=case.gen_length, **blocks(case), **asked(case, row), **more
     )
+
+
+def blocks(case: Case) -> dict:
+    """What all rows of a call share, and all requests to an engine."""
+    policy = fastdllm.CachePolicy(case.prompt_refreshes, case.suffix_blocks)
+    return {"block_length": case.block_length, "cache": case.cache, "policy": policy}
+
+
+def asked(case: Case, row=None) -> dict:
+    """How the batch, or one row of it alone, is proposed and committed."""
+    names = ("score", "temperature", "top_p", "top_k", "stop_ids")
+    seed = case.seed if row is None or case.seed is None else case.seed + row
+    return {name: getattr(case, name) for name in names} | {
+        "rule": rule_of(case, row),
+        "seed": seed,
+    }
 
 
 @contextlib.contextmanager
@@ -394,6 +396,8 @@ class Decoded:
             yield "kernels", self.kernels
         if self.device != "cpu":
             yield "captured", self.captured
+        if not any(self.case.model.mask_id in prompt for prompt in self.case.prompts):
+            yield "infill", self.infill
 
     def invariants(self):
         check_invariants(self.case, self.result, self.events)
@@ -414,6 +418,31 @@ class Decoded:
     def captured(self):
         return self.equals(decode(self.case, self.model, graph=True))
 
+    def infill(self):
+        mask_id = self.case.model.mask_id
+        ends = [(*prompt, *[mask_id] * self.case.gen_length) for prompt in self.case.prompts]
+        near_ties = self.equals(fill(self.case, self.model, ends))
+        random = Random(self.case.model.seed)
+        holes = [
+            [mask_id if random.random() < 0.4 else token for token in tokens.tolist()]
+            for tokens in self.result.tokens
+        ]
+        filled = fill(self.case, self.model, holes)
+        for row, (given, tokens) in enumerate(zip(holes, filled.tokens, strict=True)):
+            kept_all = all(a in (b, mask_id) for a, b in zip(given, tokens.tolist(), strict=True))
+            require(kept_all, f"row {row}: infill made {tokens.tolist()} of {given}")
+            require(mask_id not in tokens, f"row {row}: infill left a mask in {tokens.tolist()}")
+
+            def alone(model, given=given, row=row):
+                return in_brief(fill(self.case, model, [given], row), 0)
+
+            wanted, got = alone(self.model), in_brief(filled, row)
+            if got != wanted:
+                tie = near_tie(self.case.model, self.device, alone)
+                require(tie, f"row {row}: infill of {given}: {got}, alone {wanted}")
+                near_ties += 1
+        return near_ties
+
     def equals(self, other):
         rows = range(len(self.case.prompts))
         return sum(self.differs(row, in_brief(other, row)) for row in rows)
@@ -423,7 +452,7 @@ class Decoded:
         got = in_brief(self.result, row)
         if got == wanted:
             return False
-        if near_tie(self.case, row, self.device):
+        if near_tie(self.case.model, self.device, functools.partial(brief_row, self.case, row)):
             return True
         raise Wrong(f"row {row}: {got}, expected {wanted}")
 
@@ -445,18 +474,30 @@ class Decoded:
         raise Wrong(f"row {row}: {got}, expected {wanted}")
 
 
-def near_tie(case, row, device):
-    """Whether weights that differ by 1e-5 of themselves decode the row otherwise."""
-    loaded, _ = kept(case.model, device)
-    wanted = in_brief(decode(case, loaded, row, graph=False), 0)
+def brief_row(case, row, loaded):
+    """The row, decoded alone."""
+    return in_brief(decode(case, loaded, row, graph=False), 0)
+
+
+def fill(case, loaded, sequences, row=None):
+    """`infill` with the case's options; `row`: the one sequence is that of the batch."""
+    sequences = [torch.tensor(sequence) for sequence in sequences]
+    return fastdllm.infill(loaded, sequences, **blocks(case), **asked(case, row), graph=False)
+
+
+def near_tie(model, device, run):
+    """Whether weights that differ by 1e-5 of themselves make something else of run(a loaded
+    model).
+    """
+    wanted = run(kept(model, device)[0])
     for seed in range(DISTURBANCES):
-        disturbed, _ = build(case.model, device)
+        disturbed, _ = build(model, device)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for weight in disturbed.parameters():
                 noise = torch.randn(weight.shape, generator=generator)
                 weight.mul_(1 + 1e-5 * noise.to(weight.device))
-        if in_brief(decode(case, disturbed, row, graph=False), 0) != wanted:
+        if run(disturbed) != wanted:
             return True
     return False
 

@@ -348,6 +348,63 @@ def test_halves_merge_to_the_whole(dtype, device, triton_backend):
     torch.testing.assert_close(merged.to(dtype), whole, **close)
 
 
+# Keys that score -inf with every query, by where they lie: probability 0, as if nobody saw them.
+BARRED = {
+    "the block": lambda x: [x["k"]],
+    "the cache": lambda x: [x["k_cache"]],
+    "some of the cache": lambda x: [x["k_cache"][:, :45]],
+    "all": lambda x: [x["k"], x["k_cache"]],
+}
+
+
+def with_barred(dtype, device, where, **options):
+    options = {"H": 4, "HK": 2, "S": 200, "block_start": (60, 0), "kv_len": (200, 150), **options}
+    x = inputs(dtype, device, T=33, **options)
+    x["q"][..., 0] = x["q"][..., 0].abs() + 0.5
+    for keys in BARRED[where](x):
+        keys[..., 0] = -math.inf
+    return x
+
+
+def assert_barred(x, out, lse, where):
+    if where != "all":
+        assert_close(x, out, lse)
+        return
+    assert (lse == -math.inf).all() and not out.any()
+
+
+@pytest.mark.parametrize("where", BARRED)
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_scores_of_minus_infinity_have_probability_0(name, where, dtype, device, monkeypatch):
+    monkeypatch.setenv(backend.VARIABLE, name)
+    x = with_barred(dtype, device, where)
+    assert_barred(x, *run(x), where)
+
+
+@pytest.mark.parametrize("where", BARRED)
+@pytest.mark.parametrize("chosen", TILES.values(), ids=TILES)
+def test_configurations_with_scores_of_minus_infinity(chosen, where, device, triton_backend):
+    x = with_barred(torch.float32, device, where)
+    assert_barred(x, *run(x, chosen), where)
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_one_query_alone_may_see_nothing(name, device, monkeypatch):
+    monkeypatch.setenv(backend.VARIABLE, name)
+    x = inputs(torch.float32, device)
+    x["k"][..., 0], x["k_cache"][..., 0] = 1.0, 1.0
+    whole, whole_lse = run(x)
+    x["q"][:, 1, :, 0] = -math.inf
+    out, lse = run(x)
+    assert (lse[:, 1] == -math.inf).all() and not out[:, 1].any()
+    assert torch.equal(out[:, 2:], whole[:, 2:]) and torch.equal(lse[:, 2:], whole_lse[:, 2:])
+    for broken in (math.inf, math.nan):
+        x["q"][:, 1, :, 0] = broken
+        out, lse = run(x)
+        assert lse[:, 1].isnan().all() and out[:, 1].isnan().all()
+        assert torch.equal(out[:, 2:], whole[:, 2:])
+
+
 def test_nothing_is_written_but_the_result(device, triton_backend):
     x = inputs(torch.float32, device, rotation="own", page=16)
     before = {name: value.clone() for name, value in x.items() if value is not None}

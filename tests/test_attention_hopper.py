@@ -7,7 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_attention import CASES, assert_close, inputs, real, run
+from test_attention import (
+    BARRED,
+    CASES,
+    assert_barred,
+    assert_close,
+    inputs,
+    real,
+    run,
+    with_barred,
+)
 
 from fastdllm_kernels import attention, attention_triton, backend
 from fastdllm_kernels.attention import Operands, whole_attention
@@ -170,6 +179,14 @@ def test_forms_and_spans(form, span, heads, rotation):
         **span,
     )
     assert_close(x, *run(x, form, kernel=attention_hopper))
+
+
+@on_hopper
+@pytest.mark.parametrize("where", BARRED)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_scores_of_minus_infinity_have_probability_0(form, where):
+    x = with_barred(torch.bfloat16, "cuda", where, D=128)
+    assert_barred(x, *run(x, form, kernel=attention_hopper), where)
 
 
 @on_hopper

@@ -2,7 +2,9 @@
 
 import json
 import re
+from dataclasses import dataclass
 
+import numpy
 import oracle_models
 import pytest
 import tiny
@@ -15,20 +17,26 @@ from fastdllm import text as texts
 from fastdllm.integrations.lm_eval_options import read_options
 from fastdllm_kernels import (
     Fp8Weight,
+    Partials,
     block_attention,
+    commit_proposals,
     confidence_select,
     linear,
     linear_rms_norm,
     linear_swiglu,
+    merge_confidence_partials,
+    per_row,
     quantize_weight,
     rms_norm,
     rope_to_cache,
     swiglu,
     token_confidence,
+    token_confidence_partials,
 )
 
 NAN, INF = float("nan"), float("inf")
 MASK = 9
+FILTERED = {"temperature": 1.0, "top_p": 0.9, "seed": 0}
 
 
 def model_in(folder, family="llada"):
@@ -40,6 +48,12 @@ def generate(folder, prompts=((1, 2, 3),), family="llada", **options):
         prompts = [torch.tensor(prompt) for prompt in prompts]
     settings = {"gen_length": 4, "block_length": 4, **options}
     return fastdllm.generate(model_in(folder, family), prompts, **settings)
+
+
+def wait(folder, timeout):
+    """An engine's answer, waited for so long."""
+    with fastdllm.Engine(model_in(folder), rows=1, positions=16, block_length=4) as engine:
+        return engine.submit([1], gen_length=2).result(timeout)
 
 
 def load(folder, change=None, config=tiny.LLADA, state_change=None, **options):
@@ -82,6 +96,33 @@ def select(logits=None, tokens=None, **changes):
     logits = torch.zeros(2, 4, 10) if logits is None else logits
     tokens = torch.full((2, 4), MASK) if tokens is None else tokens
     return confidence_select(logits, tokens, **{"mask_id": MASK, "rule": Threshold(0.9), **changes})
+
+
+def part(rows=3, **options):
+    """Partials of so many rows, V 4."""
+    return token_confidence_partials(torch.zeros(rows, 4), **options)
+
+
+def changed_part(**fields):
+    """Partials of 3 rows with other fields."""
+    return part()._replace(**fields)
+
+
+def propose(**changes):
+    """commit_proposals on B 2, T 4, with changes."""
+    call = {
+        "commit": Threshold(0.5).commit,
+        "token_ids": torch.ones(8, dtype=torch.int64),
+        "score": torch.ones(8),
+        "tokens": torch.full((2, 4), MASK),
+        "candidates": torch.ones(2, 4, dtype=torch.bool),
+        "step": torch.zeros(2, dtype=torch.int64),
+    }
+    return commit_proposals(**{**call, **changes})
+
+
+def merge(partials, **options):
+    return merge_confidence_partials(partials, **options)
 
 
 def rotate(**changes):
@@ -139,6 +180,16 @@ def all_at_step_1(scores, candidates, step):
     return (torch.arange(candidates.shape[1]) == 0) | (step > 0)[:, None]
 
 
+@dataclass(frozen=True)
+class Above:
+    """A rule without a kernel."""
+
+    tau: torch.Tensor = per_row(0.5)
+
+    def commit(self, scores, candidates, step):
+        return candidates
+
+
 def spoiled(model, value):
     """The model with one number of its last norm set."""
     model.norm.weight[0] = value
@@ -150,6 +201,7 @@ def ints(*values):
 
 
 META = torch.device("meta")
+DENSE = "expected a dense tensor, got a torch.sparse_coo one"
 
 GENERATE = [
     ("no prompts", lambda f: generate(f, []), ValueError, "prompts"),
@@ -190,6 +242,48 @@ GENERATE = [
         r"attention_mask\[0\].*0 at padding",
     ),
     ("a mask that is a number", lambda f: generate(f, attention_mask=1), ValueError, "attention"),
+    (
+        "a mask of no dimension",
+        lambda f: generate(f, attention_mask=torch.tensor(1)),
+        ValueError,
+        "^attention_mask: expected one row",
+    ),
+    (
+        "a mask of text",
+        lambda f: generate(f, attention_mask="1"),
+        ValueError,
+        "^attention_mask: expected one row.*got 1",
+    ),
+    (
+        "a mask row of text",
+        lambda f: generate(f, attention_mask=["111"]),
+        TypeError,
+        r"^attention_mask\[0\]: expected a sequence of 0 and 1, got str",
+    ),
+    (
+        "a mask row past 64 bits",
+        lambda f: generate(f, attention_mask=[[1, 1, 2**70]]),
+        TypeError,
+        r"^attention_mask\[0\]",
+    ),
+    (
+        "a mask row on meta",
+        lambda f: generate(f, attention_mask=[torch.ones(3, device=META)]),
+        TypeError,
+        r"^attention_mask\[0\]: expected a sequence.*Tensor",
+    ),
+    (
+        "a nested tensor of prompts",
+        lambda f: generate(f, torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
+        TypeError,
+        "^prompts: expected a list",
+    ),
+    (
+        "a prompt on meta",
+        lambda f: generate(f, [torch.ones(3, dtype=torch.int64, device=META)]),
+        TypeError,
+        r"^prompts\[0\]",
+    ),
     ("an id past 64 bits", lambda f: generate(f, [[1, 2**70]]), ValueError, r"prompts\[0\]"),
     (
         "a sparse prompt",
@@ -391,6 +485,18 @@ GENERATE = [
         "rule",
     ),
     (
+        "a user's rule that commits nothing of filtered proposals",
+        lambda f: generate(f, rule=lambda s, c, step: c & False, **FILTERED),
+        ValueError,
+        "^rule: row 0 commits nothing",
+    ),
+    (
+        "a user's rule past the candidates of filtered proposals",
+        lambda f: generate(f, rule=all_at_step_1, **FILTERED),
+        ValueError,
+        "^rule: row 0 commits position 0",
+    ),
+    (
         "a negative temperature",
         lambda f: generate(f, temperature=-0.5, seed=0),
         ValueError,
@@ -457,6 +563,35 @@ GENERATE = [
     ),
     ("stop_ids of text", lambda f: generate(f, stop_ids="eos"), TypeError, "stop_ids"),
     ("stop ids that are floats", lambda f: generate(f, stop_ids=[1.0]), TypeError, "stop_ids"),
+    (
+        "a stop id of no dimension",
+        lambda f: generate(f, stop_ids=torch.tensor(3)),
+        TypeError,
+        "^stop_ids: expected None or a sequence.*Tensor",
+    ),
+    (
+        "progress that cannot be called",
+        lambda f: fastdllm.warm_up(model_in(f), positions=40, progress=3),
+        TypeError,
+        "^progress: expected a function or None, got int",
+    ),
+    (
+        "rows to warm up past 64 bits",
+        lambda f: fastdllm.warm_up(model_in(f), positions=40, rows=2**70),
+        ValueError,
+        "^rows:",
+    ),
+    (
+        "a block to warm up past 64 bits",
+        lambda f: fastdllm.warm_up(model_in(f), positions=40, block_length=2**70),
+        ValueError,
+        "^positions: expected more than the block_length",
+    ),
+    ("a wait of text", lambda f: wait(f, "1"), TypeError, "^timeout: expected a number, got str"),
+    ("a wait of NaN", lambda f: wait(f, NAN), ValueError, "^timeout:"),
+    ("a wait without an end", lambda f: wait(f, INF), ValueError, "^timeout: .*inf"),
+    ("a wait past every clock", lambda f: wait(f, 10**400), ValueError, "^timeout:"),
+    ("restoring what is no model", lambda f: fastdllm.restore_attention(3), TypeError, "^model:"),
     ("on_step that cannot be called", lambda f: generate(f, on_step=[]), TypeError, "on_step"),
     ("graph that is no bool", lambda f: generate(f, graph=1), TypeError, "graph.*bool.*int"),
     ("an option by another name", lambda f: generate(f, threshold=0.9), TypeError, "threshold"),
@@ -506,6 +641,12 @@ LOGITS = [
         "tokens.*-1",
     ),
     ("a list of ids", lambda f: model_in(f).logits([[1, 2]]), TypeError, "tokens.*list"),
+    (
+        "sparse ids",
+        lambda f: model_in(f).logits(torch.ones(1, 2, dtype=torch.int64).to_sparse()),
+        TypeError,
+        "^tokens: expected a dense tensor.*sparse",
+    ),
 ]
 
 LOAD = [
@@ -747,7 +888,13 @@ LOAD = [
 ]
 
 ATTENTION = [
-    ("q a list", lambda f: attend(q=[1]), TypeError, "^q:"),
+    ("q a list", lambda f: attend(q=[1]), TypeError, "^q: expected a tensor, got list$"),
+    (
+        "q of numpy",
+        lambda f: attend(q=numpy.zeros((2, 4, 6, 64), numpy.float32)),
+        TypeError,
+        "^q: expected a tensor, got ndarray$",
+    ),
     ("q of three dimensions", lambda f: attend(q=torch.zeros(2, 4, 64)), ValueError, "^q:"),
     (
         "q of integers",
@@ -879,6 +1026,14 @@ ATTENTION = [
         "^cos:",
     ),
     ("cos a list", lambda f: attend(cos=[1.0], sin=[0.0]), TypeError, "^cos:"),
+    ("sparse queries", lambda f: attend(q=torch.zeros(2, 4, 6, 64).to_sparse()), TypeError, DENSE),
+    ("sparse starts", lambda f: attend(block_start=ints(4, 8).to_sparse()), TypeError, DENSE),
+    (
+        "return_lse a text",
+        lambda f: attend(return_lse="no"),
+        TypeError,
+        "^return_lse: expected a bool, got str",
+    ),
     ("scale of NaN", lambda f: attend(scale=NAN), ValueError, "^scale:"),
     ("scale too large for a float", lambda f: attend(scale=10**400), ValueError, "^scale:"),
     ("scale of text", lambda f: attend(scale="1"), (TypeError, ValueError), "^scale:"),
@@ -890,6 +1045,30 @@ ATTENTION = [
         "^out:",
     ),
     ("out a list", lambda f: attend(out=[]), TypeError, "^out:"),
+    (
+        "out whose heads are one",
+        lambda f: attend(out=torch.zeros(2, 4, 1, 64).expand(2, 4, 6, 64)),
+        ValueError,
+        r"^out: .*lie apart.*\(2, 4, 6, 64\) with strides \(256, 64, 0, 1\)",
+    ),
+    (
+        "out whose rows overlap",
+        lambda f: attend(out=torch.zeros(4000).as_strided((2, 4, 6, 64), (1, 384, 64, 1))),
+        ValueError,
+        "^out: .*lie apart",
+    ),
+    (
+        "out whose heads overlap by one number",
+        lambda f: attend(out=torch.zeros(4000).as_strided((2, 4, 6, 64), (1536, 384, 63, 1))),
+        ValueError,
+        "^out: .*lie apart",
+    ),
+    (
+        "out that a gradient is wanted of",
+        lambda f: attend(out=torch.zeros(2, 4, 6, 64, requires_grad=True)),
+        ValueError,
+        "^out: .*leaf with a gradient",
+    ),
     (
         "tables of no position",
         lambda f: attend(cos=torch.zeros(0, 32), sin=torch.zeros(0, 32)),
@@ -918,6 +1097,12 @@ ATTENTION = [
 
 SELECT = [
     ("logits a list", lambda f: select(logits=[0.0]), TypeError, "^logits:"),
+    (
+        "logits of numpy",
+        lambda f: select(logits=numpy.zeros((2, 4, 10), numpy.float32)),
+        TypeError,
+        "^logits: expected a tensor, got ndarray$",
+    ),
     (
         "logits of integers",
         lambda f: select(logits=torch.zeros(2, 4, 10, dtype=torch.int64)),
@@ -954,6 +1139,53 @@ SELECT = [
         lambda f: select(tokens=torch.full((2, 4), MASK, device=META)),
         ValueError,
         "^tokens:",
+    ),
+    ("sparse logits", lambda f: select(logits=torch.zeros(2, 4, 10).to_sparse()), TypeError, DENSE),
+    (
+        "nested logits",
+        lambda f: select(logits=torch.nested.nested_tensor([torch.zeros(4, 10)] * 2)),
+        TypeError,
+        "^logits: expected a dense tensor, got a nested one",
+    ),
+    (
+        "token_confidence's flag a number",
+        lambda f: token_confidence(torch.zeros(4, 10), return_entropy=1),
+        TypeError,
+        "^return_entropy: expected a bool, got int",
+    ),
+    (
+        "token_confidence's flag a text",
+        lambda f: token_confidence(torch.zeros(4, 10), return_logsumexp="no"),
+        TypeError,
+        "^return_logsumexp: .*str",
+    ),
+    (
+        "a part that begins past 32 bits",
+        lambda f: part(vocab_start=2**70),
+        ValueError,
+        "^vocab_start: .*1180591620717411303424",
+    ),
+    ("a part's mask past 32 bits", lambda f: part(mask_id=2**70), ValueError, "^mask_id:"),
+    ("a part's mask negative", lambda f: part(mask_id=-1), ValueError, "^mask_id:.*-1"),
+    (
+        "tokens whose rows are one",
+        lambda f: select(tokens=torch.full((1, 4), MASK).expand(2, 4)),
+        ValueError,
+        r"^tokens: .*lie apart.*\(2, 4\) with strides \(0, 1\)",
+    ),
+    (
+        "tokens whose rows overlap",
+        lambda f: select(tokens=torch.full((8,), MASK).unfold(0, 4, 2)[:2]),
+        ValueError,
+        "^tokens: .*lie apart",
+    ),
+    (
+        "tokens that overlap, and a rule without a kernel",
+        lambda f: select(
+            tokens=torch.full((2, 1), MASK).expand(2, 4), rule=lambda scores, c, step: c
+        ),
+        ValueError,
+        "^tokens: .*lie apart",
     ),
     ("mask_id past the vocabulary", lambda f: select(mask_id=10), ValueError, "^mask_id:.*10"),
     ("mask_id negative", lambda f: select(mask_id=-1), ValueError, "^mask_id:"),
@@ -1052,6 +1284,24 @@ SELECT = [
         "^vocab_size:",
     ),
     (
+        "token_confidence of the mask alone",
+        lambda f: token_confidence(torch.zeros(4, 1), mask_id=0),
+        ValueError,
+        "^vocab_size: .*>= 2, got 1",
+    ),
+    (
+        "token_confidence of the mask and padding",
+        lambda f: token_confidence(torch.zeros(4, 10), mask_id=0, vocab_size=1),
+        ValueError,
+        "^vocab_size: .*>= 2, got 1",
+    ),
+    (
+        "a part of the mask alone",
+        lambda f: part(vocab_start=6, mask_id=6, vocab_size=1),
+        ValueError,
+        "^vocab_size: .*>= 2, got 1",
+    ),
+    (
         "token_confidence of three dimensions",
         lambda f: token_confidence(torch.zeros(2, 4, 10)),
         ValueError,
@@ -1065,6 +1315,130 @@ SELECT = [
     ),
 ]
 
+MERGE = [
+    ("partials that are none", lambda f: merge(None), TypeError, "^partials: .*NoneType"),
+    ("no partials", lambda f: merge([]), ValueError, "^partials: .*at least one"),
+    ("one Partials", lambda f: merge(part()), TypeError, "^partials: .*list of Partials.*Partials"),
+    (
+        "partials by a generator",
+        lambda f: merge(part() for _ in range(2)),
+        TypeError,
+        "^partials: .*generator",
+    ),
+    (
+        "a plain tuple among partials",
+        lambda f: merge([part(), tuple(part())]),
+        TypeError,
+        r"^partials\[1\]: expected Partials, got tuple",
+    ),
+    (
+        "a list among partials",
+        lambda f: merge([changed_part(maximum=[0.0] * 3)]),
+        TypeError,
+        r"^partials\[0\].maximum: expected a tensor, got list",
+    ),
+    (
+        "partials of half precision",
+        lambda f: merge([part(), changed_part(total=torch.ones(3).half())]),
+        TypeError,
+        r"^partials\[1\].total: .*float32.*float16",
+    ),
+    (
+        "partials whose ids are int32",
+        lambda f: merge([changed_part(token_ids=ints(1, 2, 3))]),
+        TypeError,
+        r"^partials\[0\].token_ids: .*int64.*int32",
+    ),
+    (
+        "partials whose NaNs are numbers",
+        lambda f: merge([changed_part(has_nan=torch.zeros(3))]),
+        TypeError,
+        r"^partials\[0\].has_nan: .*bool.*float32",
+    ),
+    (
+        "partials of other rows",
+        lambda f: merge([part(), part(4)]),
+        ValueError,
+        r"^partials\[1\].maximum: expected \(3,\) on cpu.*\(4,\)",
+    ),
+    (
+        "a field of one row",
+        lambda f: merge([part(), changed_part(logit=torch.zeros(1))]),
+        ValueError,
+        r"^partials\[1\].logit: .*\(1,\)",
+    ),
+    (
+        "partials of two dimensions",
+        lambda f: merge([Partials(*(field[None] for field in part()))]),
+        ValueError,
+        r"^partials\[0\].maximum: expected \[N\], got \(1, 3\)",
+    ),
+    (
+        "partials elsewhere",
+        lambda f: merge([part(), Partials(*(field.to(META) for field in part()))]),
+        ValueError,
+        r"^partials\[1\].maximum: expected .* on cpu.*meta",
+    ),
+    (
+        "merging with a flag of None",
+        lambda f: merge([part()], return_margin=None),
+        TypeError,
+        "^return_margin: .*NoneType",
+    ),
+    ("merging by an unknown score", lambda f: merge([part()], score="x"), ValueError, "^score:"),
+    ("merging at random", lambda f: merge([part()], score="random"), ValueError, "^seed:"),
+    (
+        "merging with seeds of other rows",
+        lambda f: merge([part()], score="random", seed=torch.zeros(2).long()),
+        ValueError,
+        "^seed:",
+    ),
+    (
+        "merging at positions of int32",
+        lambda f: merge([part()], score="random", seed=1, position=ints(0, 1, 2)),
+        TypeError,
+        "^position:",
+    ),
+]
+
+COMMIT = [
+    ("a rule for its commit", lambda f: propose(commit=Threshold(0.5)), TypeError, "^commit:.*Thr"),
+    (
+        "proposals of int32",
+        lambda f: propose(token_ids=torch.ones(8).int()),
+        TypeError,
+        "^token_ids:.*int64.*int32",
+    ),
+    ("fewer proposals", lambda f: propose(token_ids=torch.ones(4).long()), ValueError, "^token_id"),
+    ("scores of integers", lambda f: propose(score=torch.ones(8).long()), TypeError, "^score:"),
+    ("scores in float64", lambda f: propose(score=torch.ones(8).double()), TypeError, "^score:"),
+    ("more scores", lambda f: propose(score=torch.ones(2, 8)), ValueError, r"^score:.*\(2, 8\)"),
+    ("scores elsewhere", lambda f: propose(score=torch.ones(8, device=META)), ValueError, "^score"),
+    (
+        "tokens of floats to commit into",
+        lambda f: propose(tokens=torch.full((2, 4), 9.0)),
+        TypeError,
+        "^tokens:.*float32",
+    ),
+    ("a row of tokens", lambda f: propose(tokens=torch.full((8,), MASK)), ValueError, "^tokens:"),
+    (
+        "tokens that overlap to commit into",
+        lambda f: propose(tokens=torch.full((2, 1), MASK).expand(2, 4)),
+        ValueError,
+        "^tokens:.*lie apart",
+    ),
+    ("candidates of integers", lambda f: propose(candidates=ints(1)), TypeError, "^candidates:"),
+    (
+        "one candidate for all",
+        lambda f: propose(candidates=torch.tensor(True)),
+        ValueError,
+        r"^candidates:.*\(2, 4\).*\(\)",
+    ),
+    ("no step", lambda f: propose(step=None), TypeError, "^step:.*NoneType"),
+    ("a step of floats", lambda f: propose(step=torch.zeros(2)), TypeError, "^step:"),
+    ("a step of one row", lambda f: propose(step=ints(0)), ValueError, "^step:"),
+]
+
 RULES = [
     ("a threshold of NaN", lambda f: Threshold(NAN), ValueError, "tau"),
     ("a threshold of text", lambda f: Threshold("0.9"), TypeError, "tau"),
@@ -1076,6 +1450,30 @@ RULES = [
         lambda f: Threshold(torch.tensor([0.5, NAN])),
         ValueError,
         "tau",
+    ),
+    (
+        "thresholds on meta",
+        lambda f: Threshold(torch.empty(3, device=META)),
+        ValueError,
+        "^Threshold.tau: expected a tensor that holds numbers, got one on meta",
+    ),
+    (
+        "steps on meta",
+        lambda f: Quota(torch.empty(3, dtype=torch.int64, device=META)),
+        ValueError,
+        "^Quota.steps: .*meta",
+    ),
+    (
+        "a rule of the caller's own with a field on meta",
+        lambda f: generate(f, rule=Above(torch.empty(1, device=META))),
+        ValueError,
+        "^rule: Above.tau: .*meta",
+    ),
+    (
+        "the same, of confidence_select",
+        lambda f: select(rule=Above(torch.empty(2, device=META))),
+        ValueError,
+        "^rule: Above.tau: .*meta",
     ),
     ("a factor of 0", lambda f: Factor(0.0), ValueError, r"\bf\b"),
     ("a negative factor", lambda f: Factor(-1.0), ValueError, r"\bf\b"),
@@ -1187,6 +1585,40 @@ POINTWISE = [
         ValueError,
         "^k_cache:",
     ),
+    (
+        "a key cache whose slots are one",
+        lambda f: rotate(k_cache=torch.zeros(1, 1, 2, 8).expand(1, 4, 2, 8)),
+        ValueError,
+        "^k_cache: .*lie apart",
+    ),
+    (
+        "a value cache whose heads are one",
+        lambda f: rotate(v_cache=torch.zeros(1, 4, 1, 8).expand(1, 4, 2, 8)),
+        ValueError,
+        "^v_cache: .*lie apart",
+    ),
+    (
+        "one tensor for both caches",
+        lambda f: rotate(**dict.fromkeys(("k_cache", "v_cache"), torch.zeros(1, 4, 2, 8))),
+        ValueError,
+        "^v_cache: .*of its own",
+    ),
+    (
+        "pages that overlap",
+        lambda f: rotate(
+            k_cache=torch.zeros(160).as_strided((3, 4, 2, 8), (16, 16, 8, 1)),
+            v_cache=torch.zeros(3, 4, 2, 8),
+            page_table=torch.zeros(1, 1).int(),
+        ),
+        ValueError,
+        "^k_cache: .*lie apart",
+    ),
+    (
+        "a key cache that a gradient is wanted of",
+        lambda f: rotate(k_cache=torch.zeros(1, 4, 2, 8, requires_grad=True)),
+        ValueError,
+        "^k_cache: .*leaf with a gradient",
+    ),
     ("starts of other rows", lambda f: rotate(start=ints(0, 1)), ValueError, "^start:"),
     ("starts of floats", lambda f: rotate(start=torch.zeros(1)), TypeError, "^start:"),
     ("lengths of floats", lambda f: rotate(length=torch.zeros(1)), TypeError, "^length:"),
@@ -1233,11 +1665,29 @@ POINTWISE = [
         TypeError,
         "^residual:.*bool",
     ),
+    (
+        "an RMSNorm weight of numpy",
+        lambda f: normalise(weight=numpy.ones(8, numpy.float32)),
+        TypeError,
+        "^weight: expected a tensor, got ndarray$",
+    ),
     ("eps of 0", lambda f: normalise(eps=0.0), ValueError, "^eps:.*above 0.*0.0"),
     ("eps negative", lambda f: normalise(eps=-1e-5), ValueError, "^eps:"),
     ("eps of NaN", lambda f: normalise(eps=NAN), ValueError, "^eps:"),
     ("eps infinite", lambda f: normalise(eps=INF), ValueError, "^eps:"),
     ("eps of text", lambda f: normalise(eps="1e-5"), TypeError, "^eps:.*str"),
+    (
+        "a sparse weight",
+        lambda f: product(weight=torch.zeros(8, 4).to_sparse()),
+        TypeError,
+        f"^weight: {DENSE}",
+    ),
+    (
+        "a weight without a column to quantise",
+        lambda f: quantize_weight(torch.zeros(8, 0)),
+        ValueError,
+        r"^weight: .*an input or more, got \(8, 0\)",
+    ),
     ("eps of None", lambda f: normalise(eps=None), TypeError, "^eps:"),
     (
         "gate and up of integers",
@@ -1490,6 +1940,8 @@ TABLE = [
         ("load", LOAD),
         ("block_attention", ATTENTION),
         ("select", SELECT),
+        ("merge", MERGE),
+        ("commit", COMMIT),
         ("rules", RULES),
         ("pointwise", POINTWISE),
         ("options", OPTIONS),

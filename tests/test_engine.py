@@ -342,6 +342,19 @@ def test_a_full_line_a_closed_engine_and_a_late_cancel():
     assert not [t for t in threading.enumerate() if t.name == "fastdllm-engine"]
 
 
+def test_a_request_that_is_cancelled_in_its_last_turn_has_no_result():
+    model = case("llada")[0]
+    with Engine(model, rows=1, positions=16, block_length=4) as engine:
+        said = []
+        request = engine.submit(
+            [1, 2], gen_length=1, stop_ids=(), on_step=lambda event: said.append(request.cancel())
+        )
+        with pytest.raises(RequestCancelled):
+            request.result(timeout=60)
+        assert said == [True] and not request.cancel()
+        assert engine.submit([1, 2], gen_length=1).result(timeout=60).nfe.tolist() == [1]
+
+
 def test_an_exception_in_the_block_cancels():
     model, config, _ = case("llada")
     with pytest.raises(KeyError), Engine(model, rows=1, positions=90, block_length=4) as engine:

@@ -12,6 +12,7 @@ from random import Random
 
 import fuzz
 import fuzz_decodes
+import fuzz_engine
 import fuzz_kernels
 import guarded
 import pytest
@@ -34,7 +35,7 @@ def test_twenty_decodes(device):
     failures, checks = found(fuzz_decodes, cases, device.type)
     assert not failures
     assert checks["invariants"] == 20
-    assert min(checks["alone"], checks["stated"], checks["kernels"]) > 0
+    assert min(checks[name] for name in ("alone", "stated", "kernels", "infill")) > 0
     assert (checks["captured"] > 0) == (device.type == "cuda")
 
 
@@ -45,10 +46,21 @@ def test_twenty_kernel_calls(device):
     assert len(checks) > 5
 
 
+def test_twenty_engines(device):
+    cases = [fuzz_engine.random_case(0, number) for number in range(20)]
+    failures, checks = found(fuzz_engine, cases, device.type)
+    assert not failures
+    assert checks["as alone"] > 40 and checks["as alone"] + checks["cancelled"] == sum(
+        len(case.requests) for case in cases
+    )
+
+
 def test_a_case_is_the_python_that_makes_it_again():
     for number in range(40):
         case = fuzz_decodes.random_case(3, number)
         assert eval(repr(case), vars(fuzz_decodes)) == case == fuzz_decodes.random_case(3, number)
+        served = fuzz_engine.random_case(3, number)
+        assert eval(repr(served), vars(fuzz_engine)) == served
         call = fuzz_kernels.random_call(3, number)
         assert eval(repr(call), vars(fuzz_kernels)) == call
 
@@ -94,6 +106,28 @@ def test_a_wrong_decode_is_found(change, oracles, device, monkeypatch):
     spoil(monkeypatch, change)
     failures = fuzz_decodes.check(case, device.type).failures
     assert oracles <= {name for name, _ in failures}
+
+
+def test_a_wrong_answer_of_an_engine_is_found(device, monkeypatch):
+    monkeypatch.setattr(fuzz_decodes, "near_tie", lambda *_: False)
+    one, two = (case_of_rows(device, rows=1, score=score) for score in ("margin", "confidence"))
+    served = fuzz_engine.Served((one, two, one), rows=2, waits=(0, 0, 0))
+    assert not fuzz_engine.check(served, device.type).failures
+    spoil(monkeypatch, a_forward_more)
+    outcome = fuzz_engine.check(served, device.type)
+    assert [text[:9] for _, text in outcome.failures] == ["request 0", "request 1", "request 2"]
+    small = fuzz.smaller(fuzz_engine, served, outcome, device.type)
+    assert len(small.requests) == 1
+
+
+def test_an_infill_that_changes_a_token_is_found(device, monkeypatch):
+    case, infill = case_of_rows(device), fastdllm.infill
+
+    def spoiled(model, sequences, **options):
+        return another_token(infill(model, sequences, **options), len(sequences))
+
+    monkeypatch.setattr(fastdllm, "infill", spoiled)
+    assert "infill" in {name for name, _ in fuzz_decodes.check(case, device.type).failures}
 
 
 def test_a_case_that_fails_is_made_smaller(device, monkeypatch):
@@ -158,9 +192,10 @@ def test_a_process_that_dies_or_hangs_is_a_failure(how, text, capsys):
 
 def test_the_command(tmp_path):
     command = [sys.executable, Path(fuzz.__file__), "--decodes", "3", "--kernel-calls", "2"]
+    command += ["--engines", "2"]
     out = tmp_path / "fuzz.json"
     subprocess.run([*command, "--seed", "1", "--processes", "1", "--out", out], check=True)
     report = json.loads(out.read_text())
-    assert report["done"] == {"decode": 3, "kernel": 2} and not report["failures"]
+    assert report["done"] == {"decode": 3, "engine": 2, "kernel": 2} and not report["failures"]
     assert sum(report["options"]["decode cache"].values()) == 3
     assert report["seed"] == 1 and report["kernels"] == "interpreted"

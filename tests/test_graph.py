@@ -310,7 +310,7 @@ def test_a_model_that_has_changed_is_captured_anew(records):
         lambda: setattr(model.layers[0].down, "scaling", {"default": 2.0}),
         lambda: model.layers[0].down.scaling.update(default=3.0),
         lambda: setattr(model, "head", lambda hidden: model.lm_head(2 * hidden)),
-        lambda: model.layers.__setitem__(1, model.layers[0]),
+        lambda: model.layers.insert(0, model.layers.pop(1)),
     )
     for change in changes:
         before = len(records)

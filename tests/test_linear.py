@@ -267,7 +267,9 @@ class TestFp8:
         weight = torch.ones(4, 16, device=device)
         weight[1, 3], weight[2, 5] = float("nan"), float("inf")
         assert ops.quantize_weight(weight).scale.isfinite().tolist() == [True, False, False, True]
-        with pytest.raises(ValueError, match=r"weight: expected \[out, in\], got \(4,\)"):
+        with pytest.raises(
+            ValueError, match=r"weight: expected \[out, in\] with an input or more, got \(4,\)"
+        ):
             ops.quantize_weight(weight[:, 0])
 
     @pytest.mark.parametrize("rows", [0, 4, 200])
@@ -293,9 +295,21 @@ class TestFp8:
         monkeypatch.delenv(backend.VARIABLE)
         torch.testing.assert_close(ops.linear(x, weight), ops.linear_reference(x, weight))
 
-    def test_nothing_asks_for_a_gradient(self, device):
-        x, weight, _, _ = fp8_operands(4, 64, 48, torch.float32, device)
-        assert not ops.linear(x.requires_grad_(), weight).requires_grad
+    def test_a_gradient_is_refused(self, device):
+        x, weight, residual, norm = fp8_operands(4, 64, 48, torch.float32, device)
+        plain = ops.linear(x, weight)
+        x.requires_grad_()
+        for call in (
+            lambda: ops.linear(x, weight),
+            lambda: ops.linear_swiglu(x, weight),
+            lambda: ops.linear_rms_norm(x, weight, residual, norm, EPS),
+        ):
+            with pytest.raises(ValueError, match="^x: .*Fp8Weight.*requires a gradient"):
+                call()
+        with pytest.raises(ValueError, match="^x: .*torch.func"):
+            torch.func.grad(lambda x: ops.linear(x, weight).sum())(x.detach())
+        with torch.no_grad():
+            assert torch.equal(ops.linear(x, weight), plain)
 
     def test_leading_dimensions(self, device):
         x, weight, _, norm = fp8_operands(6, 64, 48, torch.float16, device)

@@ -421,6 +421,77 @@ def test_a_plain_model_calls_no_product(tmp_path, monkeypatch):
     assert model.logits(TOKENS).isfinite().all()
 
 
+def another_models(model, tmp_path):
+    model.layers[1] = tiny.build(tmp_path / "other", tiny.LLADA)[0].layers[1]
+
+
+def another_models_attention(model, tmp_path):
+    other, _ = tiny.build(tmp_path / "other", tiny.LLADA)
+    model.layers[1].attention = Doubled(other.layers[1].attention)
+
+
+def a_copy(model, tmp_path):
+    model.layers[1] = copy.deepcopy(model.layers[1])
+
+
+def the_first_twice(model, tmp_path):
+    model.layers[1] = model.layers[0]
+
+
+def no_layer(model, tmp_path):
+    model.layers[1] = nn.Identity()
+
+
+def no_first_layer(model, tmp_path):
+    model.layers[0] = nn.Identity()
+
+
+def no_layers(model, tmp_path):
+    model.layers = nn.ModuleList()
+
+
+@pytest.mark.parametrize(
+    "swap, message",
+    [
+        (another_models, r"^model: .*layers\[1\] one of another model or a copy"),
+        (another_models_attention, r"^model: .*layers\[1\] one of another model or a copy"),
+        (a_copy, r"^model: .*layers\[1\] one of another model or a copy"),
+        (the_first_twice, r"^model: .*one layer in model.layers\[0\] and model.layers\[1\]"),
+        (no_layer, r"^model: expected a TransformerLayer in model.layers\[1\], got Identity"),
+        (no_first_layer, r"^model: expected a TransformerLayer in model.layers\[0\], got Identity"),
+        (no_layers, r"^model: .*a layer or more"),
+    ],
+)
+def test_layers_that_are_not_the_models_own_are_refused(tmp_path, swap, message):
+    model, _ = tiny.build(tmp_path / "one", tiny.LLADA)
+    swap(model, tmp_path)
+    for call in (
+        lambda: fastdllm.generate(model, [[1, 2]], gen_length=4),
+        lambda: fastdllm.infill(model, [[1, 37]]),
+        lambda: fastdllm.Engine(model),
+        lambda: fastdllm.warm_up(model),
+        lambda: model.logits(TOKENS),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_layers_that_change_places_decode_as_a_model_made_so(tmp_path, cache):
+    model, state = tiny.build(tmp_path / "one", tiny.LLADA)
+    first, second = ("model.transformer.blocks.0.", "model.transformer.blocks.1.")
+    turned = {
+        name.replace(first, "?").replace(second, first).replace("?", second): value
+        for name, value in state.items()
+    }
+    tiny.write(tmp_path / "two", tiny.LLADA, turned)
+    twin = fastdllm.load(tmp_path / "two", device="cpu", dtype=torch.float32)
+    model.layers[0], model.layers[1] = model.layers[1], model.layers[0]
+    options = {"gen_length": 12, "block_length": 4, "cache": cache}
+    ours, wanted = (fastdllm.generate(m, TOKENS, **options) for m in (model, twin))
+    assert all(map(torch.equal, ours.tokens, wanted.tokens)) and ours.nfe.equal(wanted.nfe)
+
+
 @pytest.mark.parametrize("token", [-1, 40, 2**40])
 def test_an_id_outside_the_vocabulary_is_refused(tmp_path, token):
     model, _ = tiny.build(tmp_path, tiny.LLADA)

@@ -803,6 +803,38 @@ def headless(tmp_path):
     return model
 
 
+def with_layers(kind, change):
+    """Makes a published model whose list of layers `change` had."""
+
+    def make(tmp_path):
+        model, _, _ = build(kind, tmp_path)
+        inner = model.model
+        change(inner.transformer.blocks if kind == "LLaDA" else inner.layers)
+        return model
+
+    return make
+
+
+def repeat_the_first(layers):
+    layers[1] = layers[0]
+
+
+def copy_the_first(layers):
+    layers[1] = copy.deepcopy(layers[0])
+
+
+def share_attention(layers):
+    layers[1].self_attn = layers[0].self_attn
+
+
+def append_one(layers):
+    layers.append(copy.deepcopy(layers[0]))
+
+
+def drop_the_last(layers):
+    del layers[len(layers) - 1]
+
+
 scaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}}
 REFUSED = {
     "another architecture": (
@@ -862,6 +894,36 @@ REFUSED = {
         ValueError,
         "model.config.*rope_parameters.*linear",
     ),
+    "a layer that comes twice": (
+        with_layers("LLaDA", repeat_the_first),
+        {},
+        ValueError,
+        r"model\.transformer\.blocks\.1 and model\.transformer\.blocks\.0 with layer_id 0",
+    ),
+    "a copy of a layer, its number too": (
+        with_layers("Dream", copy_the_first),
+        {},
+        ValueError,
+        r"model\.layers\.1 and model\.layers\.0 with layer_idx 0",
+    ),
+    "attention that two layers share": (
+        with_layers("Dream", share_attention),
+        {},
+        ValueError,
+        r"model\.layers\.1 and model\.layers\.0 with layer_idx 0",
+    ),
+    "a layer more than the config says": (
+        with_layers("LLaDA", append_one),
+        {},
+        ValueError,
+        r"expected 2 layers in model\.transformer\.blocks, as model\.config says, got 3",
+    ),
+    "a layer less than the config says": (
+        with_layers("Qwen2, dream", drop_the_last),
+        {"mask_id": 3},
+        ValueError,
+        r"expected 2 layers in model\.layers.*got 1",
+    ),
 }
 
 
@@ -872,6 +934,40 @@ def test_what_it_cannot_do_is_refused_before_anything_changes(name, tmp_path):
     with pytest.raises(error, match=message):
         fastdllm.replace_attention(model, **options)
     assert not hasattr(model, "fastdllm_adapter")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (copy_the_first, r"^model: model\.layers\.1 \(DreamDecoderLayer\) came after"),
+        (repeat_the_first, r"^model: .*one layer in model\.layers\.0 and model\.layers\.1"),
+        (append_one, r"^model: model\.layers\.2 \(DreamDecoderLayer\) came after"),
+        (
+            lambda layers: layers.__setitem__(0, nn.Identity()),
+            r"^model: model\.layers\.0 \(Identity\) came after",
+        ),
+    ],
+)
+def test_a_layer_that_came_after_replacing_is_refused(change, message, tmp_path):
+    model, _, _ = build("Dream", tmp_path)
+    fastdllm.replace_attention(model)
+    change(model.model.layers)
+    with pytest.raises(ValueError, match=message):
+        decode(model)
+
+
+def test_a_layer_that_was_swapped_decodes_once_it_is_replaced(tmp_path):
+    model, _, native = build("Dream", tmp_path / "one")
+    other, _, _ = build("Dream", tmp_path / "two", seed=1)
+    wanted = decode(fastdllm.replace_attention(copy.deepcopy(model)))
+    fastdllm.replace_attention(other)
+    for index in range(2):
+        other.model.layers[index] = model.model.layers[index]
+    with pytest.raises(ValueError, match=r"model\.layers\.0 .*restore_attention"):
+        decode(other)
+    fastdllm.replace_attention(fastdllm.restore_attention(other))
+    other.load_state_dict(model.state_dict())
+    assert_same(decode(other), wanted)
 
 
 # What runs by this project's ops once a model is replaced: its plain linears and RMSNorms.

@@ -307,6 +307,11 @@ def test_a_forced_kernel_refuses_other_dtypes(dtypes, device, triton_backend):
         rms_norm(x, weight, 1e-5)
 
 
+def test_eps_may_be_a_long_int_of_python(device):
+    x = torch.ones(2, 8, device=device)
+    assert not rms_norm(x, x[0], 2**100).ne(2.0**-50).any()
+
+
 def test_other_dtypes_take_the_reference(device):
     x, weight = torch.ones(2, 8, dtype=torch.float16, device=device), torch.ones(8, device=device)
     assert rms_norm(x, weight, 1e-5).dtype == torch.float32

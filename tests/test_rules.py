@@ -437,6 +437,14 @@ def test_what_is_no_rule_is_named(rule, error, message):
         check_rule(rule, 2)
 
 
+def test_a_rule_that_is_asked_as_it_is_lies_where_the_scores_do():
+    device = torch.device("cuda")
+    check_rule(Threshold(torch.ones(2)), 2, device)  # its branch takes a copy
+    check_rule(Band(0.5), 2, device)
+    with pytest.raises(ValueError, match="rule: expected Band.low on cuda, got a tensor on cpu"):
+        check_rule(Band(torch.ones(2)), 2, device)
+
+
 def test_what_is_a_rule_passes():
     ours = Threshold(0.9), Factor(torch.ones(2)), Quota(3)
     for rule in (*ours, Band(), Cautious(), first_candidate):

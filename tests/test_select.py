@@ -300,6 +300,19 @@ def test_the_compiler_sees_one_node_whatever_the_rule(device, rule):
     assert torch.equal(compiled(tokens.clone()), call(tokens.clone()))
 
 
+def test_the_compiler_takes_tokens_of_any_strides_and_lengths(device):
+    def call(logits, tokens):
+        chosen = fk.confidence_select(logits, tokens, mask_id=19, rule=Threshold(0.3))
+        return chosen.committed, tokens
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager", dynamic=True)
+    for width in (3, 4):
+        logits = random_logits(device, torch.float32, 2, width, 20)
+        one, two = (torch.full((width, 2), 19, device=device).t() for _ in range(2))
+        for got, wanted in zip(compiled(logits, one), call(logits, two), strict=True):
+            assert torch.equal(got, wanted)
+
+
 @triton.jit
 def _quota_kernel(masks, steps, step, even, dream, N: tl.constexpr):
     at = tl.arange(0, N)
@@ -414,6 +427,33 @@ def test_a_nan_is_reported_and_never_committed(either_backend, device, dtype, sc
     assert torch.equal(got.committed, wanted)
     assert torch.equal(tokens, torch.where(wanted, got.token_ids, before))
     assert got.token_ids[3, 0] == 8 and got.score[3, 0] == -INF
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("mask_id", [0, 2, 4])
+@pytest.mark.parametrize("mask_logit, lse", [(-INF, -INF), (3.0, 3.0)])
+def test_the_mask_is_not_proposed_where_nothing_else_is_likely(
+    mask_logit, lse, mask_id, temperature, device, either_backend
+):
+    logits = torch.full((2, 5), -INF, device=device)
+    logits[:, mask_id] = mask_logit
+    other = int(mask_id == 0)
+    wanted = [torch.full((2,), value) for value in (0.0, lse, 0.0, 0.0)]
+    names = ("return_logsumexp", "return_entropy", "return_margin")
+    options = {"mask_id": mask_id, "temperature": temperature, "seed": 1}
+    got = fk.token_confidence(logits, **options, **dict.fromkeys(names, True))
+    assert got.token_ids.tolist() == [other, other]
+    for value, number in zip(got[1:], wanted, strict=True):
+        assert torch.equal(value.cpu(), number)
+    halves = [
+        fk.token_confidence_partials(logits[:, at : at + 2], vocab_start=at, **options)
+        for at in (2, 0)
+    ]
+    merged = fk.merge_confidence_partials(halves)
+    assert merged.token_ids.tolist() == [other, other]
+    tokens = torch.full((1, 2), mask_id, device=device)
+    fk.confidence_select(logits[None], tokens, rule=Quota(1), **options)
+    assert tokens.tolist() == [[other, other]]
 
 
 def test_an_infinite_logit_is_as_in_the_reference(triton_backend, device):
@@ -758,7 +798,7 @@ def test_what_the_kernel_cannot_take_goes_to_the_reference_or_raises(device, mon
         (
             lambda z: fk.token_confidence_partials(z, vocab_start=-2),
             ValueError,
-            "vocab_start: expected an int >= 0",
+            "vocab_start: expected an int in .*got -2",
         ),
         (
             lambda z: fk.token_confidence_partials(z, vocab_start=2.0),

@@ -39,10 +39,10 @@ class ModelingFile:
     config_family: the family in whose words the model's config is written. inner: the model that
     holds the layers and has a forward of its own. embedding, layers, norm, head: its parts.
     attention_owner: the module of a layer whose `attention_method` is the attention; "" is the
-    layer itself. attention_out: the owner's output projection. attention_outputs: how many values
-    the method returns, the output first. returns_past: whether the method returns keys and values
-    where it is called with use_cache. causal_by_default: whether the model's own code makes a
-    causal mask where it is given none.
+    layer itself. attention_out: the owner's output projection. layer_number: where the owner keeps
+    its layer's number. attention_outputs: how many values the method returns, the output first.
+    returns_past: whether the method returns keys and values where it is called with use_cache.
+    causal_by_default: whether the model's own code makes a causal mask where it is given none.
     """
 
     config_family: str
@@ -54,6 +54,7 @@ class ModelingFile:
     attention_owner: str = "self_attn"
     attention_method: str = "forward"
     attention_out: str = "o_proj"
+    layer_number: str = "layer_idx"
     attention_outputs: int = 2
     returns_past: bool = False
     causal_by_default: bool = False

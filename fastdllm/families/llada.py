@@ -57,6 +57,7 @@ FAMILY = Family(
             attention_owner="",
             attention_method="attention",
             attention_out="attn_out",
+            layer_number="layer_id",
             returns_past=True,
         ),
         "llama": ModelingFile(config_family="Dream", causal_by_default=True),

@@ -76,7 +76,8 @@ def block_attention_reference(
     scores = scores.masked_fill(~visible[:, None, None, None], -math.inf)
     seen = visible.any(1)[:, None, None, None] & in_block[:, :, None, None]
     lse = torch.logsumexp(scores, dim=-1).masked_fill(~seen, -math.inf)
-    weights = torch.exp(scores - torch.where(seen, lse, 0)[..., None])
+    lse = lse.masked_fill(lse == math.inf, math.nan)
+    weights = torch.exp(scores - torch.where(lse == -math.inf, 0, lse)[..., None])
     weights = weights.masked_fill(~seen[..., None], 0)
     result = torch.einsum("bthgj,bjhd->bthgd", weights, values).flatten(2, 3).to(q.dtype)
     result = result if out is None else out.copy_(result)
@@ -134,8 +135,9 @@ def _unsupported(x):
     """Why no kernel takes these operands, or None."""
     if x.q.shape[-1] > 256:
         return f"the head dimension is {x.q.shape[-1]}, above 256"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in x[:5]):
-        return "an input requires a gradient and the kernel has none"
+    reason = backend.derivative(*x[:5], x.cos, x.sin)
+    if reason:
+        return reason
     for name in ("q", "k", "v", "k_cache", "v_cache", "cos", "sin", "page_table", "out"):
         tensor = getattr(x, name)
         if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
@@ -229,22 +231,43 @@ def block_attention(
     positions is never read; it is never written. block_len [B] int32: row b's block has only that
     many of the T positions (its suffix starts right after them; rows past it give 0). cos, sin
     [positions, D/2]: rotate q and k, in their dtype; cached keys are rotated already. scale:
-    default D ** -0.5. out: where to write [B, T, H, D].
+    default D ** -0.5. out: where to write [B, T, H, D], its elements in places of their own.
 
     Returns out [B, T, H, D], and with return_lse also the log-sum-exp of the scaled scores [B, T,
-    H] fp32. A row without a visible key gives 0 and -inf. Nothing is read back to the host. Spans
-    are trusted: they lie on the device, so a position outside the cache is the caller's error. A
-    page that does not exist is read as the nearest one that does. Raises TypeError for dtypes,
-    ValueError for shapes and devices.
+    H] fp32. A row without a visible key, and one whose scores are all -inf, gives 0 and -inf; a
+    score of +inf or NaN gives NaN. Nothing is read back to the host. Spans are trusted: they lie on
+    the device, so a position outside the cache is the caller's error. A page that does not exist is
+    read as the nearest one that does. Where a derivative is wanted, under torch.compile and
+    torch.func too, the reference computes. Raises TypeError for dtypes, ValueError for shapes and
+    devices.
     """
     _check(q, k, v, k_cache, v_cache, page_table)
     _check_spans(q, block_start=block_start, kv_len=kv_len, kv_start=kv_start, block_len=block_len)
     _check_rotation(q, cos, sin)
     scale = q.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
+    checks.flag("return_lse", return_lse)
+    checks.tensor("out", out, (q.dtype,), q.shape, q.device, optional=True)
+    checks.written("out", out)
+    if backend.wants_derivative("block_attention", q, k, v, k_cache, v_cache, cos, sin, out):
+        return block_attention_reference(
+            q,
+            k,
+            v,
+            k_cache,
+            v_cache,
+            block_start,
+            kv_len,
+            kv_start=kv_start,
+            page_table=page_table,
+            block_len=block_len,
+            cos=cos,
+            sin=sin,
+            scale=scale,
+            return_lse=return_lse,
+            out=out,
+        )
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    else:
-        checks.tensor("out", out, (q.dtype,), q.shape, q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
     x = Operands(
         q,

@@ -655,7 +655,9 @@ def _fold_all(
     LANES: gl.constexpr = gl.DistributedLinearLayout(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
     )
-    top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SUMS))
+    # The lowest number, not -inf: where scores are -inf, no weight is to be exp2(-inf + inf).
+    LOWEST: gl.constexpr = -3.4028234663852886e38
+    top = gl.full([64], LOWEST, gl.float32, gl.SliceLayout(1, SUMS))
     lanes, acc = gl.zeros([64, 4], gl.float32, LANES), gl.zeros([64, D], gl.float32, SUMS)
     stage, phase, top, lanes, acc = _fold_streamed(
         q, ring, stage, phase, streams, top, lanes, acc, scale, ZERO_FILL
@@ -734,10 +736,10 @@ def _merge_halves(sums, exchange):
     ROW: gl.constexpr = top.type.layout
     mbarrier.wait(barriers.index(1), 0)
     other = rows.index(0).load(ROW)
-    high = gl.maximum(gl.maximum(top, other), -1e38)  # of nothing visible remains nothing
+    high = gl.maximum(top, other)
     mine, others = gl.exp2(top - high), gl.exp2(other - high)
     acc = acc * mine[:, None] + values.load(acc.type.layout) * others[:, None]
-    return gl.maximum(top, other), total * mine + rows.index(1).load(ROW) * others, acc
+    return high, total * mine + rows.index(1).load(ROW) * others, acc
 
 
 @gluon.jit
@@ -752,11 +754,13 @@ def _store(sums, first_row, place, own, q, results, out_strides, T, FORM: gl.con
     G: gl.constexpr = FORM.G
     SUMS: gl.constexpr = acc.type.layout
     WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    split, total = gl.program_id(1), gl.where(total == 0, 1.0, total)
+    split, empty = gl.program_id(1), total == 0
+    total = gl.where(empty, 1.0, total)
     result = acc * (1.0 / total)[:, None]
     if lse_ptr is not None:
         row = first_row + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
-        lse = gl.where(row < own * G, (top + gl.log2(total)) * LN2, float("-inf"))
+        asked = (row < own * G) & ~empty
+        lse = gl.where(asked, (top + gl.log2(total)) * LN2, float("-inf"))
         lse_ptr += split * lse_split + kv_head * G
         gl.store(lse_ptr + (b * T + row // G) * (FORM.HK * G) + row % G, lse, mask=row // G < T)
     out_row, out_at, out_head, out_split = out_strides

@@ -403,7 +403,8 @@ def _store(
     # registers in the loops.
     tile, kv_head, b = _place(tl.program_id(0) + tl.program_id(2), tiles, HK)
     t, head, asked = _rows(tile, kv_head, own, G, acc.shape[0])
-    total = tl.where(total == 0, 1.0, total)
+    empty = total == 0
+    total = tl.where(empty, 1.0, total)
     result = tl.where(asked[:, None], acc / total[:, None], 0.0)
     column, inside = _columns(D, acc.shape[1], False)
     split = (tl.program_id(1) + tl.program_id(2)).to(tl.int64)
@@ -415,7 +416,7 @@ def _store(
         mask=(t < T)[:, None] & inside[None, :],
     )
     if lse_ptr is not None:
-        lse = tl.where(asked, (top + tl.log2(total)) * LN2, float("-inf"))
+        lse = tl.where(asked & ~empty, (top + tl.log2(total)) * LN2, float("-inf"))
         tl.store(lse_ptr + split * lse_split + (b * T + t) * (HK * G) + head, lse, mask=t < T)
 
 
@@ -493,7 +494,9 @@ def attention_kernel(
     q_offset = b * q_strides[0] + t.to(tl.int64) * q_strides[1] + head * q_strides[2]
     position = tl.minimum(start + t, positions - 1)
     q = _queries(q_ptr, q_offset, asked, position, tables, D, TILE_D, NEGATIVE)
-    top = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
+    # The lowest number, not -inf: where scores are -inf, no weight is to be exp2(-inf + inf).
+    LOWEST: tl.constexpr = -3.4028234663852886e38
+    top = tl.full((TILE_ROWS,), LOWEST, tl.float32)
     total = tl.zeros((TILE_ROWS,), tl.float32)
     sums = (top, total, tl.zeros((TILE_ROWS, TILE_D), tl.float32))
 

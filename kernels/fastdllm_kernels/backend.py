@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch.autograd import forward_ad
 
 from . import checks
 
@@ -65,6 +66,8 @@ def _obstacle(tensor, *dtypes):
     """Why no kernel runs on the tensor here, or None."""
     if triton is None:
         return "triton is not installed"
+    if tensor.is_meta:
+        return "the inputs are on meta"
     if interpreting():
         for dtype in (tensor.dtype, *dtypes):
             if dtype in WRONG_IN_INTERPRETER:
@@ -78,6 +81,40 @@ def _obstacle(tensor, *dtypes):
     return None
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot follow how it is read
+def _transformed() -> bool:
+    """Whether torch.func (grad, vmap, jvp) transforms what runs here."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def derivative(*operands: torch.Tensor | None) -> str | None:
+    """Why only PyTorch's own operations may compute with these operands, or None: a derivative is
+    wanted of them, and no kernel has one. None among them is absent.
+    """
+    if _transformed():
+        return "torch.func transforms it and the kernel has no rule for that"
+    backward = torch.is_grad_enabled()
+    forward = forward_ad._current_level >= 0
+    for operand in operands:
+        if operand is None:
+            continue
+        if backward and operand.requires_grad:
+            return "an input requires a gradient and the kernel has none"
+        if forward and forward_ad.unpack_dual(operand).tangent is not None:
+            return "an input has a tangent and the kernel returns none"
+    return None
+
+
+def wants_derivative(op: str, *operands: torch.Tensor | None) -> bool:
+    """Whether `op`, which torch.compile sees as one node without a derivative, must be its
+    reference for these operands. RuntimeError where the kernel is forced.
+    """
+    reason = derivative(*operands)
+    if reason and forced() == "triton":
+        raise RuntimeError(f"{op}: {VARIABLE}=triton, but {reason}")
+    return reason is not None
+
+
 def use_kernel(op: str, *operands, unsupported: str | None = None, dtypes=()) -> bool:
     """Whether a small op runs as a kernel on these operands, the first of which is a tensor; None
     among them is absent.
@@ -87,13 +124,12 @@ def use_kernel(op: str, *operands, unsupported: str | None = None, dtypes=()) ->
     """
     if torch.compiler.is_compiling():
         return False
-    first, grad = operands[0], torch.is_grad_enabled()
+    first = operands[0]
+    unsupported = derivative(*operands) or unsupported
     for operand in operands:
         if operand is None:
             continue
-        if grad and operand.requires_grad:
-            unsupported = "an input requires a gradient and the kernel has none"
-        elif operand.dtype != first.dtype or operand.device != first.device:
+        if operand.dtype != first.dtype or operand.device != first.device:
             unsupported = (
                 f"{operand.dtype} on {operand.device} stands beside {first.dtype} on {first.device}"
             )

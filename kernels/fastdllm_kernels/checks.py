@@ -23,6 +23,13 @@ def integer(name: str, value, low: float = -math.inf, high: float = math.inf) ->
     return value
 
 
+def flag(name: str, value) -> bool:
+    """`value` if it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    return value
+
+
 def number(
     name: str,
     value,
@@ -57,16 +64,51 @@ def tensor(
     """
     if value is None and optional:
         return None
-    if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        got = getattr(value, "dtype", type(value).__name__)
-        raise TypeError(f"{name}: expected a tensor of {wanted}, got {got}")
+        raise TypeError(f"{name}: expected a tensor of {wanted}, got {value.dtype}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
     if shape is not None and (value.shape != shape or value.device != device):
         raise ValueError(
             f"{name}: expected shape {tuple(shape)} on {device}, "
             f"got {tuple(value.shape)} on {value.device}"
         )
     return value
+
+
+def written(name: str, value) -> Any:
+    """`value`, a tensor to write into (or None), if no two of its elements lie in one place, as far
+    as its strides tell, and no gradient of it would be lost.
+    """
+    if value is None:
+        return None
+    if not value.is_contiguous() and _overlaps(value):
+        raise ValueError(
+            f"{name}: expected a tensor whose elements lie apart, to be written, got shape "
+            f"{tuple(value.shape)} with strides {value.stride()}"
+        )
+    if value.requires_grad and value.is_leaf and torch.is_grad_enabled():
+        raise ValueError(f"{name}: expected a tensor to write into, got a leaf with a gradient")
+    return value
+
+
+def _overlaps(value):
+    """Whether a dimension's stride is no longer than what the dimensions inside it cover."""
+    dimensions = [
+        (stride, stride * (size - 1))
+        for stride, size in zip(value.stride(), value.shape, strict=True)
+        if size > 1
+    ]
+    # Without sorting, which torch.compile does not do with symbols.
+    for stride, extent in dimensions:
+        inside = sum(other for step, other in dimensions if step <= stride) - extent
+        if stride <= inside:
+            return True
+    return False
 
 
 def rotation(cos, sin, q):

@@ -1,8 +1,8 @@
 """Weights in fp8: half the bytes of bf16, e4m3 numbers with a scale for each row.
 
 Where such a weight is multiplied (linear.py), the rows of x are quantised as they come, each by its
-largest magnitude. Two operands of 3 bits of mantissa lose about 4% of a product's size, and there
-is no gradient.
+largest magnitude. Two operands of 3 bits of mantissa lose about 4% of a product's size. There is no
+gradient: an x that wants one is refused.
 """
 
 from functools import cache
@@ -52,8 +52,10 @@ def quantize_weight(weight: Tensor) -> Fp8Weight:
     that makes its largest magnitude 448. TypeError for another dtype, ValueError for another shape.
     """
     checks.tensor("weight", weight, checks.REALS)
-    if weight.ndim != 2:
-        raise ValueError(f"weight: expected [out, in], got {tuple(weight.shape)}")
+    if weight.ndim != 2 or not weight.shape[1]:
+        raise ValueError(
+            f"weight: expected [out, in] with an input or more, got {tuple(weight.shape)}"
+        )
     data = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
     scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     return Fp8Weight(data, scale).copy_(weight)

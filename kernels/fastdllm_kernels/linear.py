@@ -93,8 +93,9 @@ def _use_kernel(op, x, weight, *others):
 def linear(x: Tensor, weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> Tensor:
     """x [..., in] weight [out, in]^T + bias [out] (or None) -> [..., out].
 
-    weight, here and below: a tensor of x's dtype, or an Fp8Weight. Raises TypeError for what is no
-    tensor and for dtypes, ValueError for shapes and devices that do not agree.
+    weight, here and below: a tensor of x's dtype, or an Fp8Weight, which takes no x that a
+    derivative is wanted of. Raises TypeError for what is no tensor and for dtypes, ValueError for
+    shapes and devices that do not agree.
     """
     _check_product(x, weight)
     if bias is not None:
@@ -145,7 +146,7 @@ def linear_rms_norm(
     _check_product(x, weight)
     _check_beside("residual", residual, (*x.shape[:-1], weight.shape[0]), x)
     checks.tensor("norm_weight", norm_weight, checks.REALS, weight.shape[:1], x.device)
-    checks.number("eps", eps, above=0)
+    eps = checks.number("eps", eps, above=0)
     if _use_kernel("linear_rms_norm", x, weight, residual, norm_weight):
         from .linear_triton import launch_linear_rms_norm
 
@@ -161,6 +162,12 @@ def _check_product(x, weight):
         data, scale = weight
         checks.tensor("weight", data, (torch.float8_e4m3fn,))
         checks.tensor("weight", scale, (torch.float32,), data.shape[:1], x.device)
+        reason = backend.derivative(x, scale)
+        if reason:
+            raise ValueError(
+                f"x: expected one that no derivative is wanted of beside an Fp8Weight, got "
+                f"{tuple(x.shape)}: {reason}; call it under torch.no_grad()"
+            )
     else:
         checks.tensor("weight", data, checks.REALS)
         _check_dtype("weight", data, x)

@@ -102,7 +102,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     if not x.ndim:
         raise ValueError("x: expected [..., C], got shape ()")
     checks.tensor("weight", weight, checks.REALS, x.shape[-1:], x.device)
-    checks.number("eps", eps, above=0)
+    eps = checks.number("eps", eps, above=0)
     if residual is not None:
         checks.tensor("residual", residual, checks.REALS, x.shape, x.device)
     if backend.use_kernel("rms_norm", x, weight, residual):
@@ -160,6 +160,7 @@ def rope_to_cache(
     if length is not None:
         checks.tensor("length", length, (torch.int32,), q.shape[:1], q.device)
     unsupported = _check_caches(q, k, k_cache, v_cache, page_table)
+    unsupported = backend.derivative(cos, sin) or unsupported
     if backend.use_kernel("rope_to_cache", q, k, v, k_cache, v_cache, unsupported=unsupported):
         from .pointwise_triton import launch_rope_to_cache
 
@@ -200,6 +201,10 @@ def _check_caches(q, k, k_cache, v_cache, page_table):
                 f"got {tuple(k_cache.shape)} on {k_cache.device}"
             )
         checks.tensor("v_cache", v_cache, (k.dtype,), k_cache.shape, q.device)
+        if k_cache is v_cache:
+            raise ValueError("v_cache: expected a tensor of its own, got k_cache")
+        checks.written("k_cache", k_cache)
+        checks.written("v_cache", v_cache)
     if page_table is not None:
         checks.pages(page_table, k_cache, q)
     if k_cache is not None and (k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1):

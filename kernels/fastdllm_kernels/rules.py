@@ -169,6 +169,7 @@ def _check_number(name, value, above=-torch.inf, at_most=FLOAT32.max):
     if isinstance(value, torch.Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+        _check_held(name, value)
         if value.device.type != "cpu":
             return
         values = value.flatten().tolist()
@@ -191,6 +192,7 @@ def _check_count(name, value):
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name}: expected an integer tensor, got {value.dtype}")
+        _check_held(name, value)
         if value.device.type != "cpu":
             return
         values = value.flatten().tolist()
@@ -201,6 +203,12 @@ def _check_count(name, value):
     for number in values:
         if not 1 <= number <= LARGEST_COUNT:
             raise ValueError(f"{name}: expected an int in [1, {LARGEST_COUNT}], got {number}")
+
+
+def _check_held(name, value):
+    """ValueError for a tensor without numbers."""
+    if value.is_meta:
+        raise ValueError(f"{name}: expected a tensor that holds numbers, got one on meta")
 
 
 # What the rest of the project asks of a rule.
@@ -257,8 +265,13 @@ def _register(branch, kind):
     _CLASSES[branch] = kind
 
 
-def check_rule(rule, rows: int) -> None:
-    """TypeError unless `rule` is one; ValueError where a per-row tensor has not `rows` entries."""
+def check_rule(rule, rows: int, device: torch.device | None = None) -> None:
+    """TypeError unless `rule` is one; ValueError where a per-row tensor has not `rows` entries or
+    holds no numbers.
+
+    device: where the scores are that the rule is asked about. A rule without a branch is asked as
+    it is: ValueError where its tensors are elsewhere.
+    """
     if isinstance(rule, type):
         raise TypeError(
             f"rule: expected an instance such as {rule.__name__}(...), got the class itself"
@@ -274,11 +287,17 @@ def check_rule(rule, rows: int) -> None:
         )
     for name, _ in layout.per_row:
         value = getattr(rule, name)
-        if isinstance(value, torch.Tensor) and value.shape != (rows,):
+        if not isinstance(value, torch.Tensor):
+            continue
+        field = f"{type(rule).__name__}.{name}"
+        if value.shape != (rows,):
             raise ValueError(
-                f"rule: expected {type(rule).__name__}.{name} with one entry for each of "
-                f"{rows} rows, got shape {tuple(value.shape)}"
+                f"rule: expected {field} with one entry for each of {rows} rows, "
+                f"got shape {tuple(value.shape)}"
             )
+        _check_held(f"rule: {field}", value)
+        if device is not None and layout.branch is None and value.device != device:
+            raise ValueError(f"rule: expected {field} on {device}, got a tensor on {value.device}")
 
 
 def per_row_fields(rule) -> tuple[dataclasses.Field, ...]:

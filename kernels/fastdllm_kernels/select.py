@@ -24,6 +24,7 @@ from . import backend, checks
 from .noise import gumbel_noise, inverse, uniform
 from .rules import branch_of, check_rule, commit_of, flatten, unflatten
 
+MOST_IDS = 2**31 - 1  # kernels count columns in int32
 SCORES = ("confidence", "margin", "entropy", "random")
 
 
@@ -189,7 +190,8 @@ def token_confidence_partials_reference(
     return Partials(
         maximum,
         power.sum(-1),
-        torch.where(power > 0, power * away, 0 * power).sum(-1),
+        # Clamped: 0 times -inf would be NaN, in a gradient behind torch.where as well.
+        (power * away.clamp(min=torch.finfo(torch.float32).min)).sum(-1),
         compared[rows, token_ids],
         offered[rows, token_ids],
         top[:, 0],
@@ -214,11 +216,17 @@ def merge_confidence_partials(
 
     partials: a non-empty list of Partials of equal shape on one device, made with equal mask_id,
     temperature, seed and position. score, seed, position (both for score "random") and the returned
-    fields are those of `token_confidence`.
+    fields are those of `token_confidence`. Raises TypeError for dtypes and what is no Partials,
+    ValueError for shapes and devices that do not fit together.
     """
-    if not partials:
-        raise ValueError("partials: expected at least one Partials, got none")
+    _check_partials(partials)
     checks.choice("score", score, SCORES)
+    returned = {"logsumexp": return_logsumexp, "entropy": return_entropy, "margin": return_margin}
+    for name, want in returned.items():
+        checks.flag(f"return_{name}", want)
+    like = partials[0].maximum
+    _seed_arguments(seed, like, score == "random")
+    checks.tensor("position", position, (torch.int64,), like.shape, like.device, optional=True)
     part = Partials(*(torch.stack(field) for field in zip(*partials, strict=True)))
     maximum, has_nan = part.maximum.amax(0), part.has_nan.any(0)
     shift = torch.where(maximum == -math.inf, 0, maximum)
@@ -246,12 +254,34 @@ def merge_confidence_partials(
         rows = torch.arange(len(maximum), device=maximum.device)
         values["random"] = uniform(_seeds(seed, rows), rows if position is None else position)
     values = {name: value.masked_fill(has_nan, math.nan) for name, value in values.items()}
-    returned = {"logsumexp": return_logsumexp, "entropy": return_entropy, "margin": return_margin}
     return Confidence(
         token_ids,
         values[score],
         *(values[name] if want else None for name, want in returned.items()),
     )
+
+
+def _check_partials(partials):
+    """That these are Partials of the same rows."""
+    if not isinstance(partials, (list, tuple)) or isinstance(partials, Partials):
+        raise TypeError(f"partials: expected a list of Partials, got {type(partials).__name__}")
+    if not partials:
+        raise ValueError("partials: expected at least one Partials, got none")
+    dtypes = {"token_ids": torch.int64, "has_nan": torch.bool}
+    for index, part in enumerate(partials):
+        if not isinstance(part, Partials):
+            raise TypeError(f"partials[{index}]: expected Partials, got {type(part).__name__}")
+        for field, value in part._asdict().items():
+            name = f"partials[{index}].{field}"
+            checks.tensor(name, value, (dtypes.get(field, torch.float32),))
+            like = partials[0].maximum
+            if value.ndim != 1:
+                raise ValueError(f"{name}: expected [N], got {tuple(value.shape)}")
+            if value.shape != like.shape or value.device != like.device:
+                raise ValueError(
+                    f"{name}: expected {tuple(like.shape)} on {like.device}, as that of "
+                    f"partials[0], got {tuple(value.shape)} on {value.device}"
+                )
 
 
 def confidence_select_reference(
@@ -301,11 +331,13 @@ def commit_proposals(commit, token_ids, score, tokens, candidates, step) -> Sele
     what remains.
 
     commit: (scores [B, T], candidates [B, T], step [B]) -> mask [B, T]: `rules.commit_of(rule)`.
-    token_ids, score: B * T proposals and their scores, NaN where the logits hold one. tokens,
-    candidates [B, T].
+    token_ids (int64), score (fp32): B * T proposals and their scores, NaN where the logits hold
+    one. tokens, candidates [B, T] int64 and bool, step [B] int64 or int32. Raises TypeError for
+    dtypes, ValueError for shapes, devices and tokens that overlap.
     """
-    token_ids = torch.where(candidates, token_ids.view_as(tokens), tokens)
-    value = score.view_as(tokens).masked_fill(~candidates, -math.inf)
+    _check_proposals(commit, token_ids, score, tokens, candidates, step)
+    token_ids = torch.where(candidates, token_ids.reshape(tokens.shape), tokens)
+    value = score.reshape(tokens.shape).masked_fill(~candidates, -math.inf)
     broken = candidates & value.isnan()
     committed = commit(value, candidates & ~broken, step)
     tokens.copy_(torch.where(committed, token_ids, tokens))
@@ -314,6 +346,27 @@ def commit_proposals(commit, token_ids, score, tokens, candidates, step) -> Sele
         torch.int32
     )
     return Selection(token_ids, value, committed, remaining)
+
+
+def _check_proposals(commit, token_ids, score, tokens, candidates, step):
+    if not callable(commit):
+        raise TypeError(f"commit: expected a function, got {type(commit).__name__}")
+    checks.tensor("tokens", tokens, (torch.int64,))
+    if tokens.ndim != 2 or not tokens.numel():
+        raise ValueError(f"tokens: expected a non-empty [B, T], got {tuple(tokens.shape)}")
+    checks.written("tokens", tokens)
+    for name, value, dtype in (
+        ("token_ids", token_ids, torch.int64),
+        ("score", score, torch.float32),
+    ):
+        checks.tensor(name, value, (dtype,))
+        if value.numel() != tokens.numel() or value.device != tokens.device:
+            raise ValueError(
+                f"{name}: expected {tokens.numel()} numbers on {tokens.device}, "
+                f"got {tuple(value.shape)} on {value.device}"
+            )
+    checks.tensor("candidates", candidates, (torch.bool,), tokens.shape, tokens.device)
+    checks.tensor("step", step, (torch.int64, torch.int32), tokens.shape[:1], tokens.device)
 
 
 def _seeds(seed, like):
@@ -462,7 +515,8 @@ def confidence_select(
     """
     vocab_size = _check_logits(logits, 3, mask_id, score, temperature, vocab_size)
     checks.tensor("tokens", tokens, (torch.int64,), logits.shape[:2], logits.device)
-    check_rule(rule, len(tokens))
+    checks.written("tokens", tokens)
+    check_rule(rule, len(tokens), tokens.device)
     checks.tensor(
         "candidates", candidates, (torch.bool,), tokens.shape, tokens.device, optional=True
     )
@@ -470,7 +524,7 @@ def confidence_select(
     checks.tensor(
         "step", step, (torch.int64, torch.int32), tokens.shape[:1], tokens.device, optional=True
     )
-    if branch_of(rule) is None:
+    if branch_of(rule) is None or backend.wants_derivative("confidence_select", logits):
         return _select_with(
             token_confidence,
             logits,
@@ -523,12 +577,32 @@ def token_confidence(
     `confidence_select`; seed an int or [N] int64, position [N] int64 what a row's draws are counted
     by (default its index). Returns a Confidence: token_ids [N] int64, score [N] fp32 (NaN where the
     row holds a NaN), and on request the log-sum-exp, the negative entropy and the top-2 margin.
+
+    Where nothing but the mask is above -inf the lowest other id is proposed, with confidence and
+    margin 0; where nothing is, the log-sum-exp is -inf and the entropy 0 as well. ValueError for a
+    vocabulary of the mask alone.
     """
     vocab_size = _check_logits(logits, 2, mask_id, score, temperature, vocab_size)
+    checks.flag("return_logsumexp", return_logsumexp)
+    checks.flag("return_entropy", return_entropy)
+    checks.flag("return_margin", return_margin)
     seed, seed_number = _seed_arguments(seed, logits, temperature > 0 or score == "random")
     checks.tensor(
         "position", position, (torch.int64,), logits.shape[:1], logits.device, optional=True
     )
+    if backend.wants_derivative("token_confidence", logits):
+        return token_confidence_reference(
+            logits,
+            mask_id=mask_id,
+            score=score,
+            temperature=temperature,
+            seed=seed_number if seed is None else seed,
+            position=position,
+            vocab_size=vocab_size,
+            return_logsumexp=return_logsumexp,
+            return_entropy=return_entropy,
+            return_margin=return_margin,
+        )
     scoring = Scoring(logits, mask_id, vocab_size, score, float(temperature), seed, seed_number)
     rows = Rows(position, 0, return_entropy, return_margin)
     token_ids, _, values = torch.ops.fastdllm.token_confidence(*scoring, *rows)
@@ -560,15 +634,27 @@ def token_confidence_partials(
     `token_confidence` on the whole. vocab_size: this part's entries past it are padding. Returns
     Partials. Raises as `token_confidence` does.
     """
-    if checks.integer("vocab_start", vocab_start, 0) % 2:
+    vocab_size = _check_logits(logits, 2, None, "confidence", temperature, vocab_size)
+    if checks.integer("vocab_start", vocab_start, 0, MOST_IDS - logits.shape[1]) % 2:
         raise ValueError(f"vocab_start: expected an even number, got {vocab_start}")
     if mask_id is not None:
-        checks.integer("mask_id", mask_id)
-    vocab_size = _check_logits(logits, 2, None, "confidence", temperature, vocab_size)
+        checks.integer("mask_id", mask_id, 0, MOST_IDS - 1)
+        if mask_id == vocab_start:  # as in the whole, another must be there to propose
+            checks.integer("vocab_size", vocab_size, 2)
     seed, seed_number = _seed_arguments(seed, logits, temperature > 0)
     checks.tensor(
         "position", position, (torch.int64,), logits.shape[:1], logits.device, optional=True
     )
+    if backend.wants_derivative("token_confidence_partials", logits):
+        return token_confidence_partials_reference(
+            logits,
+            vocab_start=vocab_start,
+            mask_id=mask_id,
+            temperature=temperature,
+            seed=seed_number if seed is None else seed,
+            position=position,
+            vocab_size=vocab_size,
+        )
     scoring = Scoring(logits, mask_id, vocab_size, None, float(temperature), seed, seed_number)
     rows = Rows(position, vocab_start, entropy=True, margin=True)
     token_ids, has_nan, values = torch.ops.fastdllm.token_confidence(*scoring, *rows)
@@ -589,7 +675,6 @@ def _check_logits(logits, ndim, mask_id, score, temperature, vocab_size):
             raise ValueError(
                 f"mask_id: expected a value below vocab_size = {vocab_size}, got {mask_id}"
             )
-    if ndim == 3:
         # The mask id, which is never proposed, and another.
         checks.integer("vocab_size", vocab_size, 2)
     checks.choice("score", score, SCORES)
