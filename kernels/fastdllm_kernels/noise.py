@@ -18,6 +18,14 @@ def inverse(temperature: float) -> float:
     return min(1 / temperature, 1e30) if temperature else 0.0
 
 
+def inverse_of_rows(temperature, like):
+    """`inverse` for each row of `like`, [N] fp32; temperature: a number, or a tensor [N] fp32."""
+    if isinstance(temperature, torch.Tensor):
+        bounded = (1 / temperature).clamp(max=1e30)
+        return torch.where(temperature > 0, bounded, 0)
+    return torch.full((len(like),), inverse(temperature), dtype=torch.float32, device=like.device)
+
+
 def philox(seed, x0, x1):
     """Philox4x32-10 (Salmon et al., SC 2011) of counters (x0, x1, 0, 0) under 64-bit keys.
 
