@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-integrations lint bench bench-e2e gpu-test
+.PHONY: demo test test-integrations fuzz lint bench bench-e2e gpu-test
 
 demo: $(VENV)/installed
 	@$(RUN) -m fastdllm generate --compare --demo
@@ -19,10 +19,15 @@ test: $(VENV)/test-tools
 lint: $(VENV)/test-tools
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 # Against the real lm-eval, which brings much along.
 test-integrations: $(VENV)/test-tools $(VENV)/eval-tools
 	$(RUN) -m pytest tests/integrations
+
+# Random decodes and kernel calls against oracles, some ten minutes on two cores; FUZZ adds options (--device cuda).
+fuzz: $(VENV)/test-tools
+	$(RUN) tests/fuzz.py --out bench/results/fuzz.json $(FUZZ)
 
 # On a machine with a GPU, the same tests compiled, and more: one process, since it owns the GPU.
 gpu-test: $(VENV)/test-tools
@@ -30,7 +35,7 @@ gpu-test: $(VENV)/test-tools
 
 bench: $(VENV)/bench-tools
 	$(RUN) -m pytest bench --benchmark --benchmark-json=bench/results/kernels.json
-	$(RUN) bench/report.py bench/results/kernels.json --plots bench/results --readme README.md
+	$(RUN) bench/report.py bench/results/kernels.json --plots bench/results --readme bench/results/README.md
 
 # Whole requests at real shapes; ends at once where bench/results/end-to-end-<gpu>.json holds everything.
 bench-e2e: $(VENV)/bench-tools

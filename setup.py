@@ -10,6 +10,7 @@ TEST = [
     "pytest-xdist>=3",
     "hypothesis>=6.100",
     "ruff>=0.6",
+    "mypy>=1.13",
     "kernels>=0.10",
     "matplotlib>=3.8",
 ]
@@ -17,14 +18,18 @@ TEST = [
 setup(
     name="fastdllm",
     version="0.1.0",
-    description="Triton kernels and block-wise cached, parallel decoding for diffusion language models (LLaDA, Dream)",
+    description="Fast decoding of diffusion language models (LLaDA, Dream): Triton kernels, "
+    "block-wise caches, parallel decoding",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=["fastdllm_kernels", *find_packages(include=["fastdllm", "fastdllm.*"])],
     package_dir={"fastdllm_kernels": "kernels/fastdllm_kernels"},
-    package_data={"fastdllm": ["assets/*.txt", "assets/*/*"]},
+    package_data={
+        "fastdllm": ["py.typed", "assets/*.txt", "assets/*/*"],
+        "fastdllm_kernels": ["py.typed"],
+    },
     install_requires=[
         "torch>=2.6",
         "triton>=3.4,<4; platform_system == 'Linux'",
@@ -41,5 +46,5 @@ setup(
         "eval": ["lm-eval>=0.4.13"],
         "flash-attn": ["flash-attn"],
     },
-    entry_points={"console_scripts": ["fastdllm = fastdllm.cli:main"]},
+    entry_points={"console_scripts": ["fastdllm = fastdllm.__main__:main"]},
 )

@@ -3,9 +3,11 @@ those that are right.
 """
 
 import platform
+from functools import cache
 from statistics import median
 
 import pytest
+import tables
 import timing
 import torch
 
@@ -68,36 +70,24 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """Only what the numbers depend on: neither the machine's name nor its hundred processor flags."""
+    """Keep what the numbers depend on: neither the machine's name nor its processor's flags."""
     cpu = machine_info.get("cpu", {}).get("brand_raw")
     machine_info.clear()
-    machine_info.update(cpu=cpu, system=platform.system(), python=platform.python_version())
-    for package in ("torch", "triton", "flash_attn_4", "flash_attn", "fastdllm"):
-        machine_info[package] = _version(package)
-    machine_info["gpu"] = None
+    machine_info.update(tables.environment(timing.DEVICE))
+    machine_info.update(cpu=cpu, system=platform.system())
+    for package in ("flash_attn_4", "flash_attn", "fastdllm"):
+        machine_info[package] = tables.installed(package)
     if timing.ON_GPU:
         properties = torch.cuda.get_device_properties(timing.DEVICE)
-        machine_info["gpu"] = properties.name
         machine_info["multiprocessors"] = properties.multi_processor_count
         machine_info["l2_bytes"] = properties.L2_cache_size
-        machine_info["cuda"] = torch.version.cuda
-        machine_info["cudnn"] = torch.backends.cudnn.version()
         machine_info["ceilings"] = _ceilings()
 
 
-def _version(package):
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package.replace("_", "-"))
-    except PackageNotFoundError:
-        return None
-
-
+@cache
 def _ceilings():
-    if "ceilings" not in CONTESTS:
-        CONTESTS["ceilings"] = timing.ceilings()
-    return CONTESTS["ceilings"]
+    """Measured once a run."""
+    return timing.ceilings()
 
 
 @pytest.fixture
@@ -120,9 +110,8 @@ def compete(benchmark, request):
             pytest.skip(outcome.absent if outcome else f"{name} is no competitor here")
         if outcome.wrong:
             benchmark.skipped = True
-            pytest.fail(
-                f"{contest.op} {contest.shape}: {name} is wrong, so its time means nothing: {outcome.wrong}"
-            )
+            where = f"{contest.op} {contest.shape}: {name}"
+            pytest.fail(f"{where} is wrong, so its time means nothing: {outcome.wrong}")
         CLOCK.samples = iter(outcome.seconds)
         benchmark.pedantic(CLOCK.advance, rounds=max(1, len(outcome.seconds)))
         if benchmark.enabled:
@@ -135,7 +124,8 @@ def _facts(contest, outcomes, name):
     """What one competitor's time means: throughput, share of the floor, and its ratio to the
     others.
     """
-    outcome, seconds = outcomes[name], median(outcomes[name].seconds)
+    outcome = outcomes[name]
+    seconds = median(outcome.seconds)
     facts = {
         "op": contest.op,
         "shape": contest.shape,
@@ -150,16 +140,21 @@ def _facts(contest, outcomes, name):
     }
     if timing.ON_GPU:
         floor = timing.floor_seconds(contest, _ceilings())
-        facts["floor_us"], facts["share_of_floor"] = floor * 1e6, floor / seconds
+        facts["floor_us"] = floor * 1e6
+        facts["share_of_floor"] = floor / seconds
+    if name != "ours":
+        ours = outcomes["ours"]
+        if ours.seconds:
+            facts["over_ours"] = outcome.microseconds / ours.microseconds
+        return facts
     peers = {
-        peer: o.microseconds
-        for peer, o in outcomes.items()
-        if contest.competitors[peer].theirs and o.seconds
+        peer: other.microseconds
+        for peer, other in outcomes.items()
+        if contest.competitors[peer].theirs and other.seconds
     }
-    if name == "ours" and peers:
+    if peers:
         best = min(peers, key=peers.get)
-        facts["best_peer"], facts["best_peer_over_ours"] = best, peers[best] / outcome.microseconds
-        facts["absent"] = {peer: o.absent for peer, o in outcomes.items() if o.absent}
-    elif outcomes["ours"].seconds:
-        facts["over_ours"] = outcome.microseconds / outcomes["ours"].microseconds
+        facts["best_peer"] = best
+        facts["best_peer_over_ours"] = peers[best] / outcome.microseconds
+        facts["absent"] = {peer: other.absent for peer, other in outcomes.items() if other.absent}
     return facts

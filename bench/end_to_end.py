@@ -1,26 +1,40 @@
 """Whole requests at the real shapes of LLaDA-8B and Dream-7B: our decoding beside what the
 published implementation does.
 
-    python bench/end_to_end.py [--headline] [--grid] [--accuracy] [--only llada] [--canvas 2048] [--rows 1,8] [--minutes 9]
-    python bench/end_to_end.py --report FILE [--readme README.md]     tables and two plots beside FILE
+    python bench/end_to_end.py [--headline] [--grid] [--accuracy] [--only llada] [--canvas 2048]
+                               [--rows 1,8] [--minutes 9]
+    python bench/end_to_end.py --host replaced [--grid] [--interface] [--only llada]
+    python bench/end_to_end.py --report FILE [--readme FILE]
     python bench/end_to_end.py --merge FILE ... --out FILE
 
-Without a choice everything is measured. Results go to bench/results/end-to-end-<gpu>.json (or --out
-FILE) after every cell; cells that are there already are skipped (--again measures them anew), so
-that several short runs add up.
+The first line measures native models, the second models after `replace_attention`, the third makes
+tables and two plots of a results file, the last puts several files together.
+
+Without a choice everything is measured. Results go to bench/results/end-to-end-<gpu>.json, those of
+replaced models to replaced-models-<gpu>.json (or --out FILE) after every cell; cells that are there
+already are skipped (--again measures them anew), so that several short runs add up.
 
 Weights are drawn at random, and random weights have no confidence: a scripted rule, `Quota`,
 commits a fixed number of positions a step. A *cell* is one request shape: model, canvas, rows. Its
-*ways* of decoding take turns within one run:
+*ways* of decoding take turns within one run. With `--host replaced` the ways are three models on
+the same weights, eager and captured, with the dual cache: the native one, transformers' class and
+the published module structure, these after `replace_attention`.
 
-checked       Two blocks at the end of the canvas are decoded first: no mask left, forwards as scripted, captured the same
-              tokens as eager, plain's logits near ours. A way that fails is not timed, and the exit status is 1. The peak
+checked       Two blocks at the end of the canvas are decoded first: no mask left, forwards as
+              scripted, captured the same tokens as eager, steps really captured, logits near the
+              native model's. A way that fails is not timed, and the exit status is 1. The peak
               memory is that of this run.
-timed         A few blocks of the same canvas at two commit rates: wall time, the GPU idle before and after. Dual decodes the
-              last ones, since all cost alike; prefix those in the middle, since its steps get cheaper from block to block.
-              Least squares over the medians of all runs give the time of a refresh and of a cached step.
-whole         For the headline the dual ways also decode the whole request, at 128 and 160 forwards for 1024 positions.
+timed         A few blocks of the same canvas at two commit rates: wall time, the GPU idle before
+              and after. Dual decodes the last ones, since all cost alike; prefix those in the
+              middle, since its steps get cheaper from block to block. Least squares over the
+              medians of all runs give the time of a refresh and of a cached step.
+whole         For the headline the dual ways also decode the whole request, at 128 and 160 forwards
+              for 1024 positions.
 extrapolated  The time of a request that was not decoded whole comes from the fit, and is marked so.
+interface     attn_implementation="fastdllm" on small Llama, Qwen2 and Qwen3 models in bf16, batches
+              padded on either side: its largest error against fp32 is at most twice that of sdpa.
+kernels       Of replaced models, how many kernels a cached step launches, by torch.profiler: last,
+              for profiling slows down what comes after it.
 
 On a machine without a GPU the same commands run tiny models: a smoke test.
 """
@@ -28,276 +42,285 @@ On a machine without a GPU the same commands run tiny models: a smoke test.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
-import end_to_end_report as report
+import tables
 import timing
 import torch
 from end_to_end_accuracy import accuracy
-from end_to_end_race import MODELS, OPTIONS, REAL, SMOKE, WAYS, Cell, Subject, measure_cell, tidy
-from report import slug
+from race import replaced_report, report
+from race.interface import interface_checks
+from race.measure import kernels_a_step, measure_cell
+from race.results import cell_of, empty, host_of, merged
+from race.shapes import MODELS, REAL, REPLACED_WAYS, SMOKE, Cell, ways_of
+from race.subject import Subject, tidy
 
-RESULTS = Path(__file__).parent / "results"
-
-
-def environment(device):
-    """What the numbers were measured with, the command included."""
-    facts = {
-        "gpu": None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "command": shown_command(),
-    }
-    try:
-        import triton
-
-        facts["triton"] = triton.__version__
-    except ImportError:
-        pass
-    if timing.ON_GPU:
-        facts |= {
-            "gpu": torch.cuda.get_device_name(device),
-            "cuda": torch.version.cuda,
-            "driver": driver(),
-        }
-        facts["cudnn"], facts["ceilings"] = torch.backends.cudnn.version(), timing.ceilings()
-    return facts
+HOSTS = ("native", "replaced")
+PARTS = {"native": ("headline", "grid", "accuracy"), "replaced": ("grid", "interface")}
+FILES = {"native": "end-to-end", "replaced": "replaced-models"}
 
 
-def shown_command():
-    return " ".join(
-        ["python bench/end_to_end.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]
-    )
+class Task(NamedTuple):
+    """One cell to be measured: its model's key, and whether it is the headline."""
+
+    key: str
+    cell: Cell
+    headline: bool
 
 
-def driver():
-    """The driver's version as nvidia-smi says it; None where that is missing."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        lines = subprocess.run(
-            query, capture_output=True, text=True, timeout=30
-        ).stdout.splitlines()
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return lines[0].strip() if lines else None
+class Benchmark:
+    """One run of the benchmark: what it was asked for, and the results that it adds to."""
 
+    def __init__(self, args, scale, device, results):
+        self.args, self.scale = args, scale
+        self.device, self.results = device, results
+        self.parts = {part for part in PARTS[args.host] if getattr(args, part)}
+        if not self.parts:
+            self.parts = set(PARTS[args.host])
+        self.began = time.perf_counter()
+        self.fine = True
+        # This run's environment and the GPU's ceilings, found out when something is missing.
+        self.here = None
+        self.limits = None
 
-def key_of(row):
-    return row["model"], row["canvas"], row["rows"]
+    def run(self) -> bool:
+        """Measure what was asked for and is missing, writing the results after every cell; False
+        where something was wrong.
+        """
+        tasks = self.missing_cells()
+        grades = "accuracy" in self.parts and self.lacks("accuracy")
+        checks = "interface" in self.parts and self.lacks("checks")
+        counted = self.models_to_count()
+        if not tasks and not grades and not checks and not counted:
+            print("everything asked for is there already")
+            return True
+        self.add_environment()
+        self.measure_cells(tasks)
+        if grades:
+            self.measure_accuracy()
+        if checks:
+            self.measure_interface()
+        for key in counted:
+            self.count_kernels(key)
+        return self.fine
 
+    def lacks(self, name) -> bool:
+        return self.args.again or not self.results[name]
 
-def cells_asked_for(args, scale):
-    """[(model key, Cell, headline)] in the order in which they are measured."""
-    keys = args.only or list(MODELS)
-    everything = not (args.headline or args.grid or args.accuracy)
-    chosen = []
-    if args.headline or everything:
-        for key in keys if args.only else ["llada"]:
-            canvas = scale.headline
-            chosen.append((key, Cell(scale.names[key], canvas, scale.canvases[canvas], 1), True))
-    if args.grid or everything:
+    def cells_asked_for(self) -> list[Task]:
+        """The cells in the order in which they are measured."""
+        args, scale = self.args, self.scale
+        keys = args.only or list(MODELS)
+        tasks = []
+        if "headline" in self.parts:
+            for key in keys if args.only else ["llada"]:
+                tasks.append(Task(key, self.cell(key, scale.headline, 1), True))
+        if "grid" not in self.parts:
+            return tasks
         for key in keys:
-            for rows in args.rows or scale.rows:
-                for canvas in args.canvas or reversed(scale.canvases):
-                    chosen.append(
-                        (key, Cell(scale.names[key], canvas, scale.canvases[canvas], rows), False)
-                    )
-    return chosen
+            shapes = [
+                (canvas, rows)
+                for rows in args.rows or scale.rows
+                for canvas in args.canvas or reversed(scale.canvases)
+            ]
+            if args.host == "replaced" and not args.rows and not args.canvas:
+                shapes = scale.replaced
+            tasks += [Task(key, self.cell(key, *shape), False) for shape in shapes]
+        return tasks
 
+    def cell(self, key, canvas, rows) -> Cell:
+        return Cell(self.scale.names[key], canvas, self.scale.canvases[canvas], rows)
 
-def missing(args, scale, results):
-    """Of the cells asked for, those that the results do not hold yet; decoded whole, the headline's
-    counts for the grid too.
-    """
-    there = (
-        set()
-        if args.again
-        else {(key_of(row), whole) for row in results["rows"] for whole in {False, row["headline"]}}
-    )
-    chosen = []
-    for key, cell, headline in cells_asked_for(args, scale):
-        if (key_of(asdict(cell)), headline) not in there:
-            chosen.append((key, cell, headline))
-            there |= {(key_of(asdict(cell)), False), (key_of(asdict(cell)), headline)}
-    return chosen
+    def missing_cells(self) -> list[Task]:
+        """Of the cells asked for, those that the results do not hold yet; the headline's, decoded
+        whole, counts for the grid too.
+        """
+        there = set()
+        if not self.args.again:
+            for row in self.results["rows"]:
+                there |= {(cell_of(row), False), (cell_of(row), row.get("headline", False))}
+        tasks = []
+        for task in self.cells_asked_for():
+            cell = cell_of(asdict(task.cell))
+            if (cell, task.headline) not in there:
+                tasks.append(task)
+                there |= {(cell, False), (cell, task.headline)}
+        return tasks
 
+    def add_environment(self) -> None:
+        facts = tables.environment(self.device) | {"command": tables.command("end_to_end.py")}
+        if self.args.host == "replaced":
+            facts["transformers"] = tables.installed("transformers")
+        if timing.ON_GPU:
+            facts["ceilings"] = self.limits = timing.ceilings()
+        self.here = len(self.results["environments"])
+        self.results["environments"].append(facts)
 
-def measure(args, scale, device, results):
-    """Measure what was asked for and is missing, writing the results after every cell; False where
-    something was wrong.
-    """
-    began = time.perf_counter()
-    pending = missing(args, scale, results)
-    grade = (args.accuracy or not (args.headline or args.grid)) and (
-        args.again or not results["accuracy"]
-    )
-    if not pending and not grade:
-        print("everything asked for is there already")
-        return True
-    here, subject, loaded, longest, fine = len(results["environments"]), None, None, 0.0, True
-    results["environments"].append(environment(device))
-    limits = results["environments"][-1].get("ceilings")
-    for key, cell, headline in pending:
-        started = time.perf_counter()
-        if started - began + longest > 60 * args.minutes:
-            print(f"out of time before {cell}: run the same command again", flush=True)
-            break
-        if key != loaded:
-            subject = None
-            tidy()
-            subject, loaded = Subject(key, scale, device), key
-            error = subject.logits_error()
-            if error > 0.2:
-                raise SystemExit(
-                    f"{subject.name}: the logits of bench/plain.py are off by {error:.2f}: nothing is measured"
-                )
-        rows = measure_cell(subject, cell, limits, headline, args.ways)
+    def measure_cells(self, tasks) -> None:
+        """Measure the cells, model by model, while there is time."""
+        subject, loaded, longest = None, None, 0.0
+        for task in tasks:
+            started = time.perf_counter()
+            if started - self.began + longest > 60 * self.args.minutes:
+                print(f"out of time before {task.cell}: run the same command again", flush=True)
+                break
+            if task.key != loaded:
+                subject = None  # freed before the next one is made
+                tidy()
+                subject, loaded = Subject(task.key, self.scale, self.device), task.key
+            self.measure(subject, task)
+            took = time.perf_counter() - started
+            longest = max(longest, took)
+            print(f"{took:.0f} s\n", flush=True)
+        subject = None
+        tidy()
+
+    def measure(self, subject, task) -> None:
+        """Measure one cell, in place of its rows so far."""
+        ways = [
+            way
+            for way in ways_of(self.args.host, task.headline)
+            if any(text in way.name for text in self.args.ways)
+        ]
+        rows = measure_cell(subject, task.cell, ways, self.limits, task.headline)
         for row in rows:
-            row["environment"] = here
-        results["rows"] = [
-            row for row in results["rows"] if key_of(row) != key_of(asdict(cell))
-        ] + rows
-        fine &= not any("wrong" in row for row in rows)
-        write(args.out, results)
-        longest = max(longest, time.perf_counter() - started)
-        print(f"{report.cell_table(rows)}\n{time.perf_counter() - started:.0f} s\n", flush=True)
-    subject = None
-    tidy()
-    if grade:
-        results["accuracy"] = {
-            "environment": here,
-            "results": accuracy(str(device), args.problems, reference=args.reference),
-        }
-        write(args.out, results)
-    return fine
+            row["environment"] = self.here
+        cell = cell_of(asdict(task.cell))
+        others = [row for row in self.results["rows"] if cell_of(row) != cell]
+        self.results["rows"] = others + rows
+        self.fine &= not any("wrong" in row for row in rows)
+        self.write()
+        replaced = self.args.host == "replaced"
+        cell_table = replaced_report.cell_table if replaced else report.cell_table
+        print(cell_table(rows), flush=True)
+
+    def measure_accuracy(self) -> None:
+        found = accuracy(str(self.device), self.args.problems, reference=self.args.reference)
+        self.results["accuracy"] = {"environment": self.here, "results": found}
+        self.write()
+
+    def measure_interface(self) -> None:
+        checks = interface_checks(self.device)
+        self.results["checks"] = [check | {"environment": self.here} for check in checks]
+        self.fine &= all(check["passed"] for check in checks)
+        self.write()
+
+    def models_to_count(self) -> list[str]:
+        """The keys of the replaced models whose kernels are not counted yet."""
+        if not timing.ON_GPU or self.args.host != "replaced" or "grid" not in self.parts:
+            return []
+        there = set()
+        if not self.args.again:
+            there = {count["model"] for count in self.results["kernels"]}
+        keys = self.args.only or list(MODELS)
+        return [key for key in keys if self.scale.names[key] not in there]
+
+    def count_kernels(self, key) -> None:
+        """Count the kernels of a cached step of one model's hosts; eager and captured launch the
+        same.
+        """
+        subject = Subject(key, self.scale, self.device)
+        cell = self.cell(key, *self.scale.replaced[0])
+        counts = [count for count in self.results["kernels"] if count["model"] != subject.name]
+        for way in REPLACED_WAYS:
+            if way.captured:
+                continue
+            kernels = kernels_a_step(subject, way, cell)
+            counted = {"model": subject.name, "host": way.host, "kernels": kernels}
+            counts.append(counted | {"environment": self.here})
+        self.results["kernels"] = counts
+        self.write()
+        subject = None
+        tidy()
+
+    def write(self) -> None:
+        tables.write_json(self.args.out, self.results)
 
 
-def write(path, results):
-    """As JSON, one line a row, in place of the old file."""
-
-    def lines(items):
-        return ",\n".join(f"  {json.dumps(item)}" for item in items)
-
-    text = f'{{\n "environments": [\n{lines(results["environments"])}\n ],\n "rows": [\n{lines(results["rows"])}\n ],\n'
-    text += f' "accuracy": {json.dumps(results["accuracy"])}\n}}\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    fresh.write_text(text)
-    fresh.replace(path)
-
-
-def merged(paths):
-    """One set of results out of several files; of a way of a cell that is in several, the last
-    counts.
-    """
-    results, cells = {"environments": [], "rows": [], "accuracy": None}, {}
-    for path in paths:
-        part = json.loads(path.read_text())
-        shift = len(results["environments"])
-        results["environments"] += part["environments"]
-        for row in part["rows"]:
-            cell = cells.setdefault(key_of(row), {})
-            if any(other["headline"] != row["headline"] for other in cell.values()):
-                cell.clear()
-            cell[row["way"]] = row | {"environment": row["environment"] + shift}
-        if part["accuracy"]:
-            results["accuracy"] = part["accuracy"] | {
-                "environment": part["accuracy"]["environment"] + shift
-            }
-    order = [way.name for way in WAYS + OPTIONS]
-    results["rows"] = [
-        row
-        for cell in cells.values()
-        for row in sorted(cell.values(), key=lambda row: order.index(row["way"]))
-    ]
-    return with_used_environments(results)
-
-
-def with_used_environments(results):
-    """The results without the environments of which nothing is left."""
-    measured = [*results["rows"], *([results["accuracy"]] if results["accuracy"] else [])]
-    used = sorted({item["environment"] for item in measured})
-    for item in measured:
-        item["environment"] = used.index(item["environment"])
-    return results | {"environments": [results["environments"][number] for number in used]}
-
-
-def numbers(text):
+def numbers(text) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def parse(argv):
+def names(text) -> list[str]:
+    return text.split(",")
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--headline",
-        action="store_true",
-        help="LLaDA-8B, one row, the longest canvas, decoded whole",
-    )
-    parser.add_argument(
-        "--grid", action="store_true", help="every model, canvas and number of rows"
-    )
-    parser.add_argument(
-        "--accuracy", action="store_true", help="the embedded models, captured and eager"
-    )
-    parser.add_argument(
-        "--only", type=lambda text: text.split(","), metavar="MODELS", help="llada, dream"
-    )
-    parser.add_argument("--canvas", type=numbers, help="of the grid: 512,1024,1280,2048")
-    parser.add_argument("--rows", type=numbers, help="of the grid: 1,4,8,16,32")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--host", choices=HOSTS, default="native", help="whose modeling code runs")
+    add("--headline", action="store_true", help="LLaDA-8B, B 1, the longest canvas, decoded whole")
+    add("--grid", action="store_true", help="every model, canvas and number of rows")
+    add("--accuracy", action="store_true", help="the embedded models, captured and eager")
+    add("--interface", action="store_true", help='attn_implementation="fastdllm" against sdpa')
+    add("--only", type=names, metavar="MODELS", help="llada, dream")
+    add("--canvas", type=numbers, help="of the grid: 512,1024,1280,2048")
+    add("--rows", type=numbers, help="of the grid: 1,4,8,16,32")
+    add(
         "--ways",
-        type=lambda text: text.split(","),
+        type=names,
         default=[""],
         metavar="TEXTS",
         help="of every cell only the ways whose names hold one of these: plain,dual",
     )
-    parser.add_argument("--problems", type=int, default=1000, help="of the accuracy part")
-    parser.add_argument(
+    add("--problems", type=int, default=1000, help="of the accuracy part")
+    add("--minutes", type=float, default=float("inf"), help="begin no cell that would end later")
+    add("--again", action="store_true", help="measure anew what the file already holds")
+    add_files(add)
+    return parser
+
+
+def add_files(add) -> None:
+    """The options that name files."""
+    add(
         "--reference",
         type=Path,
         metavar="FILE",
         help="of the accuracy part: the CPU's answers, made before",
     )
-    parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="begin no cell that would end later"
+    add("--out", type=Path, metavar="FILE", help="the results file, instead of the usual one")
+    add(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: tables and plots of FILE",
     )
-    parser.add_argument(
-        "--again", action="store_true", help="measure anew what the file already holds"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE")
-    parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="measure nothing: tables and plots of FILE"
-    )
-    parser.add_argument(
+    add(
         "--readme",
         type=Path,
         metavar="FILE",
-        help="with --report: also put the headline between its marks",
+        help="with --report: also put the short table between its marks",
     )
-    parser.add_argument(
+    add(
         "--merge",
         type=Path,
         nargs="+",
         metavar="FILE",
         help="measure nothing: put files together in --out",
     )
-    args = parser.parse_args(argv)
+
+
+def parse(argv) -> argparse.Namespace:
+    options = parser()
+    args = options.parse_args(argv)
     if args.merge and not args.out:
-        parser.error("--merge needs --out")
-    for name, known in (("only", MODELS), ("canvas", (REAL if timing.ON_GPU else SMOKE).canvases)):
+        options.error("--merge needs --out")
+    scale = REAL if timing.ON_GPU else SMOKE
+    for name, known in (("only", MODELS), ("canvas", scale.canvases)):
         unknown = set(getattr(args, name) or ()) - set(known)
         if unknown:
-            parser.error(
-                f"--{name}: expected some of {', '.join(map(str, known))}, got {', '.join(map(str, unknown))}"
-            )
+            expected, got = ", ".join(map(str, known)), ", ".join(map(str, unknown))
+            options.error(f"--{name}: expected some of {expected}, got {got}")
+    others = set(PARTS["native"] + PARTS["replaced"]) - set(PARTS[args.host])
+    for part in sorted(others):
+        if getattr(args, part):
+            options.error(f"--{part}: not with --host {args.host}")
     return args
 
 
@@ -307,19 +330,23 @@ def main(argv=None) -> int:
         report.write_report(args.report, args.readme)
         return 0
     if args.merge:
-        write(args.out, merged(args.merge))
+        tables.write_json(args.out, merged(args.merge))
         return 0
     device = timing.DEVICE
     gpu = torch.cuda.get_device_name(device) if timing.ON_GPU else None
-    args.out = args.out or RESULTS / f"end-to-end-{slug(gpu)}.json"
-    results = merged([args.out] if args.out.exists() else [])
+    args.out = args.out or tables.RESULTS / f"{FILES[args.host]}-{tables.slug(gpu)}.json"
+    results = merged([args.out]) if args.out.exists() else empty(args.host)
+    if host_of(results) != args.host:
+        raise SystemExit(f"--out: {args.out} holds results of --host {host_of(results)}")
     if not timing.ON_GPU:
         torch.set_num_threads(1)  # at these shapes threads cost more than they bring
         print(
-            "No GPU: tiny models on the CPU. This says that the benchmark works, and nothing about speed.",
+            "No GPU: tiny models on the CPU. This says that the benchmark works, and nothing about "
+            "speed.",
             flush=True,
         )
-    fine = measure(args, REAL if timing.ON_GPU else SMOKE, device, results)
+    benchmark = Benchmark(args, REAL if timing.ON_GPU else SMOKE, device, results)
+    fine = benchmark.run()
     report.write_report(args.out)
     return 0 if fine else 1
 

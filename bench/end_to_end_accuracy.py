@@ -9,138 +9,115 @@ the rest, and what it answers does not depend on the GPU.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
+from quality import evaluate
+from tiny_models.problems import make_problem
+from tokenizers import Tokenizer
 
 from fastdllm import generate, load
 
 BLOCK = 32
+ROWS = 250  # decoded in one batch
 ASSETS = Path(__file__).parents[1] / "fastdllm" / "assets"
 MODELS = ("tiny-llada", "tiny-dream")
-SETTINGS = (
-    ("dual", "threshold 0.9"),
-    ("dual", "2 a step"),
-    ("prefix", "threshold 0.9"),
-)  # cache, rule of evaluate.py
+# Cache, and the rule as evaluate.py names it.
+SETTINGS = (("dual", "threshold 0.9"), ("dual", "2 a step"), ("prefix", "threshold 0.9"))
+# Run -> dtype, and whether forwards are captured.
 RUNS = {
     "fp32 eager": (torch.float32, False),
     "fp32 captured": (torch.float32, True),
     "bf16 eager": (torch.bfloat16, False),
     "bf16 captured": (torch.bfloat16, True),
 }
+REFERENCE = "CPU fp32"
 
 
-def accuracy(device, count, models=MODELS, settings=SETTINGS, reference=None):
+def accuracy(device, count, models=MODELS, settings=SETTINGS, reference=None) -> list[dict]:
     """For each model and setting, of `count` problems: how many every run solves, and in how many
-    it gives the tokens of the first, the CPU's in fp32. reference: a file of `cpu_answers`; without
-    one they are made here.
+    it gives the tokens of the CPU in fp32. reference: a file of `cpu_answers`; without one they are
+    made here.
     """
-    evaluate, problems = problems_of(count)
-    expected = (
-        json.loads(reference.read_text()) if reference else cpu_answers(count, models, settings)
-    )
+    if reference:
+        expected = json.loads(reference.read_text())
+    else:
+        expected = cpu_answers(count, models, settings)
+    problems = [make_problem(index, "test") for index in range(count)]
     found = []
     for name in models:
-        tokenizer, prompts = prompts_of(name, problems)
-        loaded = {
-            dtype: load(ASSETS / name, device=device, dtype=dtype) for dtype, _ in RUNS.values()
-        }
+        tokenizer = Tokenizer.from_file(str(ASSETS / name / "tokenizer.json"))
+        prompts = evaluate.prompt_ids(tokenizer, problems)
+        dtypes = {dtype for dtype, _ in RUNS.values()}
+        loaded = {dtype: load(ASSETS / name, device=device, dtype=dtype) for dtype in dtypes}
         for cache, rule in settings:
-            cpu = expected[key_of(name, cache, rule)][:count]
-            if len(cpu) < count:
+            answered = {REFERENCE: expected[key_of(name, cache, rule)][:count]}
+            if len(answered[REFERENCE]) < count:
                 raise SystemExit(
-                    f"--reference: {reference} holds {len(cpu)} answers of {name}, {count} are asked for"
+                    f"--reference: {reference} holds {len(answered[REFERENCE])} answers of {name}, "
+                    f"{count} are asked for"
                 )
-            entry = {
-                "model": name,
-                "problems": count,
-                "cache": cache,
-                "rule": rule,
-                "solved": {},
-                "same_tokens": {},
-            }
-            texts = {"CPU fp32": cpu}
             for run, (dtype, captured) in RUNS.items():
-                options = {"cache": cache, "rule": evaluate.rules()[rule](BLOCK), "graph": captured}
-                texts[run] = answers(loaded[dtype], prompts, evaluate.GEN_LENGTH, options)
-            for run, given in texts.items():
-                solved = (
-                    evaluate.score(problem, text, tokenizer, loaded[torch.float32].config.stop_ids)[
-                        0
-                    ]
-                    for problem, text in zip(problems, given, strict=True)
-                )
-                entry["solved"][run] = sum(solved)
-                entry["same_tokens"][run] = sum(map(list.__eq__, given, cpu))
+                answered[run] = answers(loaded[dtype], prompts, cache, rule, captured)
+            stop_ids = loaded[torch.float32].config.stop_ids
+            entry = {"model": name, "problems": count, "cache": cache, "rule": rule}
+            entry |= graded(answered, problems, tokenizer, stop_ids)
             found.append(entry)
-            print(
-                name,
-                cache,
-                rule,
-                "solved",
-                entry["solved"],
-                "same tokens as on the CPU",
-                entry["same_tokens"],
-                flush=True,
-            )
+            print(f"{key_of(name, cache, rule)}: {json.dumps(entry)}", flush=True)
     return found
 
 
-def cpu_answers(count, models=MODELS, settings=SETTINGS):
+def graded(answered, problems, tokenizer, stop_ids) -> dict:
+    """Of each run's answers: how many solve their problem, and how many are the reference's."""
+    solved, same = {}, {}
+    for run, generated in answered.items():
+        right = 0
+        for problem, tokens in zip(problems, generated, strict=True):
+            number_right, _, _ = evaluate.score(problem, tokens, tokenizer, stop_ids)
+            right += number_right
+        solved[run] = right
+        same[run] = sum(map(list.__eq__, generated, answered[REFERENCE]))
+    return {"solved": solved, "same_tokens": same}
+
+
+def cpu_answers(count, models=MODELS, settings=SETTINGS) -> dict[str, list]:
     """{model, cache and rule: the tokens that the CPU generates in fp32 for each of `count`
     problems}.
     """
-    evaluate, problems = problems_of(count)
+    problems = [make_problem(index, "test") for index in range(count)]
     found = {}
     for name in models:
-        model, (_, prompts) = (
-            load(ASSETS / name, device="cpu", dtype=torch.float32),
-            prompts_of(name, problems),
-        )
+        model = load(ASSETS / name, device="cpu", dtype=torch.float32)
+        tokenizer = Tokenizer.from_file(str(ASSETS / name / "tokenizer.json"))
+        prompts = evaluate.prompt_ids(tokenizer, problems)
         for cache, rule in settings:
-            options = {"cache": cache, "rule": evaluate.rules()[rule](BLOCK), "graph": False}
-            found[key_of(name, cache, rule)] = answers(model, prompts, evaluate.GEN_LENGTH, options)
+            key = key_of(name, cache, rule)
+            found[key] = answers(model, prompts, cache, rule, captured=False)
     return found
 
 
-def key_of(name, cache, rule):
+def key_of(name, cache, rule) -> str:
     return f"{name}, {cache}, {rule}"
 
 
-def problems_of(count):
-    """(the module evaluate, the first `count` problems of its test)."""
-    sys.path.insert(0, str(Path(__file__).parent / "quality"))
-    import evaluate
-
-    return evaluate, [evaluate.make_problem(index, "test") for index in range(count)]
-
-
-def prompts_of(name, problems):
-    """(a model's tokenizer, the problems' prompts as ids)."""
-    from tokenizer import prompt_of
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(ASSETS / name / "tokenizer.json"))
-    return tokenizer, [
-        torch.tensor(tokenizer.encode(prompt_of(problem)).ids) for problem in problems
-    ]
+def answers(model, prompts, cache, rule, captured) -> list[list[int]]:
+    """The tokens generated after each prompt."""
+    options = {
+        "gen_length": evaluate.GEN_LENGTH,
+        "block_length": BLOCK,
+        "cache": cache,
+        "rule": evaluate.rules()[rule](BLOCK),
+        "graph": captured,
+    }
+    found = []
+    for first in range(0, len(prompts), ROWS):
+        done = generate(model, prompts[first : first + ROWS], **options)
+        for tokens, length in zip(done.tokens, done.prompt_lengths, strict=True):
+            found.append(tokens[length:].tolist())
+    return found
 
 
-def answers(model, prompts, gen_length, options, at_once=250):
-    """What is generated after each prompt, as lists."""
-    texts = []
-    for first in range(0, len(prompts), at_once):
-        part = prompts[first : first + at_once]
-        done = generate(model, part, gen_length=gen_length, block_length=BLOCK, **options)
-        texts += [
-            tokens[len(prompt) :].tolist() for prompt, tokens in zip(part, done.tokens, strict=True)
-        ]
-    return texts
-
-
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -148,3 +125,7 @@ if __name__ == "__main__":
     parser.add_argument("--problems", type=int, default=1000)
     args = parser.parse_args()
     args.file.write_text(json.dumps(cpu_answers(args.problems)))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,15 +4,18 @@ our model: the peer.
 Step by step as in the published LLaDA and Dream code (arXiv 2505.22618,
 github.com/NVlabs/Fast-dLLM), in our own words:
 
-model       q, k, v, gate and up are five products; RMSNorm in fp32 out of PyTorch's own operations; no kernel is fused.
-cache       Keys are kept before rotation, and all of them are rotated again in every layer of every step: LLaDA's in fp32,
-            Dream's in the model's dtype. Prefix: past and fresh are concatenated. Dual: the fresh ones are written where
-            `replace_position` says, whose indices the host asks for; LLaDA does so row by row, in every layer.
+model       q, k, v, gate and up are five products; RMSNorm in fp32 out of PyTorch's own operations;
+            no kernel is fused.
+cache       Keys are kept before rotation, and all of them are rotated again in every layer of every
+            step: LLaDA's in fp32, Dream's in the model's dtype. Prefix: past and fresh are
+            concatenated. Dual: the fresh ones are written where `replace_position` says, whose
+            indices the host asks for; LLaDA does so row by row, in every layer.
 attention   PyTorch's SDPA without a mask, key heads repeated to the number of query heads.
 head        Logits of every row of the forward: at a refresh those of the whole canvas.
-selection   LLaDA: softmax of all these rows in float64, then topk and an index write row by row, the count asked for by the
-            host. Dream: a shifted copy of the logits and a softmax in the model's dtype, of every row at a refresh and of the
-            masked rows after it; the refresh commits one token.
+selection   LLaDA: softmax of all these rows in float64, then topk and an index write row by row,
+            the count asked for by the host. Dream: a shifted copy of the logits and a softmax in
+            the model's dtype, of every row at a refresh and of the masked rows after it; the
+            refresh commits one token.
 
 What the published code computes and never uses (an attention bias, a second argmax) is left out,
 and so is its loop over single tokens, which only the threshold rule runs: if anything, plain is
@@ -47,36 +50,29 @@ class Plain:
 
     def __init__(self, model):
         config = self.config = model.config
-        self.embedding, self.norm, self.head = (
-            model.embedding.weight,
-            model.norm.weight,
-            model.lm_head.weight,
-        )
-        sizes = [
-            heads * config.head_dim
-            for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        ]
+        self.embedding = model.embedding.weight
+        self.norm = model.norm.weight
+        self.head = model.lm_head.weight
+        kv = config.num_kv_heads * config.head_dim
+        sizes = [config.num_heads * config.head_dim, kv, kv]
         self.layers = [self._separate(layer, sizes) for layer in model.layers]
-        exponent = (
-            torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=model.device)
-            / config.head_dim
-        )
-        angle = torch.outer(
-            torch.arange(config.max_positions, device=model.device).float(),
-            1.0 / config.rope_theta**exponent,
-        )
-        angle = torch.cat([angle, angle], dim=-1)
         dtype = torch.float32 if config.rope_in_fp32 else model.dtype
+        angle = rotary_angles(config, model.device)
         self.cos, self.sin = angle.cos().to(dtype), angle.sin().to(dtype)
 
     @staticmethod
     def _separate(layer, sizes):
-        qkv, bias = layer.attention.qkv.weight.split(sizes), layer.attention.qkv.bias
-        bias = (None,) * 3 if bias is None else bias.split(sizes)
+        qkv = layer.attention.qkv
         gate, up = layer.gate_up.weight.chunk(2)
-        norms = layer.attention_norm.weight, layer.mlp_norm.weight
         return LayerWeights(
-            norms[0], qkv, bias, layer.attention.out.weight, norms[1], gate, up, layer.down.weight
+            attention_norm=layer.attention_norm.weight,
+            qkv=qkv.weight.split(sizes),
+            qkv_bias=(None, None, None) if qkv.bias is None else qkv.bias.split(sizes),
+            out=layer.attention.out.weight,
+            mlp_norm=layer.mlp_norm.weight,
+            gate=gate,
+            up=up,
+            down=layer.down.weight,
         )
 
     def forward(self, tokens, past=None, replace_position=None):
@@ -86,12 +82,12 @@ class Plain:
         past: what an earlier forward returned. Without replace_position it stands before the
         tokens; with it (bool [B, L]) the tokens' keys and values replace those it marks, in place.
         """
-        x, present, eps = functional.embedding(tokens, self.embedding), [], self.config.rms_norm_eps
+        x = functional.embedding(tokens, self.embedding)
+        present, eps = [], self.config.rms_norm_eps
         for index, layer in enumerate(self.layers):
             normed = rms_norm(x, layer.attention_norm, eps)
-            out, kv = self._attention(
-                layer, normed, past[index] if past else None, replace_position
-            )
+            layer_past = past[index] if past else None
+            out, kv = self._attention(layer, normed, layer_past, replace_position)
             present.append(kv)
             x = x + functional.linear(out, layer.out)
             normed = rms_norm(x, layer.mlp_norm, eps)
@@ -101,10 +97,9 @@ class Plain:
 
     def _attention(self, layer, x, past, replace_position):
         rows, width, _ = x.shape
+        by_head = rows, width, -1, self.config.head_dim
         q, k, v = (
-            functional.linear(x, weight, bias)
-            .view(rows, width, -1, self.config.head_dim)
-            .transpose(1, 2)
+            functional.linear(x, weight, bias).view(by_head).transpose(1, 2)
             for weight, bias in zip(layer.qkv, layer.qkv_bias, strict=True)
         )
         if past is not None and replace_position is None:
@@ -112,13 +107,9 @@ class Plain:
         elif past is not None:
             self._replace(past, (k, v), replace_position)
             k, v = past
-        keys, end = k.shape[2], k.shape[2]
-        if replace_position is not None:
-            end = (
-                int(replace_position.nonzero(as_tuple=True)[1].max() + 1)
-                if replace_position.any()
-                else keys
-            )
+        keys = end = k.shape[2]
+        if replace_position is not None and replace_position.any():
+            end = int(replace_position.nonzero(as_tuple=True)[1].max() + 1)
         present = k, v
         q = self._rotate(q, slice(end - width, end))
         k = self._rotate(k, slice(0, keys))
@@ -147,9 +138,17 @@ class Plain:
         """x [B, heads, n, D] at consecutive positions, in the dtype of the tables."""
         y = x.to(self.cos.dtype)
         left, right = y.chunk(2, dim=-1)
-        return (
-            y * self.cos[positions] + torch.cat([-right, left], dim=-1) * self.sin[positions]
-        ).to(x.dtype)
+        turned = torch.cat([-right, left], dim=-1)
+        return (y * self.cos[positions] + turned * self.sin[positions]).to(x.dtype)
+
+
+def rotary_angles(config, device):
+    """The rotation's angles, fp32 [positions, D], each twice."""
+    dim = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    frequency = 1.0 / config.rope_theta ** (dim / config.head_dim)
+    position = torch.arange(config.max_positions, device=device).float()
+    angle = torch.outer(position, frequency)
+    return torch.cat([angle, angle], dim=-1)
 
 
 def rms_norm(x, weight, eps):
@@ -168,16 +167,18 @@ def decode(plain: Plain, prompts, *, gen_length, block_length, cache, steps, sto
     """
     config = plain.config
     select = select_shifted if config.logit_shift else select_by_confidence
+    # With a cache, Dream's refresh commits one token and the steps after it the others.
+    alone = cache != "none" and config.logit_shift > 0
     canvas = functional.pad(prompts, (0, gen_length), value=config.mask_id)
     refreshes = cached = 0
     for start in range(prompts.shape[1], canvas.shape[1], block_length):
         end = min(start + block_length, canvas.shape[1])
-        alone = cache != "none" and config.logit_shift > 0
         plan = [1, *spread(end - start - 1, steps - 1)] if alone else spread(end - start, steps)
         counts = torch.tensor(plan, device=canvas.device)
         last, past, replace_position = canvas.shape[1], None, None
         if cache == "dual":
-            last, replace_position = end, torch.zeros_like(canvas, dtype=torch.bool)
+            last = end
+            replace_position = torch.zeros_like(canvas, dtype=torch.bool)
             replace_position[:, start:end] = True
         step = 0
         while (canvas[:, start:end] == config.mask_id).sum() != 0:
@@ -204,8 +205,9 @@ def spread(masks, steps):
     """The masks over the steps as evenly as possible, the first steps taking the remainder; at
     least one step.
     """
-    base, remainder = divmod(masks, max(steps, 1))
-    return [base + (step < remainder) for step in range(max(steps, 1))]
+    steps = max(steps, 1)
+    base, remainder = divmod(masks, steps)
+    return [base + (step < remainder) for step in range(steps)]
 
 
 def select_by_confidence(logits, tokens, start, end, count, mask_id, alone):

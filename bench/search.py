@@ -56,27 +56,21 @@ class Kernel:
 def attention_variants(config, case):
     """Values to try for each field; shares of the keys around today's number."""
     places = chip_of(timing.DEVICE).multiprocessors
-    near = {
-        config.splits - 1,
-        config.splits + 1,
-        config.splits // 2,
-        config.splits * 3 // 2,
-        config.splits * 2,
-    }
+    splits = config.splits
+    near = {splits - 1, splits + 1, splits // 2, splits * 3 // 2, splits * 2}
+    portable = type(config) is attention_triton.Config
     tried = {
         "splits": sorted({1, *near} - {0}),
         "programs": (places, 2 * places, getattr(type(config), "programs", 0)),
-    }
-    tried |= {
         "TILE_KEYS": (32, 64, 128),
         "num_warps": (4, 8),
         "TILE_ROWS": (16, 32, 64, 128),
         "CONSUMERS": (1, 2),
+        "num_stages": (2, 3, 4) if portable else (3, 4, 6),
+        "rotate_first": (False, True),
+        "overlap": (False, True),
+        "halve_keys": (False, True),
     }
-    tried["num_stages"] = (
-        (3, 4, 6) if config.__class__ is not attention_triton.Config else (2, 3, 4)
-    )
-    tried |= {name: (False, True) for name in ("rotate_first", "overlap", "apart")}
     return {
         name: [replace(config, **{name: value}) for value in values]
         for name, values in known(config, tried).items()
@@ -96,8 +90,8 @@ def select_variants(config, case):
         "tiles": (1, 2, 3, 4, 6, 8),
         "tile_vocab": (2048, 4096, 8192, 16384),
         "num_warps": (2, 4, 8),
+        "overlap": (False, True),
     }
-    tried["overlap"] = (False, True)
     return {
         name: [cut(**{name: value}) for value in values]
         for name, values in known(config, tried).items()
@@ -131,9 +125,11 @@ KERNELS = {
 def configured(kernel, choose):
     """`choose(today's choice)` stands in for the config function."""
     original = getattr(kernel.module, kernel.function)
-    setattr(
-        kernel.module, kernel.function, lambda *args, **kwargs: choose(original(*args, **kwargs))
-    )
+
+    def chosen(*args, **kwargs):
+        return choose(original(*args, **kwargs))
+
+    setattr(kernel.module, kernel.function, chosen)
     try:
         yield
     finally:
@@ -153,7 +149,8 @@ def search(kernel, case, deadline):
     tried).
     """
     contest = kernel.build(case)
-    call, first = contest.competitors["ours"].call, contest.buffer(0)
+    call = contest.competitors["ours"].call
+    first = contest.buffer(0)
     seen = []
     with configured(kernel, lambda today: seen.append(today) or today):
         call(first)
@@ -164,18 +161,20 @@ def search(kernel, case, deadline):
         if time.monotonic() > deadline:
             break
         candidates = {best, *kernel.variants(best, case)[name]}
-        entries = {config: competitor(kernel, call, config) for config in candidates}
-        right = {
-            c: e
-            for c, e in entries.items()
-            if not (o := timing.checked(contest, e, first)).absent and not o.wrong
-        }
-        times = {c: o.microseconds for c, o in timing.measure(right, buffers).items() if o.seconds}
+        right = {}
+        for config in candidates:
+            entry = competitor(kernel, call, config)
+            outcome = timing.checked(contest, entry, first)
+            if not outcome.absent and not outcome.wrong:
+                right[config] = entry
+        outcomes = timing.measure(right, buffers)
+        times = {config: o.microseconds for config, o in outcomes.items() if o.seconds}
         tried |= set(times)
         challenger = min(times, key=times.get)
         if times[challenger] < ENOUGH * times[best]:
             best = challenger
-    final = timing.measure({c: competitor(kernel, call, c) for c in (today, best)}, buffers)
+    pair = {config: competitor(kernel, call, config) for config in (today, best)}
+    final = timing.measure(pair, buffers)
     return today, final[today].microseconds, best, final[best].microseconds, len(tried)
 
 
@@ -193,18 +192,13 @@ def main():
     end = time.monotonic() + 60 * arguments.minutes
     for i, (op, case) in enumerate(jobs):
         now = time.monotonic()
-        today, before, best, after, tried = search(
-            KERNELS[op], case, now + (end - now) / (len(jobs) - i)
-        )
-        gain = (
-            "nothing better"
-            if best == today
-            else f"{after:.2f} us, {before / after - 1:.0%} faster, with {best}"
-        )
-        print(
-            f"{op}: {case}\n  today {before:.2f} us with {today}\n  {tried} tried: {gain}",
-            flush=True,
-        )
+        share = (end - now) / (len(jobs) - i)
+        today, before, best, after, tried = search(KERNELS[op], case, now + share)
+        gain = "nothing better"
+        if best != today:
+            gain = f"{after:.2f} us, {before / after - 1:.0%} faster, with {best}"
+        print(f"{op}: {case}\n  today {before:.2f} us with {today}")
+        print(f"  {tried} tried: {gain}", flush=True)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ CASES = BLOCKS + WHOLE if ON_GPU else SMALL
 
 
 def inputs(case: Case, index: int):
-    """Independent inputs; the block stands in the middle, so that there is a prefix and a suffix."""
+    """Independent inputs; the block stands in the middle, between a prefix and a suffix."""
     generator = torch.Generator(DEVICE).manual_seed(index)
 
     def normal(*shape):
@@ -97,15 +97,14 @@ def inputs(case: Case, index: int):
     first = (case.keys - width) // 2
     start = torch.full((rows,), first, dtype=torch.int32, device=DEVICE)
     length = torch.full((rows,), case.keys, dtype=torch.int32, device=DEVICE)
-    k_cache, v_cache = (
-        normal(rows, case.keys, case.kv_heads, dim),
-        normal(rows, case.keys, case.kv_heads, dim),
-    )
+    k_cache = normal(rows, case.keys, case.kv_heads, dim)
+    v_cache = normal(rows, case.keys, case.kv_heads, dim)
     cos, sin = tables(case.keys, dim)
     # What stands in the cache at the block's positions is never read by ours; there it serves the
     # others.
     turned = rope_to_cache_reference(q, k, v, cos, sin, start)
-    k_cache[:, first : first + width], v_cache[:, first : first + width] = turned[1], v
+    k_cache[:, first : first + width] = turned[1]
+    v_cache[:, first : first + width] = v
     ours = dict(
         q=q,
         k=k,

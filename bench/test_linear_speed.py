@@ -23,9 +23,7 @@ from fastdllm_kernels import (
     rms_norm,
     swiglu,
 )
-from fastdllm_kernels.linear import (
-    _library as product,
-)  # bf16: cuBLAS; fp8: quantise the rows, then torch._scaled_mm
+from fastdllm_kernels.linear import library_product
 
 NAMES = ("ours", "library", "bf16 library", "reference")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -63,10 +61,10 @@ CASES = [
 def library(op):
     """The library's product, then the kernel that would follow it."""
     return {
-        "linear": product,
-        "linear_swiglu": lambda x, weight: swiglu(product(x, weight)),
+        "linear": library_product,
+        "linear_swiglu": lambda x, weight: swiglu(library_product(x, weight)),
         "linear_rms_norm": lambda x, weight, residual, norm, eps: rms_norm(
-            product(x, weight), norm, eps, residual
+            library_product(x, weight), norm, eps, residual
         ),
     }[op]
 
@@ -80,16 +78,13 @@ def inputs(case: Case, index: int):
             std=scale, generator=generator
         )
 
-    x, weight = (
-        normal(case.rows, case.width_in),
-        normal(case.width_out, case.width_in, scale=case.width_in**-0.5),
-    )
-    weight = (quantize_weight(weight), weight) if case.fp8 else weight
-    return (
-        (x, weight, normal(case.rows, case.width_out), normal(case.width_out), EPS)
-        if "norm" in case.op
-        else (x, weight)
-    )
+    x = normal(case.rows, case.width_in)
+    weight = normal(case.width_out, case.width_in, scale=case.width_in**-0.5)
+    if case.fp8:
+        weight = quantize_weight(weight), weight
+    if "norm" not in case.op:
+        return x, weight
+    return x, weight, normal(case.rows, case.width_out), normal(case.width_out), EPS
 
 
 def with_weight(call, which):

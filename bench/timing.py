@@ -3,12 +3,14 @@ same run.
 
 Three things make microbenchmarks of microseconds lie, and what is done about each:
 
-launching   Python and the driver take longer than the kernels. Every competitor is captured in a CUDA graph of at least 8
-            launches, and a replay is timed by events, queued while the GPU is kept busy, so that it never waits for the host.
-caches      A kernel that reads what it read a moment ago is served by L2; in a model it is not. Launches rotate over
-            independent buffers that together exceed twice the L2 cache (and there are at least 8).
-drift       Clocks and neighbours change from minute to minute. Competitors take turns, replay by replay, and the figure is
-            the median.
+launching   Python and the driver take longer than the kernels. Every competitor is captured in a
+            CUDA graph of at least 8 launches, and a replay is timed by events, queued while the GPU
+            is kept busy, so that it never waits for the host.
+caches      A kernel that reads what it read a moment ago is served by L2; in a model it is not.
+            Launches rotate over independent buffers that together exceed twice the L2 cache (and
+            there are at least 8).
+drift       Clocks and neighbours change from minute to minute. Competitors take turns, replay by
+            replay, and the figure is the median.
 
 What one launch leaves unsaid stays in: the gap of about a microsecond that the GPU needs between
 two kernels.
@@ -22,12 +24,15 @@ from statistics import median
 
 import torch
 
-REPLAYS, WARMUP, LEAST_LAUNCHES, MOST_BUFFERS = 20, 3, 8, 256
-GRAPH_SECONDS = 150e-6  # a graph shorter than this would show the start of the graph itself
-SECONDS = (
-    0.3  # for all replays of one competitor: a slow one gets fewer, but never under LEAST_REPLAYS
-)
+REPLAYS = 20
 LEAST_REPLAYS = 5
+WARMUP = 3
+LEAST_LAUNCHES = 8
+MOST_BUFFERS = 256
+GRAPH_SECONDS = 150e-6  # a CUDA graph shorter than this would show the start of the graph itself
+# For all replays of one competitor: a slow one gets fewer, but never under LEAST_REPLAYS.
+SECONDS = 0.3
+IDLE_CYCLES = 4_000_000  # about 2 ms, in which the host queues a turn's replays
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
@@ -68,7 +73,11 @@ class Contest:
 
 @dataclass
 class Outcome:
-    """What came of one competitor: seconds of a call, one for each replay; or why there are none."""
+    """What came of one competitor: seconds of a call, one for each replay, or why there are none.
+
+    how: "graph" for replays, "calls" for calls one by one with the host's time in them, "cpu".
+    launches: of a replay. buffers: the sets of inputs that they rotate over.
+    """
 
     seconds: list[float] = field(default_factory=list)
     absent: str | None = None
@@ -79,24 +88,37 @@ class Outcome:
 
     @property
     def microseconds(self):
+        """The median of a call; NaN where nothing was measured."""
         return median(self.seconds) * 1e6 if self.seconds else math.nan
+
+
+@dataclass
+class Replayable:
+    """A competitor's CUDA graph: its launches, how many replays the budget allows, their events."""
+
+    graph: torch.cuda.CUDAGraph
+    launches: int
+    rounds: int
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds of one launch, one for each replay that has ended."""
+        return [begin.elapsed_time(end) / 1e3 / self.launches for begin, end in self.events]
 
 
 def run(contest: Contest, timed: bool) -> dict[str, Outcome]:
     """Check every competitor, and where `timed` measure those that are right, in turns."""
     first = contest.buffer(0)
-    outcomes = {
-        name: checked(contest, competitor, first)
-        for name, competitor in contest.competitors.items()
-    }
-    fit = [name for name, outcome in outcomes.items() if not (outcome.absent or outcome.wrong)]
-    if timed and fit:
-        footprint = contest.footprint or contest.bytes
-        buffers = [first, *(contest.buffer(i) for i in range(1, buffers_needed(footprint)))]
-        for name, outcome in measure(
-            {name: contest.competitors[name] for name in fit}, buffers
-        ).items():
-            outcomes[name] = outcome
+    outcomes, right = {}, {}
+    for name, competitor in contest.competitors.items():
+        outcome = outcomes[name] = checked(contest, competitor, first)
+        if not outcome.absent and not outcome.wrong:
+            right[name] = competitor
+    if timed and right:
+        count = buffers_needed(contest.footprint or contest.bytes)
+        buffers = [first, *(contest.buffer(i) for i in range(1, count))]
+        outcomes |= measure(right, buffers)
         del buffers
     del first
     if ON_GPU:
@@ -111,13 +133,18 @@ def checked(contest: Contest, competitor: Competitor, buffer) -> Outcome:
     except Exception as error:
         if not competitor.theirs:
             raise
-        lines = str(error).strip().splitlines() or [""]
-        return Outcome(absent=f"{type(error).__name__}: {lines[0][:160]}")
+        return Outcome(absent=first_line(error))
     try:
         contest.check(result, buffer)
     except AssertionError as error:
         return Outcome(wrong=str(error).strip() or "the check failed")
     return Outcome()
+
+
+def first_line(error: Exception) -> str:
+    """An exception in short."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"
 
 
 def buffers_needed(footprint: int) -> int:
@@ -139,36 +166,29 @@ def measure(competitors: dict[str, Competitor], buffers: list) -> dict[str, Outc
     outcomes, graphs = {}, {}
     for name, competitor in competitors.items():
         try:
-            if competitor.capturable:
-                graphs[name], launches, rounds = _captured(competitor.call, buffers)
-                outcomes[name] = Outcome(launches=launches, buffers=len(buffers))
-                graphs[name] = graphs[name], rounds, []
-            else:
+            if not competitor.capturable:
                 outcomes[name] = _one_by_one(competitor.call, buffers)
+                continue
+            graph = graphs[name] = _captured(competitor.call, buffers)
+            outcomes[name] = Outcome(launches=graph.launches, buffers=len(buffers))
         except Exception as error:
             if not competitor.theirs:
                 raise
-            outcomes[name] = Outcome(
-                absent=f"not capturable: {type(error).__name__}: {str(error).splitlines()[0][:160]}"
-            )
+            outcomes[name] = Outcome(absent=f"not capturable: {first_line(error)}")
     for turn in range(REPLAYS):
         torch.cuda.synchronize()
-        torch.cuda._sleep(4_000_000)  # about 2 ms of idling, in which the replays below are queued
-        for graph, rounds, events in graphs.values():
-            if turn < rounds:
-                events.append(_timed(graph))
+        torch.cuda._sleep(IDLE_CYCLES)
+        for graph in graphs.values():
+            if turn < graph.rounds:
+                graph.events.append(_timed(graph.graph))
     torch.cuda.synchronize()
-    for name, (_, _, events) in graphs.items():
-        outcomes[name].seconds = [
-            a.elapsed_time(b) / 1e3 / outcomes[name].launches for a, b in events
-        ]
+    for name, graph in graphs.items():
+        outcomes[name].seconds = graph.seconds
     return outcomes
 
 
-def _captured(call, buffers):
-    """(graph, its launches, how many replays the budget allows) of `call` over the buffers in
-    rotation.
-    """
+def _captured(call, buffers) -> Replayable:
+    """Capture `call` over the buffers in rotation, as often as makes the graph long enough."""
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -176,15 +196,15 @@ def _captured(call, buffers):
             call(buffer)
     torch.cuda.synchronize()
     graph = _graph(call, buffers)
-    estimate = _estimate(graph)
-    launches = len(buffers)
-    if estimate < GRAPH_SECONDS:
-        repeats = math.ceil(GRAPH_SECONDS / estimate)
-        graph, launches = _graph(call, buffers * repeats), repeats * launches
-        estimate *= repeats
+    seconds, repeats = _estimate(graph), 1
+    if seconds < GRAPH_SECONDS:
+        repeats = math.ceil(GRAPH_SECONDS / seconds)
+        graph = _graph(call, buffers * repeats)
     for _ in range(WARMUP - 1):
         graph.replay()
-    return graph, launches, min(REPLAYS, max(LEAST_REPLAYS, int(SECONDS / estimate)))
+    affordable = int(SECONDS / (seconds * repeats))
+    rounds = min(REPLAYS, max(LEAST_REPLAYS, affordable))
+    return Replayable(graph, launches=repeats * len(buffers), rounds=rounds)
 
 
 def _graph(call, buffers):
@@ -197,11 +217,17 @@ def _graph(call, buffers):
 
 
 def _timed(graph):
-    events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    events[0].record()
-    graph.replay()
-    events[1].record()
-    return events
+    """Queue a replay; (the event before it, the event after it)."""
+    return _between_events(graph.replay)
+
+
+def _between_events(call):
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    return begin, end
 
 
 def _estimate(graph):
@@ -209,9 +235,9 @@ def _estimate(graph):
     graph.replay()
     torch.cuda.synchronize()
     torch.cuda._sleep(1_000_000)
-    start, end = _timed(graph)
+    begin, end = _timed(graph)
     end.synchronize()
-    return max(start.elapsed_time(end) / 1e3, 1e-6)
+    return max(begin.elapsed_time(end) / 1e3, 1e-6)
 
 
 def _one_by_one(call, buffers):
@@ -243,26 +269,24 @@ def ceilings() -> dict[str, float]:
     """What this GPU does at best: bytes a second of a copy of 2 GB, operations a second of a bf16
     product of 8192 cubed.
     """
-    source, target = torch.empty(2, 2**31, dtype=torch.uint8, device=DEVICE)
-    copy = _best(lambda: target.copy_(source))
-    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    size, width = 2**31, 8192
+    source, target = torch.empty(2, size, dtype=torch.uint8, device=DEVICE)
+    copy = _median_seconds(lambda: target.copy_(source))
+    a, b = torch.randn(2, width, width, device=DEVICE, dtype=torch.bfloat16)
     out = torch.empty_like(a)
-    product = _best(lambda: torch.mm(a, b, out=out))
-    return {"bytes_per_second": 2 * 2**31 / copy, "operations_per_second": 2 * 8192**3 / product}
+    product = _median_seconds(lambda: torch.mm(a, b, out=out))
+    return {
+        "bytes_per_second": 2 * size / copy,  # read and written
+        "operations_per_second": 2 * width**3 / product,
+    }
 
 
-def _best(call):
+def _median_seconds(call) -> float:
     """Median seconds of a long call by events."""
     call()
-    samples = []
-    for _ in range(10):
-        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        events[0].record()
-        call()
-        events[1].record()
-        samples.append(events)
+    samples = [_between_events(call) for _ in range(10)]
     torch.cuda.synchronize()
-    return median(start.elapsed_time(end) / 1e3 for start, end in samples)
+    return median(begin.elapsed_time(end) / 1e3 for begin, end in samples)
 
 
 def floor_seconds(contest: Contest, limits: dict[str, float]) -> float:

@@ -2,24 +2,63 @@
 Triton kernels.
 """
 
-from fastdllm_kernels import Factor, Quota, Threshold
+import importlib
+from typing import TYPE_CHECKING
 
-from .cache import CachePolicy
-from .checkpoint import load
-from .decode import Generation, StepEvent, generate
-from .patch import replace_attention, restore_attention
+if TYPE_CHECKING:
+    from fastdllm_kernels import Factor, Quota, Threshold
+
+    from .cache import CachePolicy
+    from .checkpoint import load
+    from .decode import Generation, StepEvent, generate, infill
+    from .engine import Engine, EngineClosed, QueueFull, Request, RequestCancelled
+    from .patch import replace_attention, restore_attention
+    from .warming import warm_up
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CachePolicy",
+    "Engine",
+    "EngineClosed",
     "Factor",
     "Generation",
     "Quota",
+    "QueueFull",
+    "Request",
+    "RequestCancelled",
     "StepEvent",
     "Threshold",
     "generate",
+    "infill",
     "load",
     "replace_attention",
     "restore_attention",
+    "warm_up",
 ]
+
+# The first use of a public name imports these, and torch with them, which takes seconds: the
+# command line answers an interrupt before.
+_HOMES = (
+    "fastdllm_kernels",
+    ".cache",
+    ".checkpoint",
+    ".decode",
+    ".engine",
+    ".patch",
+    ".warming",
+)
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    homes = [importlib.import_module(home, __name__) for home in _HOMES]
+    for public in __all__:
+        found = next(getattr(home, public) for home in homes if hasattr(home, public))
+        globals().setdefault(public, found)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,52 +1,53 @@
-"""BlockAttention: project, rotate, attend, project. It knows the cache's span and no model family."""
+"""BlockAttention: project, rotate, attend, project. It knows the cache's span, no model family and
+no chip.
+"""
 
 import threading
-from contextlib import nullcontext
 
 import torch
 from torch import nn
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastdllm_kernels import block_attention, linear, rope_to_cache
-from fastdllm_kernels.attention import takes_whole_sequences
+from fastdllm_kernels import block_attention, rope_to_cache
+from fastdllm_kernels.attention import stored_attention, whole_attention
 
-from .cache import KVCache, Span
+from .bare import multiply
+from .cache import KVCache
 
 
 class RotaryTable:
-    """cos and sin [positions, D/2] of RoPE, made once per device and dtype and shared by all
-    layers.
+    """cos and sin [positions, D/2] of RoPE, made once per device, dtype and length and shared by
+    all layers.
+
+    A table is as long as the work at hand needs, rounded up to a power of two: configs promise more
+    positions than anybody decodes. None is let go of: a captured graph knows its address.
 
     Not module buffers: a model's `.to(torch.bfloat16)` must not round a table that its family wants
     in fp32.
     """
 
     def __init__(self, theta: float, head_dim: int, positions: int, in_fp32: bool):
-        self.theta, self.head_dim, self.positions, self.in_fp32 = (
-            theta,
-            head_dim,
-            positions,
-            in_fp32,
-        )
-        self._tables = {}
+        self.theta = theta
+        self.head_dim = head_dim
+        self.positions = positions
+        self.in_fp32 = in_fp32
+        self._tables: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def __call__(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tables on the device of `like`, in fp32 or in its dtype."""
+    def __call__(self, like: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tables on the device of `like`, in fp32 or in its dtype, of at least the first so
+        many positions, or of all that the model has.
+        """
         dtype = torch.float32 if self.in_fp32 else like.dtype
-        key = like.device, dtype
+        length = min(self.positions, 1 << (positions - 1).bit_length())
+        key = like.device, dtype, length
         tables = self._tables.get(key)
         if tables is None:
-            exponent = (
-                torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=like.device)
-                / self.head_dim
-            )
-            position = torch.arange(self.positions, dtype=torch.float32, device=like.device)
-            angle = torch.outer(position, 1.0 / self.theta**exponent)
+            column = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=like.device)
+            frequency = 1.0 / self.theta ** (column / self.head_dim)
+            position = torch.arange(length, dtype=torch.float32, device=like.device)
+            angle = torch.outer(position, frequency)
             tables = angle.cos().to(dtype), angle.sin().to(dtype)
-            if (
-                type(angle) is torch.Tensor
-            ):  # and no stand-in of a trace, a FakeTensor, which must not outlive it
+            # A trace's stand-in, a FakeTensor, must not outlive it.
+            if type(angle) is torch.Tensor:
                 self._tables[key] = tables
         return tables
 
@@ -66,31 +67,30 @@ class BlockAttention(nn.Module):
     """Bidirectional attention of the tokens at hand over themselves and over what a KVCache holds
     around them.
 
-    Without a cache it is plain full attention. With one, `cache.span` says where the tokens stand:
-    in a refresh it stores rotated keys and values and attends with what is fastest
-    (`full_attention`); over a block it calls `block_attention`.
+    Without a cache it is attention of whole rows. With one, `cache.span` says where the tokens
+    stand: a refresh stores rotated keys and values and attends over whole rows; over a block it is
+    `block_attention`.
     """
 
     def __init__(
         self,
-        hidden_size,
-        num_heads,
-        num_kv_heads,
-        head_dim,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
         *,
-        layer,
+        layer: int,
         rotary: RotaryTable,
         attached: Attached,
-        qkv_bias=False,
+        qkv_bias: bool = False,
     ):
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim, self.layer = (
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            layer,
-        )
-        self.rotary, self.attached = rotary, attached
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.layer = layer
+        self.rotary = rotary
+        self.attached = attached
         self.qkv = nn.Linear(hidden_size, (num_heads + 2 * num_kv_heads) * head_dim, bias=qkv_bias)
         self.out = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
 
@@ -104,16 +104,21 @@ class BlockAttention(nn.Module):
         """
         rows, width, _ = x.shape
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = linear(x, self.qkv.weight, self.qkv.bias).view(
-            rows, width, heads + 2 * kv_heads, self.head_dim
-        )
+        qkv = multiply(self.qkv, x).view(rows, width, heads + 2 * kv_heads, self.head_dim)
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
         return attend(q, k, v, self.rotary, self.attached.cache, self.layer).reshape(
             rows, width, heads * self.head_dim
         )
 
 
-def attend(q, k, v, rotary: RotaryTable, cache: KVCache | None, layer: int) -> torch.Tensor:
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rotary: RotaryTable,
+    cache: KVCache | None,
+    layer: int,
+) -> torch.Tensor:
     """BlockAttention between its projections: q [R, T, H, D] and k, v [R, T, HK, D], not rotated
     yet -> [R, T, H, D].
 
@@ -122,18 +127,22 @@ def attend(q, k, v, rotary: RotaryTable, cache: KVCache | None, layer: int) -> t
     """
     packing = None if cache is None else cache.span.packing
     if packing is None:
-        return _attend(q, k, v, rotary, cache, layer)
-    return packing.pack(_attend(*map(packing.unpack, (q, k, v)), rotary, cache, layer))
+        return _attend_rows(q, k, v, rotary, cache, layer)
+    q, k, v = packing.unpack(q), packing.unpack(k), packing.unpack(v)
+    return packing.pack(_attend_rows(q, k, v, rotary, cache, layer))
 
 
-def _attend(q, k, v, rotary, cache, layer):
-    cos, sin = rotary(q)
+def _attend_rows(q, k, v, rotary, cache, layer):
+    """`attend` of rows that lie beside each other, padded to one width."""
+    capacity = 0 if cache is None else cache.data.shape[3]
+    cos, sin = rotary(q, max(capacity, q.shape[1]))
     if cache is None:
         start = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
         q, k = rope_to_cache(q, k, v, cos, sin, start)
-        return full_attention(q, k, v, None)
+        return whole_attention(q, k, v)
     span, (k_cache, v_cache) = cache.span, cache.layer(layer)
-    if span.whole or span.stores:
+    lengths = span.length if span.shape.ragged else None
+    if span.shape.whole or span.shape.stores:
         q, k = rope_to_cache(
             q,
             k,
@@ -147,10 +156,12 @@ def _attend(q, k, v, rotary, cache, layer):
             page_table=span.page_table,
         )
         cos = sin = None
-    if span.whole:
-        return full_attention(q, k, v, span)
-    if span.shared and not takes_whole_sequences(q, k, v):
-        return full_attention(q, k_cache[:, : span.shared], v_cache[:, : span.shared], None)
+    if span.shape.whole:
+        return whole_attention(q, k, v, start=span.start, lengths=lengths)
+    if span.shape.shared:
+        return stored_attention(
+            q, k, v, k_cache, v_cache, span.start, span.kv_len, stored=span.shape.shared
+        )
     return block_attention(
         q,
         k,
@@ -162,49 +173,5 @@ def _attend(q, k, v, rotary, cache, layer):
         page_table=span.page_table,
         cos=cos,
         sin=sin,
-        block_len=span.length if span.ragged else None,
+        block_len=lengths,
     )
-
-
-# By speed on an H200 at 2,048 positions: 110 us, 201, and then what takes any dtype and mask.
-BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
-
-def fastest_sdpa(tensor: torch.Tensor):
-    """A context in which PyTorch's SDPA prefers BACKENDS in their order, on a GPU. Entered once a
-    forward: it takes 50 us.
-    """
-    return sdpa_kernel(BACKENDS, set_priority=True) if tensor.is_cuda else nullcontext()
-
-
-def full_attention(q, k, v, span: Span | None):
-    """Every query of a row with every key of it: [R, T, H, D] and [R, L, HK, D], rows no longer
-    than the span says.
-
-    On a Hopper block_attention: as fast as cuDNN there (2,048 positions: 107 us and 110 on an
-    H100), which takes 50 to 110 ms to prepare for every length that is new. Elsewhere PyTorch's
-    SDPA; but rows of different lengths take block_attention on every GPU, which needs no mask:
-    under one, SDPA falls back to its slow paths. Positions past a row's length give values that
-    nobody reads. Returns [R, T, H, D].
-    """
-    mask, ragged = None, span is not None and span.ragged
-    if span is not None and (ragged and q.is_cuda or takes_whole_sequences(q, k, v)):
-        lengths = span.length if ragged else None
-        return block_attention(
-            q, k, v, k[:, :0], v[:, :0], span.start, span.start, block_len=lengths
-        )
-    if ragged:
-        mask = (torch.arange(k.shape[1], device=k.device) < span.length[:, None])[:, None, None]
-    out = functional.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return out.transpose(1, 2)

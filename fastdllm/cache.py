@@ -6,6 +6,7 @@ before it calls the model; every BlockAttention reads that span. Spans live in s
 because a CUDA graph bakes host integers in.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -77,28 +78,54 @@ class Packing:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """What the launches of a forward depend on that the host knows; the rest lies on the device.
+
+    One captured CUDA graph serves every forward of a shape (for one number of rows).
+
+    width: the positions that each row is given. block: the positions of each row whose logits are
+    computed. stores: fresh keys and values are written to the cache (a refresh). whole: the tokens
+    are the row's canvas from position 0 on. ragged: some row has fewer than `width` tokens. paged:
+    only some rows of the cache take part, or in another order. shared: where all rows take part,
+    store, and see one number of keys, that number; else 0. packed: the tokens of all rows together
+    where they follow each other without padding; else 0.
+    """
+
+    width: int
+    block: int = 0
+    stores: bool = False
+    whole: bool = False
+    ragged: bool = False
+    paged: bool = False
+    shared: int = 0
+    packed: int = 0
+
+
+@dataclass(frozen=True)
 class Span:
     """Where each row's tokens of one forward stand, and what they may attend to.
 
-    start, length, kv_len: [R] int32 on the device. Row r's tokens sit at positions start[r] .. +
-    length[r] - 1 of a canvas of kv_len[r] positions. `whole` says that they are the whole canvas (a
-    refresh: fresh keys and values are stored, attention is `full_attention`); otherwise keys and
-    values outside them come from the cache, which is written where `stores` says so (a refresh that
-    keeps the prompt's). `ragged`: some row is shorter than the tensor is wide. `page_table` [R, 1]
-    int32 names the cache rows when the forward runs only some of them. `shared`: where all rows
-    run, store, and have one start and one kv_len, that kv_len as a number of the host; else 0.
-    `packing`: how the tokens lie where they are not padded.
+    start, length, kv_len: [R] int32 on the device. Row r's tokens sit at positions
+    start[r] .. start[r] + length[r] - 1 of a canvas of kv_len[r] positions. Where `shape.whole`,
+    they are all that the row sees; otherwise keys and values outside them come from the cache.
+    page_table: [R, 1] int32, the cache row of each row of the forward; None where they are equal.
+    packing: how the tokens lie where they are not padded.
     """
 
     start: torch.Tensor
     length: torch.Tensor
     kv_len: torch.Tensor
-    whole: bool
-    ragged: bool
+    shape: Shape
     page_table: torch.Tensor | None = None
-    stores: bool = False
-    shared: int = 0
     packing: Packing | None = None
+
+
+def cache_bytes(config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype) -> int:
+    """What a KVCache of that size holds: 512 KiB a position for LLaDA-8B in bf16, 56 KiB for
+    Dream-7B.
+    """
+    of_a_position = config.num_layers * 2 * config.num_kv_heads * config.head_dim
+    return rows * capacity * of_a_position * dtype.itemsize
 
 
 class KVCache:
@@ -110,8 +137,17 @@ class KVCache:
     tensor holds is never read before a refresh has written it.
     """
 
+    span: Span  # opened before the model is called
+
     def __init__(
-        self, config: ModelConfig, rows: int, capacity: int, *, device, dtype, allocate=torch.zeros
+        self,
+        config: ModelConfig,
+        rows: int,
+        capacity: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        allocate: Callable[..., torch.Tensor] = torch.zeros,
     ):
         self.data = allocate(
             config.num_layers,
@@ -123,7 +159,6 @@ class KVCache:
             device=device,
             dtype=dtype,
         )
-        self.span: Span | None = None
 
     @property
     def bytes(self) -> int:

@@ -1,51 +1,48 @@
-"""generate(): block-wise diffusion decoding (Fast-dLLM, arXiv 2505.22618). One loop; the cache mode
-and the rule are data.
+"""generate() and infill(): block-wise diffusion decoding (Fast-dLLM, arXiv 2505.22618).
 
-Each row walks through its own blocks at its own pace. In every turn of the loop the rows at a
-block's start get one refresh together (those that keep their prompt's keys another), the rows in
-the middle of a block one cached step together, and the host reads one small tensor of each: what is
-left. A forward is a function of a plan, one small tensor of integers; of those that come often
-graph.py makes CUDA graphs.
+There is one loop, `Decoder`. Each row walks through its own blocks at its own pace (schedule.py).
+In every turn of the loop the rows in the middle of a block get one cached step together and the
+rows at a block's start a refresh (forward.py), each forward's logits become committed tokens
+(sampling.py), and the host reads one small tensor of each forward: what the blocks hold now.
 """
 
-import functools
-import itertools
-import math
 import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import Any
 
 import torch
 
-from fastdllm_kernels import (
-    SCORES,
-    Quota,
-    Selection,
-    Threshold,
-    commit_proposals,
-    confidence_select,
-    token_confidence,
-)
+from fastdllm_kernels import Selection, Threshold
 from fastdllm_kernels.backend import forced
+from fastdllm_kernels.checks import FLOATS
+from fastdllm_kernels.compiling import side_by_side
+from fastdllm_kernels.rules import branch_of, check_rule
 
 from . import arguments
-from .cache import CachePolicy, KVCache, Packing, Span
-from .families import FAMILIES
-from .graph import workspace
+from .arguments import Ids, Padding, Prompts
+from .cache import CachePolicy
+from .config import ModelConfig
+from .forward import Forward, Model
+from .graph import Workspace, unwrapped, workspace
+from .sampling import (
+    RowSampling,
+    Rule,
+    device_columns,
+    row_columns,
+    sampling_of,
+    sampling_of_rows,
+    select,
+)
+from .schedule import Row, Schedule, Work
 
-GOLDEN = (
-    0x9E3779B97F4A7C15 - 2**64
-)  # spreads consecutive seeds over the 64-bit keys; as a signed number
-# Tokens of a refresh or of a prefix cache's step, by kind of device, up to which it may wait for
-# its launches: 20 to 37 ms of them for an 8B model. It is then padded to a multiple of LENGTHS, so
-# that few graphs serve all lengths, and captured when it has come PATIENCE times: a capture takes
-# as long as three such forwards, and saves a part of each that follows.
-LAUNCH_BOUND = {"cuda": 2048}
-LENGTHS, PATIENCE = 64, 4
-# of the padded tokens at most: laying rows together and apart again moves as much as two norms do
-WORTH_PACKING = 0.9
-# the canvas's length goes up in these steps, so that one captured step serves many requests
+# The canvas's length goes up in these steps, so that one captured step serves many requests.
 CAPACITY = 256
+# What has been decoded in this process, as far as kernels tell it apart: its kernels are there.
+_compiled_ahead: set = set()
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,28 +79,353 @@ class StepEvent:
     scores: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a proposal is drawn and scored."""
+@dataclass(eq=False)
+class Listener:
+    """A function that is told of every forward of a call, and how many there were."""
 
-    score: str
-    temperature: float
-    top_p: float | None
-    top_k: int | None
-    seed: int | None
-    # the family scores after temperature and filters (Dream), not by the clean softmax (LLaDA)
-    filtered_score: bool
+    tell: Callable[[StepEvent], object]
+    forwards: int = 0
 
 
-@torch.inference_mode(
-    False
-)  # what a Workspace keeps must be writable in the next call, whatever mode that is in
-@torch.no_grad()
-def generate(
-    model,
-    prompts,
+@dataclass(frozen=True, eq=False)
+class RowOptions:
+    """What the loop keeps with a Row: how it is sampled, its number in its call, who listens."""
+
+    sampling: RowSampling
+    number: int = 0
+    listener: Listener | None = None
+
+
+@dataclass(eq=False)
+class _Launched:
+    """Rows of one forward and of one kind of sampling, and what was decided of them."""
+
+    rows: list[Row]
+    works: list[Work]
+    selection: Selection | None = None
+    report: torch.Tensor | None = None
+    failure: Exception | None = field(default=None, repr=False)
+
+
+class Decoder:
+    """The decoding loop: rows come with `admit`, every `turn` gives each its next forward, and
+    they go with `release`.
+
+    forward: the canvas and the cache; a row occupies one of its slots. schedule: what a row's next
+    forward computes.
+    """
+
+    def __init__(self, forward: Forward, schedule: Schedule):
+        self.forward = forward
+        self.schedule = schedule
+        self.rows: list[Row] = []
+        self.free = list(reversed(range(len(forward.canvas))))
+        self.forwards: Counter = Counter()  # launched, of each kind
+        self._turn = 0
+        self._began = time.perf_counter()
+
+    def compile_ahead(self) -> None:
+        """Compile, side by side, the kernels that the rows' next forward and the one after it would
+        compile one by one. Nothing is decided, and no rule of a user's own is called.
+        """
+        rows = [row for row in self.rows if not row.done]
+        with side_by_side() as compiles_only:
+            if not compiles_only or forced() == "reference":
+                return
+            for step in (0, 1):
+                ahead = [replace(row, step=step) for row in rows]
+                works = [self.schedule.work(row) for row in ahead]
+                for where in self.forward.parts(works):
+                    self._compile(ahead[where], works[where])
+        for row in rows:  # what did not only compile may have left something in the canvas
+            self._lay_out(row)
+
+    def _compile(self, rows, works):
+        with self.forward.space.uncaptured():
+            logits = self.forward.run([row.slot for row in rows], works)
+        if branch_of(rows[0].options.sampling.sampling.rule):
+            self._commit(rows, works, logits)
+
+    def admit(self, row: Row) -> None:
+        """Give a row a free slot and lay its text into the canvas. IndexError where none is free,
+        and nothing changes where that fails.
+        """
+        row.slot = self.free[-1]
+        self._lay_out(row)
+        self.free.pop()
+        self.schedule.begin(row)
+        row.turn = self._turn
+        self.rows.append(row)
+
+    def _lay_out(self, row):
+        self.forward.write(row.slot, torch.tensor(row.text, dtype=torch.int64, device="cpu"))
+
+    def release(self, row: Row) -> None:
+        """Take a row out, finished or not; its slot is free at once."""
+        self.rows.remove(row)
+        self.free.append(row.slot)
+
+    def turn(self, refresh_tokens: int | None = None) -> bool:
+        """One forward for every row that is not done, and its commit; whether such rows are left.
+
+        refresh_tokens: of the rows that are due for a refresh, only those that have waited longest
+        get it, one row at least and no more tokens than that; None: all. A row whose logits hold a
+        NaN, or whose rule or listener raises, is done and has a `failure`; the others go on.
+        """
+        self._turn += 1
+        launched = [
+            part
+            for rows, works in self._groups(refresh_tokens)
+            for where in self.forward.parts(works)
+            for part in self._launch(rows[where], works[where])
+        ]
+        self.forward.space.wait()
+        for part in launched:
+            self._finish(part)
+        return any(not row.done for row in self.rows)
+
+    def run(self) -> Generation:
+        """Turn until every row is done. The first failure of a row is raised."""
+        while self.turn():
+            self._raise()
+        self._raise()
+        return self.result()
+
+    def result(self) -> Generation:
+        """What the rows hold, in the order in which they came."""
+        return generation_of(self.rows, time.perf_counter() - self._began)
+
+    def _raise(self):
+        for row in self.rows:
+            if row.failure is not None:
+                raise row.failure
+
+    def _groups(self, refresh_tokens) -> list[tuple[list[Row], list[Work]]]:
+        """The rows that may share a forward, and their works: cached steps, then refreshes that
+        keep the prompt's keys, then whole refreshes.
+        """
+        steps, kept, whole = [], [], []
+        for row in self.rows:
+            if row.done:
+                continue
+            work = self.schedule.work(row)
+            if not work.refresh:
+                steps.append((row, work))
+            elif work.origin:
+                kept.append((row, work))
+            else:
+                whole.append((row, work))
+        if refresh_tokens is not None:
+            kept, whole = _first_in_line(kept, whole, refresh_tokens)
+        groups = [
+            ([row for row, _ in group], [work for _, work in group])
+            for group in (steps, kept, whole)
+            if group
+        ]
+        for rows, _ in groups:
+            for row in rows:
+                row.turn = self._turn
+        return groups
+
+    def _launch(self, rows, works):
+        """Launch one forward, and for the rows of each kind of sampling what commits its tokens."""
+        order = _by_kind(rows, works)
+        rows = [rows[index] for _, indices in order for index in indices]
+        works = [works[index] for _, indices in order for index in indices]
+        logits = self.forward.run([row.slot for row in rows], works)
+        self.forwards["refresh" if works[0].refresh else "cached"] += 1
+        first = 0
+        for _, indices in order:
+            part = slice(first, first + len(indices))
+            yield self._commit(rows[part], works[part], logits[part])
+            first = part.stop
+
+    def _commit(self, rows, works, logits):
+        """Launch the selection of rows of one kind from their logits [R, T, V], and the way back of
+        what their blocks hold then. Returns a _Launched.
+        """
+        launched = _Launched(rows, works)
+        samplings = [_sampling(row, work) for row, work in zip(rows, works, strict=True)]
+        columns = device_columns(
+            self.forward.space.upload,
+            slot=[row.slot for row in rows],
+            start=[work.start for work in works],
+            step=[row.step for row in rows],
+            **row_columns(samplings, [row.forwards for row in rows]),
+        )
+        in_block = self.forward.positions[: logits.shape[1]]
+        place = columns["slot"][:, None], columns["start"][:, None] + in_block
+        tokens = self.forward.canvas[place]
+        mask_id = self.schedule.mask_id
+        try:
+            launched.selection = select(samplings, columns, logits, tokens, mask_id)
+        except Exception as error:
+            if branch_of(samplings[0].sampling.rule):
+                raise
+            launched.failure = error
+            return launched
+        self.forward.canvas[place] = tokens
+        report = torch.cat([launched.selection.remaining[:, None], tokens], dim=1)
+        launched.report = report.to("cpu", non_blocking=True)
+        return launched
+
+    def _finish(self, launched: _Launched):
+        """Move rows on whose forward has been computed, and tell their listeners."""
+        if launched.report is None:  # its rule has failed
+            for row in launched.rows:
+                _fail(row, launched.failure)
+            return
+        report = launched.report.tolist()
+        for row, (left, *_) in zip(launched.rows, report, strict=True):
+            if left < 0:
+                position = row.start - 1 - left
+                number = row.options.number
+                error = f"logits: NaN or infinity in row {number} at position {position}"
+                _fail(row, ValueError(error))
+        self._tell(launched)
+        for row, work, (_, *tokens) in zip(launched.rows, launched.works, report, strict=True):
+            if not row.done:
+                committed = tokens[: work.last - work.start]
+                held = row.text[work.last : row.end]
+                self.schedule.advance(row, committed + held)
+
+    def _tell(self, launched):
+        """Tell each listener of what was committed in its rows."""
+        listeners = {row.options.listener: None for row in launched.rows if not row.done}
+        for listener in listeners:
+            if listener is None:
+                continue
+            rows = [row for row in launched.rows if row.options.listener is listener]
+            event = _event(launched, listener)
+            listener.forwards += 1
+            try:
+                listener.tell(event)
+            except Exception as error:
+                for row in rows:
+                    _fail(row, error)
+
+
+def _first_in_line(kept, whole, most):
+    """Of two groups of (row, work), one: that of the row which has waited longest, its rows in that
+    order, up to `most` tokens and one row at least.
+    """
+    group = min((kept, whole), key=lambda group: min((row.turn for row, _ in group), default=inf))
+    taken, tokens = [], 0
+    for row, work in sorted(group, key=lambda member: member[0].turn):
+        if taken and tokens + work.length > most:
+            break
+        taken.append((row, work))
+        tokens += work.length
+    return (taken, []) if group is kept else ([], taken)
+
+
+def generation_of(rows: Sequence[Row], seconds: float) -> Generation:
+    """The Generation of rows that are done."""
+    counts = torch.tensor(
+        [[row.refreshes, row.cached_steps] for row in rows], dtype=torch.int64, device="cpu"
+    )
+    refreshes, cached_steps = counts.unbind(1)
+    return Generation(
+        [torch.tensor(row.text, dtype=torch.int64, device="cpu") for row in rows],
+        [row.prompt_length for row in rows],
+        refreshes,
+        cached_steps,
+        counts.sum(1),
+        seconds,
+    )
+
+
+def _by_kind(rows, works):
+    """[(kind of sampling, indices of its rows)]: each kind is one launch of the selection."""
+    first = rows[0].options.sampling.sampling
+    if all(row.options.sampling.sampling is first for row in rows):
+        return [(None, list(range(len(rows))))]
+    kinds: dict = {}
+    for index, (row, work) in enumerate(zip(rows, works, strict=True)):
+        kinds.setdefault(_sampling(row, work).sampling.kind(), []).append(index)
+    return list(kinds.items())
+
+
+def _sampling(row, work):
+    """How a row's forward commits: by its rule, or its first position alone."""
+    sampling = row.options.sampling
+    return sampling.first_alone() if work.alone else sampling
+
+
+def _fail(row, error):
+    row.done = True
+    row.failure = error
+
+
+def _event(launched, listener):
+    """The StepEvent of the rows of one listener."""
+    mine = torch.tensor([row.options.listener is listener for row in launched.rows], device="cpu")
+    selection = launched.selection
+    committed = selection.committed.cpu() & mine[:, None]
+    row, offset = committed.nonzero().unbind(1)
+    numbers = torch.tensor([row.options.number for row in launched.rows], device="cpu")
+    starts = torch.tensor([work.start for work in launched.works], device="cpu")
+    return StepEvent(
+        listener.forwards,
+        "refresh" if launched.works[0].refresh else "cached",
+        numbers[row],
+        starts[row] + offset,
+        selection.token_ids.cpu()[committed],
+        selection.score.cpu()[committed],
+    )
+
+
+@contextmanager
+def decoding(
+    model: Model | torch.nn.Module,
+    prompts: Prompts,
     *,
-    gen_length=256,
+    attention_mask: Padding = None,
+    gen_length: int = 256,
+    **options: Any,
+) -> Iterator[Decoder]:
+    """The Decoder that `generate` runs, to be turned by hand: takes what `generate` takes.
+
+        with decoding(model, prompts, gen_length=64) as decoder:
+            while decoder.turn():
+                ...
+            done = decoder.result()
+
+    Leaving the block early keeps what was captured. Raises what `generate` raises, but for what
+    goes wrong in a turn: that is the row's `failure`.
+    """
+    model = checked_model(model)
+    config = model.config
+    ids = arguments.prompt_ids(prompts, config.vocab_size, attention_mask)
+    arguments.integer("gen_length", gen_length, 1)
+    rows = [_row_of_ids(of_row, gen_length, config) for of_row in ids]
+    with _opened(model, rows, gen_length, **options) as decoder:
+        yield decoder
+
+
+def row_of_prompt(prompt: Ids, gen_length: int, config: ModelConfig) -> Row:
+    """The Row of one prompt, a 1-D sequence of ids. TypeError and ValueError name the argument."""
+    (ids,) = arguments.prompt_ids([prompt], config.vocab_size, name="prompt")
+    arguments.integer("gen_length", gen_length, 1)
+    return _row_of_ids(ids, gen_length, config)
+
+
+def _row_of_ids(ids, gen_length, config):
+    total = len(ids) + gen_length
+    if total > config.max_positions:
+        raise ValueError(
+            f"gen_length: prompt and generation need {total} positions, "
+            f"the model has {config.max_positions}"
+        )
+    return Row(ids.tolist() + [config.mask_id] * gen_length, prompt_length=len(ids))
+
+
+@contextmanager
+def _opened(
+    model: Model,
+    rows: list[Row],
+    longest_block: int,
+    *,
     block_length=32,
     cache="dual",
     policy=CachePolicy(),  # noqa: B008
@@ -116,552 +438,208 @@ def generate(
     stop_ids=None,
     on_step=None,
     graph=True,
-) -> Generation:
-    """Fill gen_length masks after each prompt, block by block.
-
-    model: what `fastdllm.load` or `fastdllm.replace_attention` returns. prompts: a list of 1-D id
-    sequences of any lengths, or a [B, P] tensor; a row gets the tokens it would get alone (in 16
-    bits but for near ties, since products of more rows round otherwise). cache: "none" (a full
-    forward every step), "prefix" or "dual". policy: a CachePolicy, what the refreshes leave out; by
-    default nothing. rule: Threshold, Factor, Quota (a parameter may be a [B] tensor), or a function
-    (scores [B, T] fp32, candidates [B, T] bool, step [B] int64) -> commit [B, T] bool, called with
-    the rows of one forward. score: "confidence", "margin", "entropy" or "random". temperature 0 is
-    greedy; top_p in (0, 1] and top_k >= 1 filter the proposals. seed: row b draws as a single row
-    with seed + b would; None takes one from torch's global generator. stop_ids: None for the
-    model's end-of-text ids, () to never stop. on_step(StepEvent) is called after every forward; it
-    and a rule that is a function may use the model, and so may other threads. graph: on a GPU,
-    capture a cached step in a CUDA graph when it is first needed (a short refresh, or a step over
-    more than the block, once the length has come a few times) and replay it after; the model then
-    keeps its cache allocated between calls (`fastdllm.graph.clear(model)` frees it). A rule that is
-    a function, top_p and top_k run uncaptured, and so does a model that cannot be captured: logged.
-
-    Raises TypeError and ValueError, naming the argument, before any work is done; ValueError naming
-    row and position when the logits of a candidate hold a NaN.
-    """
-    model = getattr(
-        model, "fastdllm_adapter", model
-    )  # what replace_attention leaves on somebody else's model
-    if not all(hasattr(model, name) for name in ("config", "hidden_states", "head", "attach")):
-        raise TypeError(
-            f"model: expected what fastdllm.load or replace_attention returns, got {type(model).__name__}"
-        )
+) -> Iterator[Decoder]:
+    """A Decoder with these rows in it; the other arguments are those of `generate`."""
     config = model.config
-    prompts = arguments.prompt_ids(prompts, config.vocab_size)
-    arguments.integer("gen_length", gen_length, 1)
-    arguments.integer("block_length", block_length, 1)
-    longest = max(map(len, prompts)) + gen_length
-    if longest > config.max_positions:
-        raise ValueError(
-            f"gen_length: prompt and generation need {longest} positions, the model has {config.max_positions}"
-        )
-    arguments.choice("cache", cache, arguments.CACHES)
-    arguments.check_policy(policy, cache)
-    arguments.choice("score", score, SCORES)
-    arguments.check_rule(rule, len(prompts))
-    stops = arguments.stop_tokens(stop_ids, config)
+    schedule = schedule_of(config, cache, policy, block_length, longest_block)
+    check_rule(rule, len(rows))
+    stops = frozenset(arguments.stop_tokens(stop_ids, config))
     if on_step is not None and not callable(on_step):
         raise TypeError(f"on_step: expected a function or None, got {type(on_step).__name__}")
     if not isinstance(graph, bool):
         raise TypeError(f"graph: expected a bool, got {type(graph).__name__}")
-    sampling = _sampling(config, score, temperature, top_p, top_k, seed)
-    with workspace(model, _obstacle(model, graph, rule, sampling)) as space:
-        return Decoder(
-            model,
-            prompts,
-            gen_length,
-            block_length,
-            cache,
-            policy,
-            rule,
-            sampling,
-            stops,
-            on_step,
-            space,
-        ).run()
-
-
-def _obstacle(model, graph, rule, sampling) -> str | None:
-    """Why the forwards of a call cannot be captured, or None."""
-    obstacles = {
-        "graph=False": not graph,
-        f"the model is on {model.device}, not on a GPU": model.device.type != "cuda",
-        "the rule is a function": callable(rule),
-        "top_p and top_k sort the vocabulary": sampling.top_p is not None
-        or sampling.top_k is not None,
-        "autocast is on": torch.is_autocast_enabled(
-            "cuda"
-        ),  # its casts of the weights do not outlive the capture
-    }
-    return next((cause for cause, holds in obstacles.items() if holds), None)
-
-
-def _sampling(config, score, temperature, top_p, top_k, seed) -> Sampling:
-    arguments.number("temperature", temperature, at_least=0)
-    if top_p is not None:
-        arguments.number("top_p", top_p, above=0, at_most=1)
-    if top_k is not None:
-        arguments.integer("top_k", top_k, 1)
-    if seed is not None:
-        arguments.integer("seed", seed, -math.inf)
-    elif temperature > 0 or score == "random":
-        seed = int(torch.randint(2**62, (), device="cpu"))
-    if temperature:  # so that logits divided by it are numbers, and tell one from another
-        temperature = min(max(temperature, 1e-30), 1e30)
-    return Sampling(score, temperature, top_p, top_k, seed, FAMILIES[config.family].filtered_score)
-
-
-@contextmanager
-def _attached(model, cache):
-    """For one forward the model's layers see this cache: what a listener or a rule computes with
-    the same model does not.
-    """
-    model.attach(cache)
-    try:
-        yield
-    finally:
-        model.attach(None)
-
-
-def _bits(rule, rows):
-    """The rule's parameter for each row, as integers that hold the bits of float64: a plan is one
-    integer tensor.
-    """
-    value = torch.as_tensor(next(iter(vars(rule).values())), dtype=torch.float64, device="cpu")
-    return value.expand(rows).contiguous().view(torch.int64).tolist()
-
-
-BEST_ONE = Threshold(math.inf)
-(BEST_ONE_BITS,) = _bits(BEST_ONE, 1)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the launches of a forward depend on, beside its plan and the decoder: one captured graph
-    serves all of a shape.
-
-    width: the positions that a row is given; ragged: some row has fewer. refresh: keys and values
-    are stored; whole: from position 0 on. alone: only the block's first position may be committed.
-    shared: where all rows take part in a refresh and see the same number of keys, that number; else
-    0. packed: the tokens of all rows together where they follow each other without padding; else 0.
-    """
-
-    width: int
-    refresh: bool
-    whole: bool
-    ragged: bool
-    alone: bool
-    shared: int
-    packed: int
-
-
-@dataclass(eq=False)
-class Row:
-    """Where a row of the canvas stands: its text's end, its active block [start, end), the steps
-    made in it, all forwards.
-    """
-
-    index: int
-    prompt_length: int
-    total: int
-    start: int
-    end: int
-    step: int = 0
-    refreshes: int = 0
-    cached_steps: int = 0
-    done: bool = False
-
-
-class Decoder:
-    """The state of one call of `generate`: the canvas on the device, where each row stands on the
-    host.
-    """
-
-    def __init__(
-        self,
-        model,
-        prompts,
-        gen_length,
-        block_length,
-        cache,
-        policy,
-        rule,
-        sampling,
-        stops,
-        on_step,
-        space,
+    sampling = sampling_of(config, rule, score, temperature, top_p, top_k)
+    samplings = sampling_of_rows(sampling, len(rows), seed)
+    listener = None if on_step is None else Listener(on_step)
+    for number, (row, of_row) in enumerate(zip(rows, samplings, strict=True)):
+        row.stops = stops
+        row.options = RowOptions(of_row, number, listener)
+    # What a Workspace keeps must be writable in the next call, whatever mode that is in.
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        workspace(model, capture_obstacle(model, graph)) as space,
     ):
-        self.model, self.config, self.mode, self.rule, self.sampling = (
-            model,
-            model.config,
-            cache,
-            rule,
-            sampling,
-        )
-        self.ends, self.on_step, self.space, device = (
-            {self.config.mask_id, *stops},
-            on_step,
-            space,
-            model.device,
-        )
-        self.policy = policy
-        self.block_length = block = min(block_length, gen_length)
-        lengths = [len(prompt) for prompt in prompts]
-        self.rows = [Row(i, n, n + gen_length, n, n + block) for i, n in enumerate(lengths)]
-        count, capacity = len(prompts), -(-(max(lengths) + gen_length) // CAPACITY) * CAPACITY
-        # The margin lets a short last block be read and written back at the full block length.
-        canvas = torch.full((count, capacity + block), self.config.mask_id, device="cpu")
-        for row, prompt in enumerate(prompts):
-            canvas[row, : len(prompt)] = prompt
-        self.canvas = space.tensor("canvas", *canvas.shape, dtype=torch.int64, device=device).copy_(
-            canvas
-        )
-        self.positions = space.tensor(
-            "positions", canvas.shape[1], dtype=torch.int64, device=device
-        )
-        torch.arange(len(self.positions), out=self.positions, device=device)
-        # What products give keys and values in.
-        dtype = (
-            torch.get_autocast_dtype(device.type)
-            if torch.is_autocast_enabled(device.type)
-            else model.dtype
-        )
-        self.cache = KVCache(
-            self.config,
-            count,
-            capacity if cache != "none" else 0,
-            device=device,
-            dtype=dtype,
-            allocate=functools.partial(space.tensor, "cache"),
-        )
-        # With shifted outputs and a cache, a cached step cannot see its first position: the refresh
-        # commits it, alone.
-        self.first_alone = cache != "none" and self.config.logit_shift > 0
-        self.parameters = [0] * count if callable(rule) else _bits(rule, count)
-        self.forwards = 0
-        # What a captured step has baked in beside its plan, its shape and the model.
-        kind = type(rule), getattr(rule, "schedule", None)
-        self.key = (
-            canvas.shape,
-            self.cache.data.shape,
-            block,
-            self.config,
-            kind,
-            sampling.score,
-            sampling.temperature,
-            forced(),
-        )
-
-    def run(self) -> Generation:
-        began = time.perf_counter()
-        active = self.rows
-        while active:
-            # A turn's forwards: cached steps, refreshes that keep the prompt's keys, whole
-            # refreshes.
-            groups = {(False, True): [], (True, True): [], (True, False): []}
-            for row in active:
-                origin = self._origin(row)
-                groups[origin != row.start, origin > 0].append(row)
-            groups = [(rows, refresh) for (refresh, _), rows in groups.items() if rows]
-            forwards = [self._forward(rows, refresh) for rows, refresh in groups]
-            self.space.wait()
-            for (rows, refresh), (report, selection) in zip(groups, forwards, strict=True):
-                self._finish(rows, refresh, report.tolist(), selection)
-            active = [row for row in active if not row.done]
-        canvas, rows = self.canvas.cpu(), self.rows
-        counts = torch.tensor([[row.refreshes, row.cached_steps] for row in rows], device="cpu")
-        return Generation(
-            [canvas[row.index, : row.total].clone() for row in rows],
-            [row.prompt_length for row in rows],
-            *counts.unbind(1),
-            counts.sum(1),
-            time.perf_counter() - began,
-        )
-
-    def _origin(self, row):
-        """Where the row's next forward begins: in a cached step at its block, in a refresh at 0 or
-        past the kept prompt.
-        """
-        if row.step and self.mode != "none":
-            return row.start
-        every = self.policy.prompt_refreshes
-        kept = row.refreshes % every if every else row.refreshes
-        return row.prompt_length - self.config.logit_shift if kept else 0
-
-    def _forward(self, rows, refresh):
-        """Launch one forward of `rows` and its commit. Returns the report, for each row what
-        remains and its block's tokens, and the Selection.
-        """
-        alone = refresh and self.first_alone
-        entries = [self._entry(row, refresh, alone) for row in rows]
-        (_, origin, *_), lengths = entries[0], [entry[2] for entry in entries]
-        width, ragged, patience = max(lengths), min(lengths) < max(lengths), None
-        if (
-            not refresh and width <= self.block_length
-        ):  # the block's own positions: one shape for all such steps
-            width, ragged, patience = self.block_length, True, 0
-            entries += self._padding(rows)
-        elif len(rows) * width <= LAUNCH_BOUND.get(self.model.device.type, 0):
-            width, patience = -(-width // LENGTHS) * LENGTHS, PATIENCE
-            ragged = min(lengths) < width
-        same = (
-            refresh
-            and not ragged
-            and len({entry[1:4] for entry in entries}) == 1
-            and len(rows) == len(self.rows)
-        )
-        pack = patience is None and sum(lengths) <= WORTH_PACKING * len(rows) * width
-        shape = Shape(
-            width,
-            refresh,
-            not origin,
-            ragged,
-            alone,
-            origin + width if same else 0,
-            sum(lengths) if pack else 0,
-        )
-        key = None if patience is None else (self.key, shape, len(entries))
-        compute = functools.partial(self._compute, shape)
-        report, selection = self.space.run(
-            key, compute, torch.tensor(entries, device="cpu").T.contiguous(), patience or 0
-        )
-        if (
-            self.on_step is not None
-        ):  # another captured forward of the same turn may use the same memory
-            selection = Selection(*(value.clone() for value in selection))
-        return report, selection
-
-    def _entry(self, row, refresh, alone):
-        """The row's column of a plan: plain numbers, the rule's parameter as bits."""
-        origin, suffix = self._origin(row), self.policy.suffix_blocks
-        limit = (
-            row.total if suffix is None else min(row.total, row.end + suffix * self.block_length)
-        )
-        length = (row.end if self.mode == "dual" and not refresh else limit) - origin
-        seed = _signed(
-            (row.index + (self.sampling.seed or 0)) * GOLDEN + row.refreshes + row.cached_steps
-        )
-        last, parameter = (
-            (row.start + 1, BEST_ONE_BITS) if alone else (row.end, self.parameters[row.index])
-        )
-        return row.index, origin, length, limit, row.start, last, row.step, seed, parameter
-
-    def _padding(self, rows):
-        """Columns up to the next power of two, of rows that sit this forward out: they see nothing
-        and commit nothing.
-        """
-        if callable(self.rule):  # which is told of the rows at work alone
-            return []
-        taken = {row.index for row in rows}
-        spare = (row.index for row in self.rows if row.index not in taken)
-        wanted = (1 << (len(rows) - 1).bit_length()) - len(rows)
-        return [
-            (index, *[0] * 7, self.parameters[index]) for index in itertools.islice(spare, wanted)
-        ]
-
-    def _compute(self, shape, plan):
-        """One forward and what it commits, from device tensors alone; where no row has a candidate
-        it changes nothing.
-        """
-        row, origin, length, _, start, last, step, seed, parameter = plan
-        width, block = shape.width, 1 if shape.alone else self.block_length
-        page, *span = plan[:4].to(torch.int32)
-        pages = None if shape.refresh and len(row) == len(self.rows) else page[:, None]
-        packing = Packing.of(length, width, shape.packed) if shape.packed else None
-        self.cache.span = Span(
-            *span,
-            whole=shape.whole,
-            ragged=shape.ragged,
-            page_table=pages,
-            stores=shape.refresh,
-            shared=shape.shared,
-            packing=packing,
-        )
-        in_block, shift, mask_id = (
-            self.positions[:block],
-            self.config.logit_shift,
-            self.config.mask_id,
-        )
-        place = row[:, None], start[:, None] + in_block
-        tokens = fed = self.canvas[place]
-        if packing:
-            fed = self.canvas[row[packing.row], origin[packing.row] + packing.offset][None]
-        elif width > block:
-            at = (origin[:, None] + self.positions[:width]).clamp(max=self.canvas.shape[1] - 1)
-            fed = self.canvas[row[:, None], at]
-        source = None
-        if width > block or shift:
-            first = (
-                packing.slot[:, :1]
-                if packing
-                else width * torch.arange(len(row), device=row.device)[:, None]
-            )
-            source = first + torch.minimum(
-                (start - origin)[:, None] + in_block - shift, length[:, None] - 1
-            ).clamp(min=0)
-        with _attached(self.model, self.cache):
-            hidden = self.model.hidden_states(fed, source)
-        candidates = (tokens == mask_id) & (in_block < (last - start)[:, None])
-        rule = BEST_ONE if shape.alone else self.rule
-        selection = self._select(
-            _with(rule, parameter), self.model.head(hidden), tokens, candidates, step, seed
-        )
-        self.canvas[place] = tokens
-        return torch.cat([selection.remaining[:, None], tokens], dim=1), selection
-
-    def _select(self, rule, logits, tokens, candidates, step, seed) -> Selection:
-        """The proposals, their scores and the commit of one forward; `tokens` is updated."""
-        sampling, mask_id = self.sampling, self.config.mask_id
-        temperature, offered = sampling.temperature, logits
-        if sampling.filtered_score and temperature > 0:
-            logits = offered = logits.float() / temperature
-            temperature = 1.0
-        if sampling.top_p is not None or sampling.top_k is not None:
-            offered = filter_logits(
-                logits, temperature or 1.0, sampling.top_p, sampling.top_k, mask_id
-            )
-            logits = offered if sampling.filtered_score else logits
-        options = {
-            "mask_id": mask_id,
-            "score": sampling.score,
-            "temperature": temperature,
-            "seed": seed,
-        }
-        if callable(rule) or offered is not logits:
-            return select_in_parts(rule, logits, offered, tokens, candidates, step, **options)
-        return confidence_select(
-            logits, tokens, rule=rule, candidates=candidates, step=step, **options
-        )
-
-    def _finish(self, rows, refresh, report, selection):
-        """Count the forward, tell the listener, and move its rows on."""
-        for row, (left, *_) in zip(rows, report, strict=False):  # padding may follow
-            if left < 0:
-                raise ValueError(
-                    f"logits: NaN or infinity in row {row.index} at position {row.start - 1 - left}"
-                )
-        if self.on_step is not None:
-            self._tell(rows, refresh, selection)
-        self.forwards += 1
-        for row, (left, *tokens) in zip(rows, report, strict=False):
-            row.refreshes += refresh
-            row.cached_steps += not refresh
-            # The text ends at its first stop id, once nothing before it is masked.
-            stop = next((offset for offset, token in enumerate(tokens) if token in self.ends), None)
-            if stop is not None and tokens[stop] != self.config.mask_id:
-                row.done = True
-                self.canvas[row.index, row.start + stop + 1 : row.total] = tokens[stop]
-            elif (row.end - row.start - 1 if refresh and self.first_alone else left) > 0:
-                row.step += 1
-            else:
-                row.done = row.end == row.total
-                row.start, row.end, row.step = (
-                    row.end,
-                    min(row.end + self.block_length, row.total),
-                    0,
-                )
-
-    def _tell(self, rows, refresh, selection):
-        committed = selection.committed[: len(rows)].cpu()
-        row, offset = committed.nonzero().unbind(1)
-        index, start = torch.tensor([(row.index, row.start) for row in rows], device="cpu").unbind(
-            1
-        )
-        token_ids, scores = (
-            value[: len(rows)].cpu()[committed] for value in (selection.token_ids, selection.score)
-        )
-        kind = "refresh" if refresh else "cached"
-        self.on_step(
-            StepEvent(self.forwards, kind, index[row], start[row] + offset, token_ids, scores)
-        )
+        longest = max(row.total for row in rows)
+        forward = forward_of(model, len(rows), longest, schedule, space)
+        decoder = Decoder(forward, schedule)
+        for row in rows:
+            decoder.admit(row)
+        kernels = config, model.dtype, cache, block_length, len(rows) > 1
+        if model.device.type == "cuda" and kernels not in _compiled_ahead:
+            _compiled_ahead.add(kernels)
+            decoder.compile_ahead()
+        yield decoder
 
 
-def _signed(number):
-    """A number's low 64 bits, as int64 holds them."""
-    return (number + 2**63) % 2**64 - 2**63
-
-
-def _with(rule, parameter):
-    """The rule with a device tensor of `_bits` for its parameter, so that what is captured serves
-    every value.
+def schedule_of(
+    config: ModelConfig,
+    cache: str,
+    policy: CachePolicy,
+    block_length: int,
+    longest: int | None = None,
+) -> Schedule:
+    """The Schedule that these arguments of `generate` ask for, blocks no longer than `longest`.
+    TypeError and ValueError, naming the argument.
     """
-    if callable(rule):
-        return rule
-    values = parameter.view(torch.float64)
-    return (
-        replace(rule, steps=values.to(torch.int64))
-        if isinstance(rule, Quota)
-        else type(rule)(values.to(torch.float32))
+    arguments.integer("block_length", block_length, 1)
+    arguments.choice("cache", cache, arguments.CACHES)
+    arguments.check_policy(policy, cache)
+    if longest is not None:
+        block_length = min(block_length, longest)
+    return Schedule(cache, policy, block_length, config.logit_shift, config.mask_id)
+
+
+def forward_of(
+    model: Model, rows: int, positions: int, schedule: Schedule, space: Workspace
+) -> Forward:
+    """The canvas and cache for so many rows of up to so many positions, in this Workspace."""
+    slots, capacity = space.layout(rows, -(-positions // CAPACITY) * CAPACITY)
+    return Forward(
+        model,
+        slots,
+        capacity,
+        block_length=schedule.block_length,
+        cached=schedule.cache != "none",
+        space=space,
     )
 
 
-def select_in_parts(
-    rule, logits, offered, tokens, candidates, step, *, mask_id, score, temperature, seed
-) -> Selection:
-    """confidence_select for what the one operator does not know: a rule of the user's own, and
-    proposals drawn from `offered` logits but scored by the clean ones.
-    """
-    rows, width, vocab = logits.shape
-    options = {
-        "mask_id": mask_id,
-        "score": score,
-        "position": torch.arange(width, device=tokens.device).repeat(rows),
-    }
-    options["seed"] = seed.repeat_interleave(width)
-    proposal = token_confidence(offered.reshape(-1, vocab), temperature=temperature, **options)
-    value = proposal.score
-    if offered is not logits:
-        clean = token_confidence(logits.reshape(-1, vocab), return_logsumexp=True, **options)
-        chosen = logits.reshape(-1, vocab).gather(1, proposal.token_ids[:, None])[:, 0].float()
-        value = torch.exp(chosen - clean.logsumexp) if score == "confidence" else clean.score
-    commit = functools.partial(_checked, rule) if callable(rule) else rule.commit
-    return commit_proposals(commit, proposal.token_ids, value, tokens, candidates, step)
-
-
-def _checked(rule, value, candidates, step):
-    """What a function of the user's commits, checked: a wrong mask would loop forever or lose
-    tokens.
-    """
-    commit = rule(value.nan_to_num(nan=-math.inf), candidates.clone(), step)
-    if (
-        not isinstance(commit, torch.Tensor)
-        or commit.dtype != torch.bool
-        or commit.shape != candidates.shape
-    ):
-        got = (
-            f"{commit.dtype} {tuple(commit.shape)}"
-            if isinstance(commit, torch.Tensor)
-            else type(commit).__name__
-        )
+def checked_model(model: Any) -> Model:
+    """What decoding works on: the model, or what `replace_attention` left on it."""
+    model = unwrapped(model)
+    wanted = ("config", "hidden_states", "head", "attach")
+    if not all(hasattr(model, name) for name in wanted):
         raise TypeError(
-            f"rule: expected the function to return a bool tensor {tuple(candidates.shape)}, got {got}"
+            "model: expected what fastdllm.load or replace_attention returns, "
+            f"got {type(model).__name__}"
         )
-    if (commit & ~candidates).any():
-        raise ValueError("rule: the function committed a position that is no candidate")
-    if (candidates.any(1) & ~commit.any(1)).any():
+    if model.dtype not in FLOATS or model.device.type == "meta":
         raise ValueError(
-            "rule: the function committed nothing in a row that has candidates; it must commit at least one"
+            "model: expected weights of float16, bfloat16 or float32 on a device, "
+            f"got {model.dtype} on {model.device}"
         )
-    return commit
+    return model
 
 
-def filter_logits(logits, temperature, top_p, top_k, mask_id):
-    """Logits [B, T, V] with -inf outside the top-p nucleus and the top k of softmax(logits /
-    temperature).
+def capture_obstacle(model: Model, graph: bool) -> str | None:
+    """Why the forwards of a call cannot be captured, or None."""
+    if not graph:
+        return "graph=False"
+    if model.device.type != "cuda":
+        return f"the model is on {model.device}, not on a GPU"
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast is on"  # its casts of the weights do not outlive the capture
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return "a module has forward hooks, which a replay would not run"
+    return None
 
-    The mask id takes no part: it is never proposed, so it must not use the nucleus up; its own
-    logit stays for the sum. Sorts the vocabulary: this is the slow path, taken only when a filter
-    is asked for.
+
+def generate(
+    model: Model | torch.nn.Module,
+    prompts: Prompts,
+    *,
+    attention_mask: Padding = None,
+    gen_length: int = 256,
+    block_length: int = 32,
+    cache: str = "dual",
+    policy: CachePolicy = CachePolicy(),  # noqa: B008
+    rule: Rule = Threshold(0.9),  # noqa: B008
+    score: str = "confidence",
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    stop_ids: Iterable[int] | None = None,
+    on_step: Callable[[StepEvent], object] | None = None,
+    graph: bool = True,
+) -> Generation:
+    """Fill gen_length masks after each prompt, block by block.
+
+    model: what `fastdllm.load` or `fastdllm.replace_attention` returns. prompts: a list of 1-D id
+    sequences of any lengths, a [B, P] tensor, or what a tokenizer returns. attention_mask: for a
+    [B, P] tensor with padding on either side, 1 at a row's own tokens and 0 at padding. A row gets
+    the tokens it would get alone (in 16 bits but for near ties, since products of more rows round
+    otherwise).
+
+    cache: "none" (a full forward every step), "prefix" or "dual". policy: a CachePolicy, what the
+    refreshes leave out; by default nothing.
+
+    rule: a frozen dataclass such as Threshold, Factor or Quota (whose parameters may be [B]
+    tensors), or a function (scores [B, T] fp32, candidates [B, T] bool, step [B] int64) -> commit
+    [B, T] bool, called with the rows of one forward. score: "confidence", "margin", "entropy" or
+    "random".
+
+    temperature: 0 is greedy. top_p in (0, 1] and top_k filter the proposals; None, and for top_k 0
+    and -1, are off. seed: row b draws as a single row with seed + b would; None takes one from
+    torch's global generator.
+
+    stop_ids: None for the model's end-of-text ids, () to never stop. on_step(StepEvent) is called
+    after every forward; it and a rule that is a function may use the model, and so may other
+    threads.
+
+    graph: on a GPU, capture a cached step in a CUDA graph when it is first needed (a short refresh,
+    or a step over more than the block, once its length has come again) and replay it after; the
+    model then keeps its cache allocated between calls (`fastdllm.graph.clear(model)` frees it). A
+    model that cannot be captured runs uncaptured: logged.
+
+    Raises TypeError and ValueError, naming the argument, before any work is done; ValueError naming
+    row and position when the logits of a candidate hold a NaN.
     """
-    offered = logits.float() / temperature
-    offered[..., mask_id] = -math.inf
-    keep = torch.ones_like(offered, dtype=torch.bool)
-    if top_p is not None:
-        ordered, order = offered.sort(dim=-1, descending=True, stable=True)
-        p = ordered.softmax(-1)
-        # A token stays if what stands before it has not passed top_p yet: the first always does.
-        keep.scatter_(-1, order, p.cumsum(-1) - p <= top_p)
-        offered = offered.masked_fill(~keep, -math.inf)
-    if top_k is not None and top_k < logits.shape[-1]:
-        keep &= offered >= offered.topk(top_k, dim=-1).values[..., -1:]
-    keep[..., mask_id] = True
-    return logits.masked_fill(~keep & ~logits.isnan(), -math.inf)
+    with decoding(
+        model,
+        prompts,
+        attention_mask=attention_mask,
+        gen_length=gen_length,
+        block_length=block_length,
+        cache=cache,
+        policy=policy,
+        rule=rule,
+        score=score,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop_ids=stop_ids,
+        on_step=on_step,
+        graph=graph,
+    ) as decoder:
+        return decoder.run()
+
+
+def infill(
+    model: Model | torch.nn.Module,
+    sequences: Prompts,
+    *,
+    stop_ids: Iterable[int] | None = (),
+    **options: Any,
+) -> Generation:
+    """Fill every mask id inside given sequences; real text stands on both sides.
+
+    sequences: a list of 1-D id sequences that hold the model's mask id (config.mask_id) where
+    something is to be written, or a [B, L] tensor. Blocks of block_length positions are decoded
+    from left to right, each beginning at the first mask that is left; what stands before and after
+    is seen through the cached prefix and suffix. The other options are those of `generate`. With
+    stop_ids a text ends at a stop id that was written, and the masks after it become that id.
+
+    Returns a Generation: `tokens` are the sequences without masks, `prompt_lengths` what stands
+    before each one's first mask.
+    """
+    model = checked_model(model)
+    config = model.config
+    attention_mask = options.pop("attention_mask", None)
+    sequences = arguments.prompt_ids(sequences, config.vocab_size, attention_mask, name="sequences")
+    longest = max(map(len, sequences))
+    if longest > config.max_positions:
+        raise ValueError(
+            f"sequences: the longest has {longest} positions, the model has {config.max_positions}"
+        )
+    rows = [_row_with_holes(sequence.tolist(), config.mask_id) for sequence in sequences]
+    with _opened(model, rows, longest, stop_ids=stop_ids, **options) as decoder:
+        return decoder.run()
+
+
+def _row_with_holes(text, mask_id):
+    first = text.index(mask_id) if mask_id in text else len(text)
+    given = [position for position in range(first, len(text)) if text[position] != mask_id]
+    return Row(text, prompt_length=first, given=frozenset(given))

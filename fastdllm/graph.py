@@ -5,50 +5,90 @@ A graph bakes in every address and every number of the host. A forward is theref
 one small integer tensor, its plan, and what else it reads or writes lies at addresses that stay:
 the weights, and the tensors of the model's Workspace, which outlives a call of `generate`.
 
-What stays allocated between calls, for each model that captured: the cache and the canvas of its
-largest request so far, and one forward's intermediate results, in one pool that all its graphs
-share. `clear(model)` frees them; so does deleting it.
+What stays allocated between calls, for each model that captured: the cache, the canvas and the
+logits of its largest request so far, and one forward's intermediate results, in one pool that all
+its graphs share. `clear(model)` frees them; so does deleting the model.
 """
 
 import functools
 import logging
 import math
 import threading
+import time
 import weakref
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from .cache import Shape
+
 log = logging.getLogger(__name__)
-# Captured forwards that a model keeps; the least recently used goes. They share their memory, and
-# lengths up to decode.LAUNCH_BOUND are as many.
-MOST = 48
+# Captured forwards that a Workspace keeps; the least recently used goes. They share their memory.
+# More than the lengths of a refresh up to forward.LAUNCH_BOUND and the sizes of a step.
+MOST = 128
+# The layout of the cache is kept while it holds a request, and grows to hold both the old and the
+# new one, but not to more than so many times what the new one needs.
+SPARE_LAYOUT = 2
 PLAIN = (bool, int, float, str, type(None))
 
 
-class Step(NamedTuple):
-    """A captured forward: its graph reads the pinned `plan` and leaves, in `result`, a pinned
-    report and what else it made.
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A captured forward: its graph reads `plan`, a tensor on the device, and leaves its result in
+    `output`. Both lie where they lie: what is copied into the plan in the stream's order may not
+    overtake a replay that reads it.
     """
 
+    shape: Shape
     plan: torch.Tensor
     graph: torch.cuda.CUDAGraph
-    result: tuple
+    output: torch.Tensor
+
+    @property
+    def kind(self) -> str:
+        """ "refresh" or "cached", as in StepEvent."""
+        return "refresh" if self.shape.stores else "cached"
+
+    @property
+    def width(self) -> int:
+        """The positions that each row is given."""
+        return self.shape.width
 
 
 class Workspace:
-    """The tensors that a call of `generate` works on and the captured steps that know their
-    addresses.
+    """The tensors that forwards work on, and the captured forwards that know their addresses.
 
-    state: what the captured steps take the model to be (`_state`); None where nothing is to be
-    captured.
+    state: what the captured forwards take the model to be (`_state`); None where nothing is to be
+    captured. rows, capacity: the layout of the cache, as it was last asked for.
     """
 
-    def __init__(self, device: torch.device, state=None):
-        self.device, self.state, self.captures = device, state, state is not None
-        self.held, self.steps, self.uses, self.lock = {}, OrderedDict(), Counter(), threading.Lock()
+    def __init__(self, device: torch.device, state: list | None = None):
+        self.device = device
+        self.state = state
+        self.captures = state is not None
+        self.rows = self.capacity = 0
+        self.held: dict[str, torch.Tensor] = {}
+        self.steps: OrderedDict[Hashable, Captured] = OrderedDict()
+        self.uses: Counter = Counter()
+        self.lock = threading.Lock()
+        self.capture_seconds = 0.0
+        # Pinned memory by shape and dtype, and how much of it was given out since the last wait.
+        self._buffers: dict = {}
+        self._taken: Counter = Counter()
+
+    def layout(self, rows: int, capacity: int) -> tuple[int, int]:
+        """(rows, positions a row) of a cache that holds at least so many of both: the last one
+        where that does, so that what was captured over it serves smaller requests too.
+        """
+        if rows > self.rows or capacity > self.capacity:
+            both = max(rows, self.rows), max(capacity, self.capacity)
+            fits = math.prod(both) <= SPARE_LAYOUT * rows * capacity
+            self.rows, self.capacity = both if fits else (rows, capacity)
+        return self.rows, self.capacity
 
     def tensor(
         self, name: str, *shape: int, dtype: torch.dtype, device: torch.device
@@ -57,44 +97,73 @@ class Workspace:
         what was left in it.
         """
         size = math.prod(shape)
-        if (
-            name not in self.held
-            or self.held[name].numel() < size
-            or self.held[name].dtype != dtype
-        ):
+        held = self.held.get(name)
+        if held is None or held.numel() < size or held.dtype != dtype:
             self.steps.clear()
             self.uses.clear()
+            del held
             self.held.pop(name, None)  # freed before the new one is made
             self.held[name] = torch.zeros(size, dtype=dtype, device=device)
         return self.held[name][:size].view(shape)
 
-    def run(self, key, function, plan: torch.Tensor, patience: int = 0):
-        """function(plan on the device) -> (report, more), with the report on the host: to be read
-        after `wait`.
+    def run(
+        self,
+        key: Hashable | None,
+        shape: Shape,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        plan: torch.Tensor,
+        patience: int = 0,
+    ) -> torch.Tensor:
+        """function(plan on the device), a tensor on the device.
 
         plan: int64, on the host. With a key (None: none) the function is captured where this
         Workspace captures, and later plans of that key replay it: it must depend on nothing else,
-        do nothing for a plan of zeros and read nothing back to the host. `more` then holds until
-        the next replay. patience: so many runs of the key come first as they are, for what may not
-        come often enough to repay a capture.
+        do nothing for a plan of zeros and read nothing back to the host. The result then holds
+        until the next run. patience: so many runs of the key come first as they are, for what may
+        not come often enough to repay a capture.
         """
         if key is not None and key not in self.steps and self.captures:
             self.uses[key] += 1
             if self.uses[key] > patience:
-                self._capture(key, function, plan)
+                self._capture(key, shape, function, plan)
         if key not in self.steps:
-            report, more = function(plan.to(self.device))
-            return report.to("cpu", non_blocking=True), more
+            return function(self.upload(plan))
         self.steps.move_to_end(key)
         step = self.steps[key]
-        step.plan.copy_(plan)
+        step.plan.copy_(self._pinned(plan), non_blocking=True)
         step.graph.replay()
-        return step.result
+        return step.output
 
-    def _capture(self, key, function, plan):
-        pool = next(iter(self.steps.values())).graph.pool() if self.steps else None
+    @contextmanager
+    def uncaptured(self) -> Iterator[None]:
+        """Inside, forwards run as they are, of whatever key."""
+        captures, steps = self.captures, self.steps
+        self.captures, self.steps = False, OrderedDict()
         try:
-            self.steps[key] = record(function, plan, self.device, pool)
+            yield
+        finally:
+            self.captures, self.steps = captures, steps
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A small tensor of the host on the device, without waiting for what runs there."""
+        return self._pinned(tensor).to(self.device, non_blocking=True)
+
+    def _pinned(self, tensor):
+        """A copy of the tensor in memory that the GPU may read until the next `wait`."""
+        if self.device.type != "cuda":
+            return tensor
+        kind = tensor.shape, tensor.dtype
+        buffers, taken = self._buffers.setdefault(kind, []), self._taken[kind]
+        if taken == len(buffers):
+            buffers.append(torch.empty_like(tensor, pin_memory=True))
+        self._taken[kind] += 1
+        return buffers[taken].copy_(tensor)
+
+    def _capture(self, key, shape, function, plan):
+        pool = next(iter(self.steps.values())).graph.pool() if self.steps else None
+        began = time.perf_counter()
+        try:
+            self.steps[key] = record(self, shape, function, plan, pool)
         except Exception as error:  # whatever somebody else's model raises
             self.captures = False
             self.steps.clear()
@@ -102,65 +171,82 @@ class Workspace:
                 "forwards run uncaptured from now on: this model's forward cannot be captured: %s",
                 error,
             )
+        self.capture_seconds += time.perf_counter() - began
         if len(self.steps) > MOST:
             gone, _ = self.steps.popitem(last=False)
             del self.uses[gone]
 
     def wait(self) -> None:
-        """Until the reports of every `run` so far have arrived."""
+        """Until everything launched so far has been computed and has arrived."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
+            self._taken.clear()
 
 
-def record(function, plan, device, pool) -> Step:
-    """Capture function(plan), with the plan's way to the device and its report's way back."""
-    plan = torch.zeros_like(plan).pin_memory()
-    stream, graph = side_stream(device, 0), torch.cuda.CUDAGraph()
+def record(
+    space: Workspace,
+    shape: Shape,
+    function: Callable[[torch.Tensor], torch.Tensor],
+    plan: torch.Tensor,
+    pool: Any,
+) -> Captured:
+    """Capture function(plan) for a plan that stays where it is on the device. One thread at a time
+    captures: they share the stream.
+    """
+    with _capturing:
+        return _record(space, shape, function, plan, pool)
+
+
+def _record(space, shape, function, plan, pool):
+    device = space.device
+    plan = torch.zeros_like(plan, device=device)
+    stream = side_stream(device, 0)
+    graph = torch.cuda.CUDAGraph()
     _unfinished.append(graph)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(
-        stream
-    ):  # around the capture too: one that fails leaves its own stream the current one
-        for _ in range(
-            2
-        ):  # kernels are compiled and libraries allocate their workspaces before the capture
-            report, _ = function(plan.to(device))
-        landed = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
+    # Around the capture too: one that fails leaves its own stream the current one.
+    with torch.cuda.stream(stream):
+        # Kernels are compiled and libraries allocate their workspaces before the capture.
+        result = function(plan)
+        output = space.tensor("output", *result.shape, dtype=result.dtype, device=device)
         random = torch.cuda.default_generators[stream.device.index]
         before = random.clone_state()
         try:
-            with torch.cuda.graph(
-                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-            ):
-                report, more = function(plan.to(device, non_blocking=True))
-                landed.copy_(report, non_blocking=True)
+            # Not by the context manager torch.cuda.graph, which collects garbage and empties the
+            # allocator's cache first: a tenth of a second for each of many graphs.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                # Copied, so that no graph keeps logits of its own: they would be gigabytes.
+                output.copy_(function(plan))
+            finally:
+                graph.capture_end()
         except BaseException:
-            random.graphsafe_set_state(
-                before
-            )  # a capture that fails leaves the generator believing it goes on
+            # A capture that fails leaves the generator believing it goes on.
+            random.graphsafe_set_state(before)
             raise
     torch.cuda.current_stream(device).wait_stream(stream)
     _unfinished.remove(graph)
-    return Step(plan, graph, (landed, more))
+    return Captured(shape, plan, graph, output)
 
 
-# a graph whose capture fails is never freed: PyTorch's allocator goes on asking it
-_unfinished = []
+_capturing = threading.Lock()
+# A graph whose capture fails is never freed: PyTorch's allocator goes on asking it.
+_unfinished: list[torch.cuda.CUDAGraph] = []
 
 
 @functools.cache
-def side_stream(device, index):
+def side_stream(device: torch.device, index: int) -> torch.cuda.Stream:
     """A stream beside the current one: 0 is captured on, others are for forwards that run parts
     beside each other.
     """
     return torch.cuda.Stream(device)
 
 
-_workspaces = weakref.WeakKeyDictionary()
+_workspaces: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @contextmanager
-def workspace(model, obstacle: str | None):
+def workspace(model: Any, obstacle: str | None) -> Iterator[Workspace]:
     """The Workspace for one call: the model's own, or one that captures nothing and goes with the
     call, where there is an obstacle to capturing (logged once for each) or where another call is at
     work in the model's own.
@@ -169,7 +255,8 @@ def workspace(model, obstacle: str | None):
         _log_once(obstacle)
         yield Workspace(model.device)
         return
-    state, space = _state(model), _workspaces.get(model)
+    state = model_state(model)
+    space = _workspaces.get(model)
     if space is None or space.state != state:
         space = _workspaces[model] = Workspace(model.device, state)
     if not space.lock.acquire(blocking=False):
@@ -178,17 +265,37 @@ def workspace(model, obstacle: str | None):
     try:
         yield space
     except BaseException:
-        _workspaces.pop(model, None)  # a call that failed half-way leaves nothing that is trusted
+        # A call that failed half-way leaves nothing that is trusted.
+        _workspaces.pop(model, None)
         raise
     finally:
         space.lock.release()
 
 
-def clear(model) -> None:
+def clear(model: object) -> None:
     """Free what stays allocated for `model` between calls of `generate`; its next forwards are
     captured anew.
     """
-    _workspaces.pop(getattr(model, "fastdllm_adapter", model), None)
+    _workspaces.pop(unwrapped(model), None)
+
+
+def captured(model: object) -> list[Captured]:
+    """The captured forwards that `model` keeps between calls of `generate`."""
+    space = _workspaces.get(unwrapped(model))
+    return list(space.steps.values()) if space else []
+
+
+def pending(model: object) -> dict[Hashable, int]:
+    """What has come but not often enough to be captured: how many times."""
+    space = _workspaces.get(unwrapped(model))
+    if space is None:
+        return {}
+    return {key: uses for key, uses in space.uses.items() if key not in space.steps}
+
+
+def unwrapped(model: object) -> Any:
+    """What `replace_attention` leaves on somebody else's model, or the model."""
+    return getattr(model, "fastdllm_adapter", model)
 
 
 @functools.cache
@@ -196,8 +303,8 @@ def _log_once(obstacle):
     log.info("forwards run uncaptured: %s", obstacle)
 
 
-def _state(model):
-    """What a captured step has baked in of the model: its modules, where their tensors lie, and
+def model_state(model: Any) -> list:
+    """What a captured forward has baked in of the model: its modules, where their tensors lie, and
     their plain attributes.
 
     A change that this does not see, inside an object that an attribute names, wants a
@@ -225,7 +332,8 @@ def _address(tensor):
     """Where a tensor lies; a subclass of Tensor, a quantised weight perhaps, may not say, so it is
     known by itself.
     """
-    return tensor.data_ptr() if type(tensor) in (torch.Tensor, torch.nn.Parameter) else id(tensor)
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return tensor.data_ptr() if plain else id(tensor)
 
 
 def _plain(value):
@@ -234,17 +342,12 @@ def _plain(value):
     """
     if isinstance(value, PLAIN):
         return value
-    members = (
-        value.values()
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, (list, tuple))
-        else ()
-    )
-    return (
-        id(value)
-        if callable(value)
-        else [_plain(member) for member in members]
-        if members
-        else None
-    )
+    if isinstance(value, dict):
+        members = value.values()
+    elif isinstance(value, list | tuple):
+        members = value
+    else:
+        members = ()
+    if callable(value):
+        return id(value)
+    return [_plain(member) for member in members] if members else None

@@ -1,37 +1,66 @@
-"""DiffusionTransformer: the one native model, for every family. Families differ only in
-ModelConfig.
+"""DiffusionTransformer: the one native model, for every family.
+
+Families differ only in ModelConfig. A layer is four products with what surrounds them fused in
+(`fastdllm_kernels.linear`, `pointwise`). Where somebody wrapped or hooked a module (bare.py), the
+module is called instead.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastdllm_kernels import linear_rms_norm, linear_swiglu, rms_norm
+from fastdllm_kernels import linear_rms_norm, linear_swiglu, rms_norm, swiglu
+from fastdllm_kernels.attention import fastest_sdpa
 
-from .attention import Attached, BlockAttention, RotaryTable, fastest_sdpa
+from .attention import Attached, BlockAttention, RotaryTable
+from .bare import PLAIN, is_bare, is_bare_product, multiply
 from .cache import KVCache
 from .config import ModelConfig
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm that takes in the product and the residual addition before it, since all read and
-    write the same rows.
-    """
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; statistics in fp32."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., size] -> [..., size], in x's dtype."""
         return rms_norm(x, self.weight, self.eps)
 
-    def after(self, product: nn.Linear, x, residual):
-        """(normalised product(x) + residual, product(x) + residual)."""
-        return linear_rms_norm(x, product.weight, residual, self.weight, self.eps)
+
+def add_and_norm(
+    norm: Any, residual: torch.Tensor, update: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm(sum), sum) of sum = residual + update, both [..., C], in one pass over the rows."""
+    if _is_bare_norm(norm):
+        return rms_norm(update, norm.weight, norm.eps, residual)
+    total = residual + update
+    return norm(total), total
+
+
+def multiply_add_and_norm(
+    norm: Any, residual: torch.Tensor, product: Any, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`add_and_norm` of the update product(x), fused with the product; x [..., in]."""
+    if is_bare_product(product) and _is_bare_norm(norm):
+        return linear_rms_norm(x, product.weight, residual, norm.weight, norm.eps)
+    return add_and_norm(norm, residual, multiply(product, x))
+
+
+def _is_bare_norm(norm: nn.Module) -> bool:
+    return type(norm) is RMSNorm and type(norm._parameters.get("weight")) in PLAIN and is_bare(norm)
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm attention and SwiGLU; q/k/v are one product, and so are gate/up."""
+    """A pre-norm layer: attention, then a SwiGLU MLP.
+
+    Query, key and value are rows of one weight (`attention.qkv`), gate and up of another
+    (`gate_up`), so that each pair or triple is one product.
+    """
 
     def __init__(self, config: ModelConfig, index: int, rotary: RotaryTable, attached: Attached):
         super().__init__()
@@ -50,15 +79,38 @@ class TransformerLayer(nn.Module):
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x, residual, next_norm: RMSNorm, at=None):
-        """From x, normalised, and the residual to the same two for what follows, by its norm; at:
-        of those tokens only.
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        next_norm: nn.Module,
+        at: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer takes the residual stream, and the stream normalised by its own
+        `attention_norm`, and returns both for the layer that follows.
+
+        x [R, T, C]: the normalised stream. residual [R, T, C]: the stream. next_norm: the norm of
+        what follows, the next layer's attention_norm or the model's last norm; it is fused with
+        this layer's last product. at [...] int64, or None: the tokens whose output is wanted,
+        counted through all R * T; attention still reads every token, the rest is computed for
+        these alone. Returns (next_norm(stream), stream), each [R, T, C], or [..., C] with `at`.
         """
-        x = self.attention.heads(x)
+        attention = self.attention
+        fused = type(attention) is BlockAttention and is_bare(attention)
+        x = attention.heads(x) if fused else attention(x)
         if at is not None:
             x, residual = x.flatten(0, 1)[at], residual.flatten(0, 1)[at]
-        x, residual = self.mlp_norm.after(self.attention.out, x, residual)
-        return next_norm.after(self.down, linear_swiglu(x, self.gate_up.weight), residual)
+        if fused:
+            x, residual = multiply_add_and_norm(self.mlp_norm, residual, attention.out, x)
+        else:
+            x, residual = add_and_norm(self.mlp_norm, residual, x)
+        return multiply_add_and_norm(next_norm, residual, self.down, self._gated(x))
+
+    def _gated(self, x: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up: x [..., C] -> [..., I]."""
+        if is_bare_product(self.gate_up):
+            return linear_swiglu(x, self.gate_up.weight)
+        return swiglu(multiply(self.gate_up, x))
 
 
 class DiffusionTransformer(nn.Module):
@@ -71,13 +123,15 @@ class DiffusionTransformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.attached = config, Attached()
+        self.config = config
+        self.attached = Attached()
         rotary = RotaryTable(
             config.rope_theta, config.head_dim, config.max_positions, config.rope_in_fp32
         )
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            TransformerLayer(config, i, rotary, self.attached) for i in range(config.num_layers)
+            TransformerLayer(config, index, rotary, self.attached)
+            for index in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -86,27 +140,35 @@ class DiffusionTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        """Where the weights lie; the embedding's come first."""
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.weight.dtype
+        """What the weights are, in fp8 those that are not; the embedding's come first."""
+        return next(self.parameters()).dtype
 
     def attach(self, cache: KVCache | None) -> None:
-        """Give every layer the cache whose span the next forwards work on; None takes it away."""
+        """Give every layer the cache whose span the next forwards of this thread work on; None
+        takes it away.
+        """
         self.attached.cache = cache
 
     def hidden_states(self, tokens: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
-        """The last layer's output, normalised: tokens [R, T] int64 -> [R, T, hidden_size], or [...,
-        hidden_size] of the tokens at [...] alone, counted through all rows, without what the last
-        layer would compute for others.
+        """The last layer's output, normalised.
+
+        tokens [R, T] int64 -> [R, T, hidden_size]. at [...] int64, or None: only the outputs of
+        these tokens are wanted, counted through all R * T, and come as [..., hidden_size]; the
+        last layer then computes little for the others.
         """
+        layers: list[Any] = list(self.layers)
         residual = self.embedding(tokens)
-        x = self.layers[0].attention_norm(residual)
+        x = layers[0].attention_norm(residual)
         with fastest_sdpa(tokens):
-            for layer, following in zip(self.layers, self.layers[1:], strict=False):
+            for layer, following in zip(layers, layers[1:], strict=False):
                 x, residual = layer(x, residual, following.attention_norm)
-            return self.layers[-1](x, residual, self.norm, at)[0]
+            x, _ = layers[-1](x, residual, self.norm, at)
+        return x
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Vocabulary logits of the chosen rows only: hidden [..., hidden_size] -> [..., V]."""
@@ -117,24 +179,47 @@ class DiffusionTransformer(nn.Module):
         position i.
 
         Where the family's outputs are shifted (Dream), output i - 1 predicts position i and
-        position 0 uses its own. ValueError for tokens of another shape or dtype, or longer than the
-        positions the model has.
+        position 0 uses its own. TypeError for what is no tensor; ValueError for tokens of another
+        shape or dtype, for more than the positions the model has, and for ids outside its
+        vocabulary (the host waits for these to be looked at).
         """
+        self._check_tokens(tokens)
+        outputs = self.head(self.hidden_states(tokens))
+        shift, length = self.config.logit_shift, tokens.shape[1]
+        if not shift:
+            return outputs
+        return torch.cat([outputs[:, :shift], outputs[:, : length - shift]], dim=1)
+
+    def _check_tokens(self, tokens: torch.Tensor) -> None:
+        if not isinstance(tokens, torch.Tensor):
+            raise TypeError(f"tokens: expected a tensor, got {type(tokens).__name__}")
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or not tokens.numel():
             raise ValueError(
-                f"tokens: expected a non-empty [B, L] int64 tensor, got {tokens.dtype} {tuple(tokens.shape)}"
+                "tokens: expected a non-empty [B, L] int64 tensor, "
+                f"got {tokens.dtype} {tuple(tokens.shape)}"
             )
         if tokens.shape[1] > self.config.max_positions:
             raise ValueError(
-                f"tokens: expected at most {self.config.max_positions} positions, got {tokens.shape[1]}"
+                f"tokens: expected at most {self.config.max_positions} positions, "
+                f"got {tokens.shape[1]}"
             )
-        logits = self.head(self.hidden_states(tokens))
-        shift = self.config.logit_shift
-        return (
-            torch.cat([logits[:, :shift], logits[:, : logits.shape[1] - shift]], dim=1)
-            if shift
-            else logits
-        )
+        if not _can_be_read(tokens):
+            return
+        low, high = (value.item() for value in tokens.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"tokens: expected ids in [0, {self.config.vocab_size}), "
+                f"got {low if low < 0 else high}"
+            )
+
+
+def _can_be_read(tensor: torch.Tensor) -> bool:
+    """Whether the host may look at what the tensor holds: not where a compiler traces, a CUDA
+    graph captures, or nothing lies behind the tensor.
+    """
+    if torch.compiler.is_compiling() or tensor.is_meta or type(tensor) is not torch.Tensor:
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def initialize(model: DiffusionTransformer, seed: int, std: float = 0.02) -> DiffusionTransformer:

@@ -2,70 +2,33 @@
 
 One method per layer is set on the instance and taken off again; the user's own projections, norms
 and MLPs run, whatever they are wrapped in, and what is a plain linear, RMSNorm or SwiGLU by this
-project's ops (replaced.py). An Adapter beside the model offers what `generate` asks, so no
-attribute of the model changes meaning.
+project's ops (replaced.py). The model's own forward stays, behind a look at what it is called with
+(guard.py). An Adapter beside the model offers what `generate` asks, so no attribute of the model
+changes meaning.
 """
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from fastdllm_kernels.attention import fastest_sdpa
+
+from . import guard
 from .arguments import choice, sequence
-from .attention import Attached, RotaryTable, attend, fastest_sdpa
+from .attention import Attached, RotaryTable, attend
 from .cache import KVCache
 from .config import ModelConfig
-from .families import FAMILIES
+from .families import FAMILIES, MODELING_FILES, Family, ModelingFile
 from .graph import side_stream
 from .replaced import Replaced, speed_up
 
 log = logging.getLogger(__name__)
 ADAPTER = "fastdllm_adapter"  # the attribute of the model where `generate` finds the Adapter
-
-
-@dataclass(frozen=True)
-class Structure:
-    """Where a modeling file keeps its parts: dotted paths from the model; in a layer, from the
-    layer. Defaults: transformers'.
-
-    owner: the module whose `method` is the attention ("" is the layer). outputs: the length of the
-    tuple it returns. fields: the family whose config keys the model uses. family: whose weights it
-    is taken to hold.
-    """
-
-    embedding: str = "model.embed_tokens"
-    layers: str = "model.layers"
-    norm: str = "model.norm"
-    head: str = "lm_head"
-    owner: str = "self_attn"
-    method: str = "forward"
-    out: str = "o_proj"
-    outputs: int = 2
-    fields: str = "Dream"
-    family: str = "Dream"
-
-
-_LLADA = Structure(
-    embedding="model.transformer.wte",
-    layers="model.transformer.blocks",
-    norm="model.transformer.ln_f",
-    head="model.transformer.ff_out",
-    owner="",
-    method="attention",
-    out="attn_out",
-    fields="llada",
-    family="llada",
-)
-# By config.model_type. LLaDA's layers are Llama's and Dream's are Qwen2's, hence whose weights
-# those are taken to hold.
-STRUCTURES = {
-    "llada": _LLADA,
-    "Dream": Structure(outputs=3),
-    "llama": Structure(family="llada"),
-    "qwen2": Structure(),
-}
 
 
 class LayerAttention:
@@ -76,70 +39,119 @@ class LayerAttention:
     def __init__(
         self,
         owner: nn.Module,
-        structure: Structure,
-        head_dim,
-        layer,
+        file: ModelingFile,
+        head_dim: int,
+        layer: int,
         rotary: RotaryTable,
         attached: Attached,
+        checked: guard.Checked,
     ):
-        self.owner, self.structure, self.head_dim, self.layer = owner, structure, head_dim, layer
-        self.rotary, self.attached = rotary, attached
+        self.owner = owner
+        self.file = file
+        self.head_dim = head_dim
+        self.layer = layer
+        self.rotary = rotary
+        self.attached = attached
+        self.checked = checked
+        self.names = guard.parameters_of(owner, file.attention_method)
 
-    def attention(self, q, k, v, *_, layer_past=None, use_cache=False, **__):
+    def attention(self, *args: Any, **options: Any) -> tuple:
         """LLaDA's method: q, k, v [R, T, width] -> (output, (k, v) before rotation [R, HK, T, D],
-        or None).
+        or None without use_cache).
         """
-        if layer_past is not None:
-            raise ValueError(
-                "layer_past: a replaced model keeps its keys and values in fastdllm.generate alone"
-            )
-        present = (
-            tuple(x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (k, v))
-            if use_cache
-            else None
-        )
+        given = self._checked(args, options)
+        q, k, v = given["q"], given["k"], given["v"]
+        present = None
+        if given.get("use_cache"):
+            present = tuple(x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (k, v))
         return self._output(q, k, v), present
 
-    def forward(self, hidden_states, *_, attention_mask=None, position_ids=None, **__):
-        """self_attn.forward: [R, T, hidden_size] -> (output, None) or (output, None, None): no
-        weights, no past.
+    def forward(self, *args: Any, **options: Any) -> tuple:
+        """self_attn.forward: hidden_states [R, T, hidden_size] -> (output, None), or (output, None,
+        the past as it came): there are no attention weights, and nothing is added to a past.
         """
-        if self.layer == 0 and self.attached.cache is None:
-            _refuse_padding(attention_mask, position_ids)
-        return self._output(*self._projected(hidden_states)), *[None] * (self.structure.outputs - 1)
+        given = self._checked(args, options)
+        output = self._output(*self._projected(given["hidden_states"]))
+        if self.file.attention_outputs == 2:
+            return output, None
+        return output, None, given.get("past_key_value")
 
-    def _projected(self, x):
+    def _checked(self, args: tuple, options: dict[str, Any]) -> dict[str, Any]:
+        """The arguments by name; looked at where the model's own forward did not come before."""
+        given = guard.named(self.names, args, options)
+        if self.attached.cache is None and not self.checked.inside:
+            file = self.file
+            guard.refuse(given, causal=file.causal_by_default, returns_past=file.returns_past)
+        return given
+
+    def _projected(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v; in a graph they run beside each other, for one alone leaves most of the GPU
         idle.
         """
-        owner = self.owner
+        owner: Any = self.owner
         if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return owner.q_proj(x), owner.k_proj(x), owner.v_proj(x)
-        main, sides = (
-            torch.cuda.current_stream(x.device),
-            [side_stream(x.device, index) for index in (1, 2)],
-        )
-        for side in sides:
+        main = torch.cuda.current_stream(x.device)
+        beside_k, beside_v = (side_stream(x.device, index) for index in (1, 2))
+        for side in (beside_k, beside_v):
             side.wait_stream(main)
-        with torch.cuda.stream(sides[0]):
+        with torch.cuda.stream(beside_k):
             k = owner.k_proj(x)
-        with torch.cuda.stream(sides[1]):
+        with torch.cuda.stream(beside_v):
             v = owner.v_proj(x)
         q = owner.q_proj(x)
-        for (
-            side
-        ) in sides:  # what they free may be used again: they wait for this stream before they go on
+        # What they free may be used again: they wait for this stream before they go on.
+        for side in (beside_k, beside_v):
             main.wait_stream(side)
         return q, k, v
 
-    def _output(self, q, k, v):
+    def _output(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if self.attached.cache is None and q.shape[1] > self.rotary.positions:
             raise ValueError(
                 f"input_ids: expected at most {self.rotary.positions} positions, got {q.shape[1]}"
             )
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         out = attend(q, k, v, self.rotary, self.attached.cache, self.layer).flatten(2)
-        return getattr(self.owner, self.structure.out)(out)
+        return getattr(self.owner, self.file.attention_out)(out)
+
+
+class GuardedForward(Replaced):
+    """The forward of a replaced model, or of the model inside it that holds the layers: what
+    replaced attention does not honour is refused, then the model's own forward runs.
+    """
+
+    def __init__(self, model: nn.Module, file: ModelingFile, checked: guard.Checked):
+        self.file = file
+        self.checked = checked
+        super().__init__(model, "forward", self.forward)
+        self.names = guard.parameters_of(model, "forward")
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """The model's own forward; ValueError, before any work, for what it would not honour."""
+        if self.checked.inside:
+            return self.original(*args, **options)
+        given = guard.named(self.names, args, options)
+        guard.refuse(given, causal=False, returns_past=self.file.returns_past)
+        self._check_settings()
+        self.checked.inside = True
+        try:
+            return self.original(*args, **options)
+        finally:
+            self.checked.inside = False
+
+    def _check_settings(self) -> None:
+        """ValueError for what the model's config asks of every forward and replaced attention has
+        not.
+        """
+        config = self.module.config
+        if getattr(config, "output_attentions", False):
+            raise ValueError("output_attentions: replaced attention returns no weights")
+        dropout = getattr(config, "attention_dropout", 0)
+        if self.module.training and dropout:
+            raise ValueError(
+                f"attention_dropout: replaced attention has none, and the config has {dropout}: "
+                "call model.eval() or set it to 0"
+            )
 
 
 class Adapter:
@@ -147,62 +159,73 @@ class Adapter:
     model's own tree stays.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, config: ModelConfig):
-        self.model, self.structure, self.config, self.attached = (
-            model,
-            structure,
-            config,
-            Attached(),
-        )
+    def __init__(self, model: nn.Module, file: ModelingFile, config: ModelConfig):
+        self.model = model
+        self.file = file
+        self.config = config
+        self.attached = Attached()
+        self.checked = guard.Checked()
+        self.replaced: list[Replaced] = [*self._attentions(), *self._forwards()]
+        self.replaced += speed_up(self._part("layers"), self._part("norm"))
+        # transformers 5 drops this key from LLaDA's config, and LLaDA's forward reads it.
+        their_config: Any = model.config
+        self.lent_use_cache = not hasattr(their_config, "use_cache")
+        if self.lent_use_cache:
+            their_config.use_cache = False
+            log.warning(
+                "replace_attention: model.config has no use_cache; set to False until "
+                "restore_attention"
+            )
+
+    def _attentions(self) -> Iterator[Replaced]:
+        """The layers' attention methods, replaced."""
+        file, config = self.file, self.config
         rotary = RotaryTable(
             config.rope_theta, config.head_dim, config.max_positions, config.rope_in_fp32
         )
-        attentions = [
-            LayerAttention(
-                _find(layer, structure.owner),
-                structure,
-                config.head_dim,
-                index,
-                rotary,
-                self.attached,
+        for index, layer in enumerate(self._part("layers")):
+            owner = _find(layer, file.attention_owner)
+            attention = LayerAttention(
+                owner, file, config.head_dim, index, rotary, self.attached, self.checked
             )
-            for index, layer in enumerate(self._part("layers"))
-        ]
-        method = structure.method
-        self.replaced = [
-            Replaced(attention.owner, method, getattr(attention, method))
-            for attention in attentions
-        ]
-        self.replaced += speed_up(self._part("layers"), self._part("norm"))
-        # transformers 5 drops this key from LLaDA's config, and LLaDA's forward reads it.
-        self.lent_use_cache = not hasattr(model.config, "use_cache")
-        if self.lent_use_cache:
-            model.config.use_cache = False
-            log.warning(
-                "replace_attention: model.config has no use_cache; set to False until restore_attention"
-            )
+            method = getattr(attention, file.attention_method)
+            yield Replaced(owner, file.attention_method, method)
 
-    def _part(self, name):
+    def _forwards(self) -> Iterator[Replaced]:
+        """The forwards of the model and of the model inside it, guarded."""
+        for path in ("", self.file.inner):
+            yield GuardedForward(_find(self.model, path), self.file, self.checked)
+
+    def _part(self, name: str) -> Any:
         """Looked up each time: the user may wrap a module after its attention was replaced."""
-        return _find(self.model, getattr(self.structure, name))
+        return _find(self.model, getattr(self.file, name))
 
     @property
     def device(self) -> torch.device:
+        """Where the model's embedding lies."""
         return self._part("embedding").weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the model's embedding."""
         return self._part("embedding").weight.dtype
 
-    def modules(self):
+    def modules(self) -> Iterator[nn.Module]:
+        """The user's modules."""
         return self.model.modules()
 
     def attach(self, cache: KVCache | None) -> None:
+        """Give every layer the cache whose span the next forwards of this thread work on; None
+        takes it away.
+        """
         self.attached.cache = cache
 
     def hidden_states(self, tokens: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
-        """Through the user's layers but not their outer forward, which may run the vocabulary head
-        on every row.
+        """The last layer's output, normalised: tokens [R, T] int64 -> [R, T, hidden_size], or [...,
+        hidden_size] of the tokens at [...] alone, counted through all rows.
+
+        Through the user's layers but not their outer forward, which may run the vocabulary head on
+        every row.
         """
         x = self._part("embedding")(tokens)
         with fastest_sdpa(tokens):
@@ -212,21 +235,27 @@ class Adapter:
         return self._part("norm")(x if at is None else x.flatten(0, 1)[at])
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Vocabulary logits: hidden [..., hidden_size] -> [..., V]."""
         head = self._part("head")
-        return (
-            functional.linear(hidden, self._part("embedding").weight)
-            if head is None
-            else head(hidden)
-        )
+        if head is None:  # a tied LLaDA has no module for it
+            return functional.linear(hidden, self._part("embedding").weight)
+        return head(hidden)
 
     def restore(self) -> None:
+        """Take out of the model what this put in."""
         for replaced in self.replaced:
             replaced.restore()
         if self.lent_use_cache:
             vars(self.model.config).pop("use_cache", None)
 
 
-def replace_attention(model: nn.Module, *, family=None, mask_id=None, stop_ids=None) -> nn.Module:
+def replace_attention(
+    model: nn.Module,
+    *,
+    family: str | None = None,
+    mask_id: int | None = None,
+    stop_ids: Sequence[int] | None = None,
+) -> nn.Module:
     """Replace the attention of somebody else's model in place; returns the same model, ready for
     `fastdllm.generate`.
 
@@ -242,11 +271,13 @@ def replace_attention(model: nn.Module, *, family=None, mask_id=None, stop_ids=N
     be an RMSNorm or a SwiGLU MLP, computes its forward by the ops of `fastdllm_kernels` from its
     own parameters, unless its instance has a forward already; hooks run.
 
-    Outside `generate` the model's forward is one plain full forward, never causal and without
-    attention dropout; padding, position_ids and a past raise ValueError (what LLaDA's code is given
-    for a mask is not looked at). RoPE is computed anew (transformers 5 leaves Dream's table
-    uninitialised). LLaDA's code reads config.use_cache, which transformers 5 drops: it is set to
-    False and that is logged; where else that code does not fit transformers 5 is out of reach here.
+    Outside `generate` the model's forward is one plain full forward of all tokens from position 0
+    on, never causal. ValueError, before any work, for an argument that it would not honour: a past,
+    filled or not, and use_cache=True (LLaDA's code returns its keys and values; no forward takes
+    them back), any mask that hides a token, other positions, attention weights, attention dropout
+    in training mode. RoPE is computed anew (transformers 5 leaves Dream's table uninitialised).
+    LLaDA's code reads config.use_cache, which transformers 5 drops: it is set to False and that is
+    logged; where else that code does not fit transformers 5 is out of reach here.
 
     Replacing twice is replacing once; with other keywords, the last ones hold. TypeError for what
     is no module with a config; ValueError, before anything changes, for a model that is not known,
@@ -259,12 +290,10 @@ def replace_attention(model: nn.Module, *, family=None, mask_id=None, stop_ids=N
     base = _base(model)
     if hasattr(base, ADAPTER) and family is None and mask_id is None and stop_ids is None:
         return model
-    structure = _structure(base)
-    config = _config(
-        base, structure, structure.family if family is None else family, mask_id, stop_ids
-    )
+    default, file = _modeling_file(base)
+    config = _config(base, file, default.name if family is None else family, mask_id, stop_ids)
     restore_attention(base)
-    setattr(base, ADAPTER, Adapter(base, structure, config))
+    setattr(base, ADAPTER, Adapter(base, file, config))
     return model
 
 
@@ -281,92 +310,73 @@ def restore_attention(model: nn.Module) -> nn.Module:
     return model
 
 
-def _base(model):
+def _base(model: Any) -> Any:
     """The model inside PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _find(root, path):
+def _find(root: Any, path: str) -> Any:
     """The attribute at a dotted path, None where there is none; an empty path is the root."""
     for name in path.split(".") if path else ():
         root = getattr(root, name, None)
     return root
 
 
-def _structure(model) -> Structure:
-    """The structure of the model, every name of it checked; ValueError naming what is not there."""
+def _modeling_file(model: Any) -> tuple[Family, ModelingFile]:
+    """The modeling file that the model is built by, every name of it checked, and the family whose
+    weights it is taken to hold; ValueError naming what is not there.
+    """
     model_type = getattr(model.config, "model_type", None)
-    if model_type not in STRUCTURES:
-        known = ", ".join(f"{name} ({structure.layers})" for name, structure in STRUCTURES.items())
+    if model_type not in MODELING_FILES:
+        known = ", ".join(f"{name} ({file.layers})" for name, (_, file) in MODELING_FILES.items())
         raise ValueError(
-            f"model: {type(model).__name__} with model_type {model_type!r} is not known; looked for {known}"
+            f"model: {type(model).__name__} with model_type {model_type!r} is not known; "
+            f"looked for {known}"
         )
-    structure = STRUCTURES[model_type]
-    paths = [structure.embedding, structure.layers, structure.norm]
-    if (
-        structure is not _LLADA or not model.config.weight_tying
-    ):  # a tied LLaDA has no module for its head
-        paths.append(structure.head)
-    for index in range(len(_find(model, structure.layers) or ())):
-        owner = ".".join(filter(None, (structure.layers, str(index), structure.owner)))
-        paths += [
-            f"{owner}.{name}"
-            for name in ("q_proj", "k_proj", "v_proj", structure.out, structure.method)
-        ]
+    family, file = MODELING_FILES[model_type]
+    paths = [file.inner, file.embedding, file.layers, file.norm]
+    tied = getattr(model.config, FAMILIES[file.config_family].key_of("tie_embeddings"), False)
+    if not tied:  # a tied LLaDA has no module for its head
+        paths.append(file.head)
+    parts = ("q_proj", "k_proj", "v_proj", file.attention_out, file.attention_method)
+    for index in range(len(_find(model, file.layers) or ())):
+        owner = ".".join(filter(None, (file.layers, str(index), file.attention_owner)))
+        paths += [f"{owner}.{part}" for part in parts]
     missing = [path for path in paths if _find(model, path) is None]
     if missing:
         raise ValueError(
-            f"model: {type(model).__name__} is not {model_type} as published: no {', '.join(missing)}"
+            f"model: {type(model).__name__} is not {model_type} as published: "
+            f"no {', '.join(missing)}"
         )
-    return structure
+    return family, file
 
 
-def _config(model, structure, family, mask_id, stop_ids) -> ModelConfig:
+def _config(
+    model: Any,
+    file: ModelingFile,
+    family: str,
+    mask_id: int | None,
+    stop_ids: Sequence[int] | None,
+) -> ModelConfig:
     """The ModelConfig that the model's own config and the caller's values describe."""
     choice("family", family, tuple(sorted(FAMILIES)))
-    raw = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(vars(model.config))
-    rope = raw.pop("rope_parameters", None) or {}  # transformers 5 keeps the base in there
-    raw |= rope if rope.get("rope_type", "default") == "default" else {"rope_scaling": rope}
-    raw["mask_token_id"] = raw.get("mask_token_id") if mask_id is None else mask_id
-    raw["eos_token_id"] = (
-        raw.get("eos_token_id") if stop_ids is None else sequence("stop_ids", stop_ids)
-    )
+    theirs = model.config
+    raw = theirs.to_dict() if hasattr(theirs, "to_dict") else dict(vars(theirs))
+    if mask_id is not None:
+        raw["mask_token_id"] = mask_id
+    if stop_ids is not None:
+        raw["eos_token_id"] = sequence("stop_ids", stop_ids)
     try:
-        config = FAMILIES[structure.fields].config(
-            {key: value for key, value in raw.items() if value is not None}
-        )
+        config = FAMILIES[file.config_family].config(raw, source="model.config")
     except ValueError as error:
-        hint = (
-            " (pass mask_id= and stop_ids= where the config has no ids)"
-            if "_token_id" in str(error)
-            else ""
-        )
-        raise ValueError(str(error).replace("config.json", "model.config") + hint) from None
+        if "_token_id" not in str(error):
+            raise
+        raise ValueError(
+            f"{error} (pass mask_id= and stop_ids= where the config has no ids)"
+        ) from None
     return replace(
         config,
-        num_layers=len(_find(model, structure.layers)),
+        num_layers=len(_find(model, file.layers)),
         family=family,
         **FAMILIES[family].fixed,
     )
-
-
-def _refuse_padding(attention_mask, position_ids):
-    """ValueError where a forward outside `generate` asks for more than full attention from position
-    0 on.
-    """
-    if isinstance(attention_mask, torch.Tensor):
-        # A causal mask is what transformers' classes make of none: its last row shows which keys
-        # are padding.
-        last = attention_mask if attention_mask.ndim == 2 else attention_mask[..., -1, :]
-        visible = last == 0 if last.is_floating_point() else last.bool()
-        if not visible.all():
-            raise ValueError(
-                "attention_mask: a replaced model's forward takes no padding; fastdllm.generate takes ragged rows"
-            )
-    if (
-        position_ids is not None
-        and (position_ids != torch.arange(position_ids.shape[-1], device=position_ids.device)).any()
-    ):
-        raise ValueError(
-            "position_ids: a replaced model's forward starts at position 0 and takes no past"
-        )

@@ -7,6 +7,7 @@ from torch import nn
 
 from fastdllm_kernels import Fp8Weight, linear, quantize_weight
 
+from .bare import LINEAR_TYPES
 from .model import DiffusionTransformer
 
 
@@ -14,6 +15,10 @@ class Fp8Linear(nn.Module):
     """nn.Linear for inference whose weight is an Fp8Weight: a scale for each output, the rows of x
     quantised as they come.
     """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, product: nn.Linear):
         super().__init__()
@@ -26,7 +31,7 @@ class Fp8Linear(nn.Module):
     def weight(self) -> Fp8Weight:
         return Fp8Weight(self.data, self.scale)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
 
     def _apply(self, fn, recurse=True):
@@ -36,6 +41,9 @@ class Fp8Linear(nn.Module):
             return fn(t) if isinstance(t, nn.Parameter) else fn(t.view(torch.uint8)).view(t.dtype)
 
         return super()._apply(move, recurse)
+
+
+LINEAR_TYPES.add(Fp8Linear)
 
 
 def quantize(model: DiffusionTransformer) -> DiffusionTransformer:

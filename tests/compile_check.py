@@ -10,8 +10,10 @@ How a test uses it (tests/test_compile_<op>.py), arch being 80, 90 or 100:
     def launches(arch):
         from fastdllm_kernels import <op>_triton as kernels
         x = torch.empty(32, 4096, dtype=torch.bfloat16, device="meta")
-        kernels.launch_something(x, ...)  # the real launcher: its config, its constants, its specialisation
-        kernels.some_kernel.warmup(x, ..., TILE=64, num_warps=4, grid=(1,))  # or one configuration by hand
+        # The real launcher: its config, its constants, its specialisation.
+        kernels.launch_something(x, ...)
+        # Or one configuration by hand.
+        kernels.some_kernel.warmup(x, ..., TILE=64, num_warps=4, grid=(1,))
 
     @pytest.mark.parametrize("arch", compile_check.ARCHITECTURES)
     def test_compiles(arch):
@@ -101,7 +103,8 @@ def problems(compiled: list[Compiled]) -> list[str]:
             found.append(f"{what}: {kernel.serialised}")
         if kernel.shared > SHARED_LIMIT[kernel.arch]:
             found.append(
-                f"{what}: {kernel.shared} bytes of shared memory, the limit is {SHARED_LIMIT[kernel.arch]}"
+                f"{what}: {kernel.shared} bytes of shared memory, "
+                f"the limit is {SHARED_LIMIT[kernel.arch]}"
             )
     return found
 

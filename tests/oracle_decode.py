@@ -97,8 +97,8 @@ def dream_count(masks, step, steps):
     now = 1 + (0.001 - 1) * step / steps
     then = 1 + (0.001 - 1) * (step + 1) / steps
     exact = masks * (1 - then / now)
-    if exact < 1 and (step > 0 or steps > masks):
-        return 1, 2 - exact  # only a first step with enough masks for all may be empty
+    if exact < 1 and steps > masks + step:
+        return 1, 2 - exact  # empty only where no more steps were asked for than masks
     return int(exact), min(exact - math.floor(exact), math.ceil(exact) - exact)
 
 

@@ -9,6 +9,7 @@ import torch
 
 import fastdllm_kernels as ops
 from fastdllm_kernels import attention_triton
+from fastdllm_kernels.attention import Operands
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 
@@ -46,17 +47,25 @@ def attention():
         ops.block_attention(q, k, v, *paged, *spans, page_table=pages)
         # Forms that the op does not take for such small shapes, and the portable kernel, which it
         # leaves aside on a Hopper.
-        rest = (None, None, numbers(9, 5), *tables, 0.1, torch.empty_like(q), None)
+        x = Operands(
+            q,
+            k,
+            v,
+            *caches,
+            *spans,
+            block_len=numbers(9, 5),
+            cos=tables[0],
+            sin=tables[1],
+            scale=0.1,
+            out=torch.empty_like(q),
+        )
         if ops.backend.chip_of(q.device).hopper and dim != 96:
             from fastdllm_kernels.attention_hopper import Config, launch
 
-            for form in (
-                Config(2, 64, 4, splits=2),
-                Config(1, 64, 3, programs=1),
-                Config(2, 64, 3, apart=True),
-            ):
-                launch(q, k, v, *caches, *spans, *rest, form)
-        attention_triton.launch(q, k, v, *caches, *spans, *rest)
+            launch(x, Config(2, 64, 4, splits=2))
+            launch(x, Config(1, 64, 3, programs=1))
+            launch(x, Config(2, 64, 3, halve_keys=True))
+        attention_triton.launch(x)
 
 
 def selection():
@@ -108,8 +117,30 @@ def layers():
     )
 
 
+def wild():
+    """Starts outside the cache and page tables that name no page: nothing outside is written, and
+    no page outside is read.
+    """
+    least, most = -(2**31), 2**31 - 1
+    q, k, v = normal(4, 9, 4, 64), normal(4, 9, 2, 64), normal(4, 9, 2, 64)
+    cos, sin = torch.randn(2, 40, 32, device=DEVICE).unbind(0)
+    starts = numbers(least, -4, 35, most)
+    tables = numbers(0, 1, 2, -1, least, 3, 7, 1, most, 6, 5, 4).view(4, 3)
+    ops.rope_to_cache(q, k, v, cos, sin, starts, normal(4, 40, 2, 64), normal(4, 40, 2, 64))
+    pages = normal(7, 16, 2, 64), normal(7, 16, 2, 64)
+    inside = numbers(0, 12, 30, 39)
+    for start in (starts, inside):
+        ops.rope_to_cache(q, k, v, cos, sin, start, *pages, page_table=tables)
+    kv_len = numbers(48, 48, 48, 48)
+    ops.block_attention(q, k, v, *pages, inside, kv_len, page_table=tables)
+    rows = normal(4, 48, 2, 64), normal(4, 48, 2, 64)
+    for column in (0, 1, 2):
+        table = tables[:, column : column + 1]
+        ops.block_attention(q, k, v, *rows, inside, kv_len, page_table=table)
+
+
 if __name__ == "__main__":
-    for run in (attention, selection, layers):
+    for run in (attention, selection, layers, wild):
         run()
     torch.cuda.synchronize()
     print("every kernel ran")

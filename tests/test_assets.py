@@ -23,9 +23,9 @@ def solved(request):
     """(model, test problems, a function that decodes them all with given options and returns texts
     and the Generation).
     """
-    sys.path.insert(0, str(ROOT / "bench" / "quality"))
-    from problems import make_problem
-    from tokenizer import prompt_of
+    sys.path.insert(0, str(ROOT / "bench"))
+    from tiny_models.problems import make_problem
+    from tiny_models.tokenizer import prompt_of
 
     folder = ASSETS / request.param
     model, tokenizer = (

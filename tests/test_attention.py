@@ -11,7 +11,8 @@ import math
 import pytest
 import torch
 
-from fastdllm_kernels import backend, block_attention
+from fastdllm_kernels import backend, block_attention, block_attention_reference
+from fastdllm_kernels.attention import Operands, stored_attention, whole_attention
 from fastdllm_kernels.pointwise import rotate
 
 triton = pytest.importorskip("triton")
@@ -38,7 +39,7 @@ def inputs(
     block_len=None,
     page=0,
     rotation=None,
-    layout="plain",
+    layout="contiguous",
     seed=0,
 ):
     """Arguments of block_attention by name; every cached slot and fresh row that must have no
@@ -53,33 +54,30 @@ def inputs(
     )
     for b in range(B):
         seen, length = visible(given, b, S, T)
+        unseen = [slot for slot in range(S) if slot not in seen]
         for cache in caches:
-            cache[b, [slot for slot in range(S) if slot not in seen]] = (
-                math.nan if b % 2 else math.inf
-            )
-        q[b, length:], k[b, length:], v[b, length:] = math.nan, math.nan, math.inf
+            cache[b, unseen] = math.nan if b % 2 else math.inf
+        q[b, length:] = math.nan
+        k[b, length:] = math.nan
+        v[b, length:] = math.inf
     if layout == "heads first":
         caches = [cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in caches]
     elif layout == "unlike":
         caches[1] = caches[1].transpose(1, 2).contiguous().transpose(1, 2)
-    elif layout == "plain":
+    elif layout == "contiguous":
         q, k, v = (x.contiguous() for x in (q, k, v))
-    spans = {
-        name: None
-        if given[name] is None
-        else torch.tensor(given[name], dtype=torch.int32, device=device)
-        for name in SPANS
-    }
+    spans = dict.fromkeys(SPANS)
+    for name, span in given.items():
+        if span is not None:
+            spans[name] = torch.tensor(span, dtype=torch.int32, device=device)
     table = None
     if page:
         caches, table = paged(caches, page, random)
     cos = sin = None
     if rotation:
         angles = torch.rand(S + 2 * T, D // 2, generator=random) * 100
-        cos, sin = (
-            x.to(device, torch.float32 if rotation == "fp32" else dtype)
-            for x in (angles.cos(), angles.sin())
-        )
+        table_dtype = torch.float32 if rotation == "fp32" else dtype
+        cos, sin = angles.cos().to(device, table_dtype), angles.sin().to(device, table_dtype)
     return dict(
         q=q,
         k=k,
@@ -95,10 +93,8 @@ def inputs(
 
 def visible(given, b, S, T):
     """(cached slots that row b sees, the length of its block)."""
-    start, length = (
-        given["block_start"][b],
-        T if given["block_len"] is None else given["block_len"][b],
-    )
+    start = given["block_start"][b]
+    length = T if given["block_len"] is None else given["block_len"][b]
     first = 0 if given["kv_start"] is None else given["kv_start"][b]
     slots = [*range(first, start), *range(start + length, given["kv_len"][b])]
     return [slot for slot in slots if slot < S], length
@@ -132,11 +128,10 @@ def oracle(x, scale=None):
     the inputs' dtype.
     """
     B, T, H, D = x["q"].shape
-    HK, scale = x["k"].shape[2], D**-0.5 if scale is None else scale
-    out, lse = (
-        torch.zeros(B, T, H, D, dtype=torch.float64),
-        torch.full((B, T, H), -math.inf, dtype=torch.float64),
-    )
+    HK = x["k"].shape[2]
+    scale = D**-0.5 if scale is None else scale
+    out = torch.zeros(B, T, H, D, dtype=torch.float64)
+    lse = torch.full((B, T, H), -math.inf, dtype=torch.float64)
     library = torch.zeros(B, T, H, D, dtype=x["q"].dtype)
     given = {name: None if x[name] is None else x[name].tolist() for name in SPANS}
     caches = [x[name] if x["page_table"] is None else None for name in ("k_cache", "v_cache")]
@@ -213,7 +208,7 @@ def run(x, chosen=None, scale=None, kernel=attention_triton):
         return out, lse
     lse = torch.full(out.shape[:3], math.nan, dtype=torch.float32, device=out.device)
     scale = out.shape[-1] ** -0.5 if scale is None else scale
-    kernel.launch(**x, scale=scale, out=out, lse=lse, chosen=chosen)
+    kernel.launch(Operands(**x, scale=scale, out=out, lse=lse), chosen)
     return out, lse
 
 
@@ -317,9 +312,22 @@ def test_out_may_be_strided(device, triton_backend):
     for chosen in (Config(16, 16, 4, 2), Config(16, 16, 4, 2, splits=2)):
         wide = torch.full((2, 4, 3, 80), math.nan, device=device)
         out, lse = wide.transpose(1, 2)[..., :64], torch.empty(2, 3, 4, device=device)
-        attention_triton.launch(**x, scale=64**-0.5, out=out, lse=lse, chosen=chosen)
+        attention_triton.launch(Operands(**x, scale=64**-0.5, out=out, lse=lse), chosen)
         assert_close(x, out, lse)
         assert wide[..., 64:].isnan().all()
+
+
+@pytest.mark.parametrize("page", [16, 64])
+def test_pages_that_do_not_exist_are_the_nearest(page, dtype, device, triton_backend):
+    """Pages of 64: a table of one column, which a chip's own kernel takes."""
+    x = inputs(dtype, device, S=64, block_start=(20, 40), page=page, rotation="own")
+    table = x["page_table"][:, : 64 // page].contiguous()
+    table[0, 0], table[1, -1] = -(2**31), 2**31 - 1
+    last = len(x["k_cache"]) - 1
+    for name in ("k_cache", "v_cache"):  # between the rows' pages lie others full of NaN
+        x[name][[0, last]] = torch.randn_like(x[name][[0, last]])
+    out, lse = run({**x, "page_table": table})
+    assert_close({**x, "page_table": table.clamp(0, last)}, out, lse)
 
 
 def test_halves_merge_to_the_whole(dtype, device, triton_backend):
@@ -330,19 +338,14 @@ def test_halves_merge_to_the_whole(dtype, device, triton_backend):
         "block_start": torch.zeros_like(x["block_start"]),
         "kv_len": torch.full_like(x["kv_len"], 16),
     }
-    (first, first_lse), (second, second_lse) = (
-        run({**alone, "k": x["k_cache"], "v": x["v_cache"]}),
-        run(alone),
-    )
+    first, first_lse = run({**alone, "k": x["k_cache"], "v": x["v_cache"]})
+    second, second_lse = run(alone)
     lse = torch.logaddexp(first_lse, second_lse)
-    merged = (
-        first.float() * (first_lse - lse).exp()[..., None]
-        + second.float() * (second_lse - lse).exp()[..., None]
-    )
+    merged = first.float() * (first_lse - lse).exp()[..., None]
+    merged += second.float() * (second_lse - lse).exp()[..., None]
     torch.testing.assert_close(lse, whole_lse)
-    torch.testing.assert_close(
-        merged.to(dtype), whole, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps
-    )
+    close = dict(rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(merged.to(dtype), whole, **close)
 
 
 def test_nothing_is_written_but_the_result(device, triton_backend):
@@ -378,6 +381,40 @@ def test_what_the_kernel_cannot_take(device, triton_backend, monkeypatch):
     monkeypatch.delenv(backend.VARIABLE)
     for given in (x, y):
         assert_close(given, *run(given))
+
+
+@pytest.mark.parametrize("lengths", [None, (9, 4)])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_whole_sequences(heads, lengths, device, dtype):
+    """What whole_attention chooses, and block_attention without a cache, give the same rows."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(2, 9, count, 64) for count in (heads[0], heads[1], heads[1])]
+    q, k, v = (torch.randn(shape, generator=random).to(device, dtype) for shape in shapes)
+    start = torch.zeros(2, dtype=torch.int32, device=device)
+    lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=device)
+    given = (q, k, v, k[:, :0], v[:, :0], start, start)
+    expected = block_attention_reference(*given, block_len=lengths)
+    close = dict(rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+    out = whole_attention(q, k, v, start=start, lengths=lengths)
+    for row, length in enumerate((9, 9) if lengths is None else lengths.tolist()):
+        torch.testing.assert_close(out[row, :length], expected[row, :length], **close)
+    if lengths is None:
+        torch.testing.assert_close(whole_attention(q, k, v), expected, **close)
+
+
+def test_stored_keys_are_attended_to(device, dtype):
+    """The last 9 of 20 positions over a cache that holds them as well, and 5 slots that nobody
+    sees.
+    """
+    random = torch.Generator().manual_seed(0)
+    shapes = [(2, 9, 4, 64), (2, 25, 2, 64), (2, 25, 2, 64)]
+    q, k_cache, v_cache = (torch.randn(s, generator=random).to(device, dtype) for s in shapes)
+    start, kv_len = (torch.full((2,), n, dtype=torch.int32, device=device) for n in (11, 20))
+    given = (q, k_cache[:, 11:20], v_cache[:, 11:20], k_cache, v_cache, start, kv_len)
+    expected = block_attention_reference(*given)
+    k_cache[:, 20:] = v_cache[:, 20:] = math.nan
+    close = dict(rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(stored_attention(*given, stored=20), expected, **close)
 
 
 class TestConfig:

@@ -3,14 +3,14 @@ only what is pure.
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_attention import CASES, assert_close, inputs, real, run
 
-from fastdllm.attention import full_attention
-from fastdllm.cache import Span
 from fastdllm_kernels import attention, attention_triton, backend
+from fastdllm_kernels.attention import Operands, whole_attention
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 from fastdllm_kernels import attention_hopper  # noqa: E402
@@ -36,9 +36,9 @@ FORMS = {
     "1 consumer, several tiles": Config(1, 64, 3, programs=2),
     "2 consumers, several tiles": Config(2, 64, 5, programs=1),
     "2 consumers, several long tiles": Config(2, 128, 3, programs=3),
-    "apart": Config(2, 64, 3, apart=True),
-    "apart, 3 splits": Config(2, 64, 3, splits=3, apart=True),
-    "apart, rotated first": Config(2, 64, 3, rotate_first=True, apart=True),
+    "halved keys": Config(2, 64, 3, halve_keys=True),
+    "halved keys, 3 splits": Config(2, 64, 3, splits=3, halve_keys=True),
+    "halved keys, rotated first": Config(2, 64, 3, rotate_first=True, halve_keys=True),
 }
 SPANS = {
     "prefix, block and suffix": dict(S=300, block_start=(100, 128), kv_len=(300, 257)),
@@ -83,10 +83,8 @@ def test_the_measured_configurations_are_picked(B, T, heads, keys, consumers, st
 def test_the_ring_fits(T, keys):
     for B, heads in ((1, (8, 8)), (1, (8, 1)), (8, (28, 4)), (64, (28, 4))):
         chosen = config(B, T, *heads, 128, keys, 2, H200)
-        rows, slots = (
-            64 * chosen.CONSUMERS,
-            2 * chosen.num_stages * chosen.TILE_KEYS * (2 if chosen.apart else 1),
-        )
+        rows = 64 * chosen.CONSUMERS
+        slots = 2 * chosen.num_stages * chosen.TILE_KEYS * (2 if chosen.halve_keys else 1)
         assert (rows + slots) * 128 * 2 + 1024 <= H200.shared
         assert not (chosen.rotate_first and chosen.splits > 1), "two launches at most"
 
@@ -108,17 +106,31 @@ def test_the_kernel_that_runs_on_a_hopper(dtype, D, pages, misplaced, expected, 
         2, 32, 4, D
     )  # one element off 16 bytes
     table = torch.zeros(2, pages, dtype=torch.int32) if pages else None
-    arguments = (fresh, fresh, fresh, cache, cache, table, fresh, fresh)
-    assert attention._kernel(*arguments) is attention_triton, "here"
+    x = Operands(fresh, fresh, fresh, cache, cache, None, None, page_table=table, out=fresh)
+    assert attention._kernel(x) is attention_triton, "here"
     monkeypatch.setattr(backend, "chip_of", lambda device: H200)
-    assert attention._kernel(*arguments) is expected
-    monkeypatch.setattr(attention, "_hopper", lambda: None)
-    assert attention._kernel(*arguments) is attention_triton, "with a triton that has no Gluon"
+    monkeypatch.setattr(attention, "_kernels", lambda hopper: (attention_hopper, attention_triton))
+    assert attention._kernel(x) is expected
+
+
+def test_the_kernels_of_a_chip(monkeypatch):
+    attention._kernels.cache_clear()
+    assert attention._kernels(False) == (attention_triton,)
+    monkeypatch.setattr(backend, "interpreting", lambda: False)
+    assert attention._kernels(True) == (attention_hopper, attention_triton)
+    for name, value in (
+        ("interpreting", lambda: True),
+        ("triton", SimpleNamespace(__version__="3.5.1")),
+    ):
+        with monkeypatch.context() as changed:
+            changed.setattr(backend, name, value)
+            attention._kernels.cache_clear()
+            assert attention._kernels(True) == (attention_triton,), "a chip's own kernel cannot run"
+    attention._kernels.cache_clear()
 
 
 def taken(x):
-    names = ("q", "k", "v", "k_cache", "v_cache", "page_table", "cos", "q")
-    return attention_hopper.supports(*(x[name] for name in names))
+    return attention_hopper.supports(Operands(**x, out=x["q"]))
 
 
 @on_hopper
@@ -126,7 +138,12 @@ def taken(x):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize(
     "form",
-    ["1 consumer, several tiles", "2 consumers, 2 splits", "2 consumers, long tiles", "apart"],
+    [
+        "1 consumer, several tiles",
+        "2 consumers, 2 splits",
+        "2 consumers, long tiles",
+        "halved keys",
+    ],
 )
 def test_the_portable_kernels_cases(form, case, dtype):
     x = inputs(dtype, "cuda", **case)
@@ -164,8 +181,8 @@ def test_forms_and_spans(form, span, heads, rotation):
         "1 consumer, several tiles",
         "2 consumers",
         "2 consumers, several long tiles",
-        "apart",
-        "apart, 3 splits",
+        "halved keys",
+        "halved keys, 3 splits",
     ],
 )
 def test_block_lengths(form, D, T):
@@ -183,7 +200,7 @@ def test_block_lengths(form, D, T):
         Config(2, 128, 3, programs=3),
         Config(1, 64, 3, programs=2),
         Config(2, 64, 5),
-        FORMS["apart"],
+        FORMS["halved keys"],
     ],
     ids=str,
 )
@@ -200,17 +217,12 @@ def test_a_refresh_of_whole_rows_takes_this_kernel(monkeypatch):
         torch.randn(2, 200, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2)
     )
     start = torch.zeros(2, dtype=torch.int32, device="cuda")
-    expected = full_attention(q, k, v, None)
+    expected = whole_attention(q, k, v)
     monkeypatch.delattr(torch.nn.functional, "scaled_dot_product_attention")
-    out = full_attention(q, k, v, Span(start, start + 200, start + 200, whole=True, ragged=False))
+    out = whole_attention(q, k, v, start=start)
     torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
     with pytest.raises(AttributeError):  # and has no gradient
-        full_attention(
-            q.requires_grad_(),
-            k,
-            v,
-            Span(start, start + 200, start + 200, whole=True, ragged=False),
-        )
+        whole_attention(q.requires_grad_(), k, v, start=start)
 
 
 @on_hopper
@@ -230,7 +242,7 @@ def test_rows_of_a_table_and_a_strided_result():
     for form in (Config(1, 64, 3), Config(2, 64, 5, splits=2)):
         wide = torch.full((2, 4, 8, 80), math.nan, dtype=torch.bfloat16, device="cuda")
         out, lse = wide.transpose(1, 2)[..., :64], torch.empty(2, 8, 4, device="cuda")
-        attention_hopper.launch(**x, scale=64**-0.5, out=out, lse=lse, chosen=form)
+        attention_hopper.launch(Operands(**x, scale=64**-0.5, out=out, lse=lse), form)
         assert_close(x, out, lse)
         assert wide[..., 64:].isnan().all()
 
@@ -243,7 +255,7 @@ def test_rows_of_a_table_and_a_strided_result():
         "1 consumer, 3 splits",
         "1 consumer, several tiles",
         "2 consumers, several long tiles",
-        "apart",
+        "halved keys",
     ],
 )
 def test_a_thousand_launches_give_the_same_bits(form, heads):

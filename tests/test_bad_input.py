@@ -10,10 +10,17 @@ import torch
 
 import fastdllm
 from fastdllm import CachePolicy, Factor, Quota, Threshold
+from fastdllm import options as written
+from fastdllm import text as texts
+from fastdllm.integrations.lm_eval_options import read_options
 from fastdllm_kernels import (
+    Fp8Weight,
     block_attention,
     confidence_select,
     linear,
+    linear_rms_norm,
+    linear_swiglu,
+    quantize_weight,
     rms_norm,
     rope_to_cache,
     swiglu,
@@ -65,6 +72,11 @@ def attend(**changes):
     return block_attention(*first, **call)
 
 
+def caches(pages, slots):
+    """The caches of `attend` as `pages` of so many slots."""
+    return {name: torch.zeros(pages, slots, 2, 64) for name in ("k_cache", "v_cache")}
+
+
 def select(logits=None, tokens=None, **changes):
     """confidence_select on B 2, T 4, V 10, with changes."""
     logits = torch.zeros(2, 4, 10) if logits is None else logits
@@ -75,12 +87,25 @@ def select(logits=None, tokens=None, **changes):
 def rotate(**changes):
     """rope_to_cache on B 1, T 2, H 2, HK 2, D 8, S 4, with changes."""
     cache = torch.zeros(1, 4, 2, 8)
-    options = {"start": ints(0), "k_cache": cache, "v_cache": cache.clone(), **changes}
-    return rope_to_cache(*[torch.zeros(1, 2, 2, 8)] * 3, *[torch.zeros(4, 4)] * 2, **options)
+    call = {name: torch.zeros(1, 2, 2, 8) for name in "qkv"}
+    call |= {"cos": torch.zeros(4, 4), "sin": torch.zeros(4, 4), "start": ints(0)}
+    return rope_to_cache(**{**call, "k_cache": cache, "v_cache": cache.clone(), **changes})
 
 
-class Backwards(Threshold):
-    """A rule of the user's own whose commit nobody would call."""
+def normalise(**changes):
+    """rms_norm on [2, 8], with changes."""
+    return rms_norm(**{"x": torch.zeros(2, 8), "weight": torch.ones(8), "eps": 1e-5, **changes})
+
+
+def product(op=linear, **changes):
+    """A product of [3, 4] by [8, 4], with changes."""
+    return op(**{"x": torch.zeros(3, 4), "weight": torch.zeros(8, 4), **changes})
+
+
+def product_norm(**changes):
+    """linear_rms_norm of [3, 4] by [8, 4], with changes."""
+    more = {"residual": torch.zeros(3, 8), "norm_weight": torch.ones(8), "eps": 1e-5}
+    return product(linear_rms_norm, **{**more, **changes})
 
 
 def edit(name, content):
@@ -114,6 +139,12 @@ def all_at_step_1(scores, candidates, step):
     return (torch.arange(candidates.shape[1]) == 0) | (step > 0)[:, None]
 
 
+def spoiled(model, value):
+    """The model with one number of its last norm set."""
+    model.norm.weight[0] = value
+    return model
+
+
 def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 
@@ -122,6 +153,93 @@ META = torch.device("meta")
 
 GENERATE = [
     ("no prompts", lambda f: generate(f, []), ValueError, "prompts"),
+    (
+        "a tokenizer's output without ids",
+        lambda f: generate(f, {"attention_mask": [[1]]}),
+        TypeError,
+        "prompts.*input_ids",
+    ),
+    (
+        "a mask of another length",
+        lambda f: generate(f, torch.ones(2, 3, dtype=torch.int64), attention_mask=[[1, 1, 1]]),
+        ValueError,
+        "attention_mask.*2 prompts",
+    ),
+    (
+        "a mask row of another length",
+        lambda f: generate(f, [[1, 2, 3]], attention_mask=[[1, 1]]),
+        ValueError,
+        r"attention_mask\[0\].*3 entries",
+    ),
+    (
+        "padding inside a text",
+        lambda f: generate(f, [[1, 2, 3]], attention_mask=[[1, 0, 1]]),
+        ValueError,
+        r"attention_mask\[0\].*either side",
+    ),
+    (
+        "a row of padding alone",
+        lambda f: generate(f, [[1, 2], [1, 2]], attention_mask=[[1, 1], [0, 0]]),
+        ValueError,
+        r"attention_mask\[1\].*at least one",
+    ),
+    (
+        "a mask of other numbers",
+        lambda f: generate(f, [[1, 2]], attention_mask=[[1, 2]]),
+        ValueError,
+        r"attention_mask\[0\].*0 at padding",
+    ),
+    ("a mask that is a number", lambda f: generate(f, attention_mask=1), ValueError, "attention"),
+    ("an id past 64 bits", lambda f: generate(f, [[1, 2**70]]), ValueError, r"prompts\[0\]"),
+    (
+        "a sparse prompt",
+        lambda f: generate(f, [torch.ones(3, dtype=torch.int64).to_sparse()]),
+        TypeError,
+        r"prompts\[0\].*dense",
+    ),
+    (
+        "a model in float64",
+        lambda f: fastdllm.generate(model_in(f, "llada").double(), [[1]]),
+        ValueError,
+        "model.*float64",
+    ),
+    (
+        "a model without weights",
+        lambda f: fastdllm.generate(model_in(f, "llada").to("meta"), [[1]]),
+        ValueError,
+        "model.*meta",
+    ),
+    (
+        "an unknown option of infill",
+        lambda f: fastdllm.infill(model_in(f, "llada"), [[1]], gen_length=3),
+        TypeError,
+        "gen_length",
+    ),
+    ("a sequence of none", lambda f: fastdllm.infill(model_in(f, "llada"), []), ValueError, "seq"),
+    (
+        "an id outside the vocabulary in a sequence",
+        lambda f: fastdllm.infill(model_in(f, "llada"), [[1], [99]]),
+        ValueError,
+        r"sequences\[1\]",
+    ),
+    (
+        "no rows to warm up",
+        lambda f: fastdllm.warm_up(model_in(f, "llada"), rows=0),
+        ValueError,
+        "rows",
+    ),
+    (
+        "more positions to warm up than the model has",
+        lambda f: fastdllm.warm_up(model_in(f, "llada"), positions=10**6),
+        ValueError,
+        "positions",
+    ),
+    (
+        "a block longer than what is warmed up",
+        lambda f: fastdllm.warm_up(model_in(f, "llada"), positions=32, block_length=32),
+        ValueError,
+        "positions",
+    ),
     (
         "an empty prompt",
         lambda f: generate(f, [torch.tensor([1]), torch.tensor([], dtype=torch.int64)]),
@@ -230,12 +348,6 @@ GENERATE = [
     ("a rule that is a class", lambda f: generate(f, rule=Threshold), TypeError, "rule"),
     ("a rule that is a name", lambda f: generate(f, rule="threshold"), TypeError, "rule"),
     (
-        "a rule that is a subclass of ours",
-        lambda f: generate(f, rule=Backwards()),
-        TypeError,
-        "rule",
-    ),
-    (
         "a temperature too large for a float",
         lambda f: generate(f, temperature=10**400),
         ValueError,
@@ -321,7 +433,7 @@ GENERATE = [
         TypeError,
         "top_p",
     ),
-    ("top_k 0", lambda f: generate(f, top_k=0, temperature=1.0, seed=0), ValueError, "top_k"),
+    ("top_k -2", lambda f: generate(f, top_k=-2, temperature=1.0, seed=0), ValueError, "top_k"),
     (
         "top_k a float",
         lambda f: generate(f, top_k=2.5, temperature=1.0, seed=0),
@@ -381,6 +493,19 @@ LOGITS = [
         ValueError,
         "tokens.*96",
     ),
+    (
+        "an id past the vocabulary",
+        lambda f: model_in(f).logits(torch.tensor([[1, 40]])),
+        ValueError,
+        r"tokens.*\[0, 40\).*40",
+    ),
+    (
+        "a negative id",
+        lambda f: model_in(f).logits(torch.tensor([[1, -1]])),
+        ValueError,
+        "tokens.*-1",
+    ),
+    ("a list of ids", lambda f: model_in(f).logits([[1, 2]]), TypeError, "tokens.*list"),
 ]
 
 LOAD = [
@@ -501,7 +626,7 @@ LOAD = [
         "ln_f",
     ),
     ("dtype int8", lambda f: load(f, dtype=torch.int8), ValueError, "dtype"),
-    ("dtype a text", lambda f: load(f, dtype="float16"), (TypeError, ValueError), "dtype"),
+    ("dtype a text", lambda f: load(f, dtype="float17"), ValueError, "dtype.*float16.*float17"),
     (
         "a device that is none",
         lambda f: load(f, device="abacus"),
@@ -525,6 +650,99 @@ LOAD = [
         lambda f: fastdllm.checkpoint.save(load(f, weights="fp8"), f / "copy"),
         ValueError,
         "model.*fp8",
+    ),
+    ("dtype float64", lambda f: load(f, dtype=torch.float64), ValueError, "dtype.*auto.*float64"),
+    ("dtype a number", lambda f: load(f, dtype=16), ValueError, "dtype.*bf16.*16"),
+    ("a negative device", lambda f: load(f, device=-1), ValueError, "^device.*-1"),
+    ("a device with a fraction", lambda f: load(f, device=0.5), TypeError, "^device.*0.5"),
+    ("a device that is a bool", lambda f: load(f, device=True), TypeError, "^device.*True"),
+    ("a device that holds nothing", lambda f: load(f, device="meta"), ValueError, "^device.*meta"),
+    (
+        "an end of text that is the mask",
+        lambda f: load(f, set_key("eos_token_id", 37)),
+        ValueError,
+        "config.json.*stop_ids.*37",
+    ),
+    (
+        "more layers than tensors",
+        lambda f: load(f, set_key("n_layers", 10**9)),
+        ValueError,
+        "n_layers=1000000000.*tensors",
+    ),
+    (
+        "an infinite rope base",
+        lambda f: load(f, set_key("rope_theta", INF)),
+        ValueError,
+        "rope_theta.*inf",
+    ),
+    (
+        "a flag that is a text",
+        lambda f: load(f, set_key("weight_tying", "false")),
+        ValueError,
+        "tie_embeddings.*'false'",
+    ),
+    (
+        "scaled rope by its newer name",
+        lambda f: load(f, set_key("rope_parameters", {"rope_type": "yarn", "factor": 4.0})),
+        ValueError,
+        "rope_parameters.*rope_type='yarn'",
+    ),
+    (
+        "two bases of rope",
+        lambda f: load(f, set_key("rope_parameters", {"rope_theta": 3.0})),
+        ValueError,
+        "rope_theta=500000.*rope_theta=3.0",
+    ),
+    (
+        "weights outside the folder",
+        lambda f: load(f, set_key("fastdllm_weights", "../model.safetensors")),
+        ValueError,
+        "config.json.*inside the folder.*'../model.safetensors'",
+    ),
+    (
+        "an index that leaves the folder",
+        lambda f: load(f, edit("model.safetensors.index.json", '{"weight_map": {"a": "/a"}}')),
+        ValueError,
+        "index.json.*inside the folder.*'/a'",
+    ),
+    (
+        "an index of other keys",
+        lambda f: load(
+            f,
+            edit("model.safetensors.index.json", '{"weight_map": {"a": "model.safetensors"}}'),
+        ),
+        ValueError,
+        "index.json.*a is not in model.safetensors.*is not in the index",
+    ),
+    (
+        "a key of the config twice",
+        lambda f: load(f, edit("config.json", '{"d_model": 1, "d_model": 2}')),
+        ValueError,
+        "config.json.*'d_model' comes twice",
+    ),
+    (
+        "NaN in weights to be saved",
+        lambda f: fastdllm.checkpoint.save(spoiled(load(f), NAN), f / "copy"),
+        ValueError,
+        "model.*norm.weight.*NaN",
+    ),
+    (
+        "float64 to be saved",
+        lambda f: fastdllm.checkpoint.save(load(f).double(), f / "copy"),
+        ValueError,
+        "model.*float64",
+    ),
+    (
+        "a number for the folder to save in",
+        lambda f: fastdllm.checkpoint.save(load(f), 3),
+        TypeError,
+        "folder.*int",
+    ),
+    (
+        "another module to be saved",
+        lambda f: fastdllm.checkpoint.save(torch.nn.Linear(2, 2), f / "copy"),
+        TypeError,
+        "model.*Linear",
     ),
 ]
 
@@ -672,6 +890,30 @@ ATTENTION = [
         "^out:",
     ),
     ("out a list", lambda f: attend(out=[]), TypeError, "^out:"),
+    (
+        "tables of no position",
+        lambda f: attend(cos=torch.zeros(0, 32), sin=torch.zeros(0, 32)),
+        ValueError,
+        r"^cos: expected a position or more, got \(0, 32\)",
+    ),
+    (
+        "page_table without a column",
+        lambda f: attend(page_table=torch.zeros(2, 0, dtype=torch.int32)),
+        ValueError,
+        r"^page_table: .*a page or more.*\(2, 0\)",
+    ),
+    (
+        "a cache of no page",
+        lambda f: attend(page_table=torch.zeros(2, 1).int(), **caches(0, 16)),
+        ValueError,
+        r"^k_cache: .*a page of a slot or more, got \(0, 16",
+    ),
+    (
+        "pages of no slot",
+        lambda f: attend(page_table=torch.zeros(2, 1).int(), **caches(3, 0)),
+        ValueError,
+        r"^k_cache: .*a page of a slot or more, got \(3, 0",
+    ),
 ]
 
 SELECT = [
@@ -1069,6 +1311,284 @@ POINTWISE = [
         ValueError,
         "^bias:",
     ),
+    (
+        "an RMSNorm of integers",
+        lambda f: normalise(x=torch.ones(2, 8, dtype=torch.int64)),
+        TypeError,
+        "^x: expected .*float16.*int64",
+    ),
+    ("an RMSNorm of a list", lambda f: normalise(x=[1.0]), TypeError, "^x:.*list"),
+    (
+        "an RMSNorm of a number",
+        lambda f: normalise(x=torch.tensor(1.0), weight=torch.tensor(1.0)),
+        ValueError,
+        r"^x: expected \[\.\.\., C\]",
+    ),
+    (
+        "an RMSNorm weight of integers",
+        lambda f: normalise(weight=torch.ones(8, dtype=torch.int32)),
+        TypeError,
+        "^weight:.*int32",
+    ),
+    (
+        "an RMSNorm weight elsewhere",
+        lambda f: normalise(weight=torch.ones(8, device=META)),
+        ValueError,
+        "^weight:.*cpu.*meta",
+    ),
+    (
+        "a residual of booleans",
+        lambda f: normalise(residual=torch.ones(2, 8, dtype=torch.bool)),
+        TypeError,
+        "^residual:.*bool",
+    ),
+    ("eps of 0", lambda f: normalise(eps=0.0), ValueError, "^eps:.*above 0.*0.0"),
+    ("eps negative", lambda f: normalise(eps=-1e-5), ValueError, "^eps:"),
+    ("eps of NaN", lambda f: normalise(eps=NAN), ValueError, "^eps:"),
+    ("eps infinite", lambda f: normalise(eps=INF), ValueError, "^eps:"),
+    ("eps of text", lambda f: normalise(eps="1e-5"), TypeError, "^eps:.*str"),
+    ("eps of None", lambda f: normalise(eps=None), TypeError, "^eps:"),
+    (
+        "gate and up of integers",
+        lambda f: swiglu(torch.ones(2, 8, dtype=torch.int64)),
+        TypeError,
+        "^gate_up:.*int64",
+    ),
+    ("gate and up a number", lambda f: swiglu(torch.tensor(1.0)), ValueError, "^gate_up:"),
+    ("gate and up a list", lambda f: swiglu([1.0, 2.0]), TypeError, "^gate_up:.*list"),
+    (
+        "a product of integers",
+        lambda f: product(x=torch.ones(3, 4, dtype=torch.int64)),
+        TypeError,
+        "^x:.*int64",
+    ),
+    ("a product of a number", lambda f: product(x=torch.tensor(1.0)), ValueError, "^weight:"),
+    (
+        "a weight of integers",
+        lambda f: product(weight=torch.ones(8, 4, dtype=torch.int8)),
+        TypeError,
+        "^weight:.*int8",
+    ),
+    (
+        "a weight of another dtype",
+        lambda f: product(weight=torch.zeros(8, 4).half()),
+        TypeError,
+        "^weight:.*float32.*float16",
+    ),
+    ("a weight of one row", lambda f: product(weight=torch.zeros(4)), ValueError, "^weight:"),
+    (
+        "a weight of another width",
+        lambda f: product(weight=torch.zeros(8, 5)),
+        ValueError,
+        r"^weight: expected \[out, 4\].*\(8, 5\)",
+    ),
+    (
+        "a weight elsewhere",
+        lambda f: product(weight=torch.zeros(8, 4, device=META)),
+        ValueError,
+        "^weight:.*meta",
+    ),
+    ("a weight of None", lambda f: product(weight=None), TypeError, "^weight:.*NoneType"),
+    (
+        "an fp8 weight of bytes",
+        lambda f: product(weight=Fp8Weight(torch.zeros(8, 4).byte(), torch.ones(8))),
+        TypeError,
+        "^weight:.*float8_e4m3fn.*uint8",
+    ),
+    (
+        "an fp8 weight of one scale",
+        lambda f: product(weight=quantize_weight(torch.ones(8, 4))._replace(scale=torch.ones(1))),
+        ValueError,
+        "^weight:",
+    ),
+    (
+        "a bias of integers",
+        lambda f: product(bias=torch.ones(8, dtype=torch.int64)),
+        TypeError,
+        "^bias:.*int64",
+    ),
+    (
+        "a bias elsewhere",
+        lambda f: product(bias=torch.ones(8, device=META)),
+        ValueError,
+        "^bias:.*meta",
+    ),
+    (
+        "gate and up of an odd number of rows",
+        lambda f: product(linear_swiglu, weight=torch.zeros(7, 4)),
+        ValueError,
+        "^weight:.*even",
+    ),
+    (
+        "an up of another shape",
+        lambda f: product(linear_swiglu, up=torch.zeros(7, 4)),
+        ValueError,
+        "^up:",
+    ),
+    (
+        "an up beside fp8",
+        lambda f: product(
+            linear_swiglu, weight=quantize_weight(torch.ones(8, 4)), up=torch.zeros(8, 4)
+        ),
+        ValueError,
+        "^up:.*Fp8Weight",
+    ),
+    (
+        "a product's residual of another shape",
+        lambda f: product_norm(residual=torch.zeros(3, 7)),
+        ValueError,
+        "^residual:",
+    ),
+    (
+        "a product's norm of integers",
+        lambda f: product_norm(norm_weight=torch.ones(8, dtype=torch.int64)),
+        TypeError,
+        "^norm_weight:",
+    ),
+    ("a product's eps of 0", lambda f: product_norm(eps=0), ValueError, "^eps:"),
+    (
+        "an int8 weight to quantise",
+        lambda f: quantize_weight(torch.ones(8, 16, dtype=torch.int8)),
+        TypeError,
+        "^weight:.*int8",
+    ),
+    ("a row to quantise", lambda f: quantize_weight(torch.ones(16)), ValueError, "^weight:"),
+    ("a list to quantise", lambda f: quantize_weight([1.0]), TypeError, "^weight:.*list"),
+    (
+        "queries of integers",
+        lambda f: rotate(q=torch.ones(1, 2, 2, 8, dtype=torch.int64)),
+        TypeError,
+        "^q:.*int64",
+    ),
+    (
+        "queries of three dimensions",
+        lambda f: rotate(q=torch.zeros(1, 2, 8)),
+        ValueError,
+        "^q:",
+    ),
+    ("keys of another dtype", lambda f: rotate(k=torch.zeros(1, 2, 2, 8).half()), TypeError, "^k:"),
+    ("keys of more positions", lambda f: rotate(k=torch.zeros(1, 3, 2, 8)), ValueError, "^k:"),
+    ("keys of no head", lambda f: rotate(k=torch.zeros(1, 2, 0, 8)), ValueError, "^k:"),
+    ("values of another shape", lambda f: rotate(v=torch.zeros(1, 2, 1, 8)), ValueError, "^v:"),
+    (
+        "values elsewhere",
+        lambda f: rotate(v=torch.zeros(1, 2, 2, 8, device=META)),
+        ValueError,
+        "^v:",
+    ),
+    (
+        "rotation tables of integers",
+        lambda f: rotate(cos=torch.zeros(4, 4).int(), sin=torch.zeros(4, 4).int()),
+        TypeError,
+        "^cos:.*int32",
+    ),
+    (
+        "rotation tables of no position",
+        lambda f: rotate(cos=torch.zeros(0, 4), sin=torch.zeros(0, 4)),
+        ValueError,
+        r"^cos: expected a position or more, got \(0, 4\)",
+    ),
+    ("a rotation without sines", lambda f: rotate(sin=None), TypeError, "^sin:.*NoneType"),
+    ("a key cache that is a list", lambda f: rotate(k_cache=[]), TypeError, "^k_cache:.*list"),
+    (
+        "a page table without a column",
+        lambda f: rotate(page_table=torch.zeros(1, 0).int()),
+        ValueError,
+        "^page_table:.*a page or more",
+    ),
+    (
+        "a page table of one dimension",
+        lambda f: rotate(page_table=ints(0)),
+        ValueError,
+        "^page_table:",
+    ),
+    (
+        "pages to write that have no slot",
+        lambda f: rotate(
+            k_cache=torch.zeros(3, 0, 2, 8),
+            v_cache=torch.zeros(3, 0, 2, 8),
+            page_table=torch.zeros(1, 1).int(),
+        ),
+        ValueError,
+        "^k_cache:.*a page of a slot or more",
+    ),
+    (
+        "no page to write",
+        lambda f: rotate(
+            k_cache=torch.zeros(0, 4, 2, 8),
+            v_cache=torch.zeros(0, 4, 2, 8),
+            page_table=torch.zeros(1, 1).int(),
+        ),
+        ValueError,
+        "^k_cache:.*a page of a slot or more",
+    ),
+]
+
+
+def evaluated(**given):
+    """lm-eval's arguments of a model, read."""
+    return read_options({"pretrained": "x", **given})
+
+
+def read(name, value):
+    """An option of the command line, read from its text."""
+    return written.named(name, written.NUMBERS[name].read, value)
+
+
+OPTIONS = [
+    ("lm-eval: max_length 1", lambda f: evaluated(max_length=1), ValueError, "^max_length:.* 1$"),
+    ("lm-eval: max_length -5", lambda f: evaluated(max_length=-5), ValueError, "^max_length:"),
+    ("lm-eval: steps 0", lambda f: evaluated(steps=0), ValueError, "^steps:.*got 0"),
+    ("lm-eval: steps -4", lambda f: evaluated(steps=-4), ValueError, "^steps:.*got -4"),
+    ("lm-eval: steps 2.5", lambda f: evaluated(steps=2.5), ValueError, "^steps:.*got 2.5"),
+    ("lm-eval: gen_length 0", lambda f: evaluated(gen_length=0), ValueError, "^gen_length:"),
+    ("lm-eval: block_length 0", lambda f: evaluated(block_length=0), ValueError, "^block_length:"),
+    ("lm-eval: top_p 0", lambda f: evaluated(top_p=0), ValueError, "^top_p:.*got 0"),
+    ("lm-eval: top_k -2", lambda f: evaluated(top_k=-2), ValueError, "^top_k:.*got -2"),
+    ("lm-eval: mc_num 0", lambda f: evaluated(mc_num=0), ValueError, "^mc_num:"),
+    ("lm-eval: a bool for a number", lambda f: evaluated(seed=True), ValueError, "^seed:.*True"),
+    ("lm-eval: dtype int8", lambda f: evaluated(dtype="int8"), ValueError, "^dtype:.*bfloat16"),
+    ("lm-eval: a dtype of bits", lambda f: evaluated(dtype=16), ValueError, "^dtype:.*got 16"),
+    ("lm-eval: a device unknown", lambda f: evaluated(device="tpu"), ValueError, "^device:"),
+    ("lm-eval: a flag of words", lambda f: evaluated(stop_early="no"), ValueError, "^stop_early:"),
+    ("lm-eval: a cache unknown", lambda f: evaluated(cache="full"), ValueError, "^cache:.*prefix"),
+    (
+        "lm-eval: two rules",
+        lambda f: evaluated(threshold=0.9, factor=1.0),
+        ValueError,
+        "^factor: expected one rule.*threshold",
+    ),
+    (
+        "lm-eval: a schedule without steps",
+        lambda f: evaluated(schedule="dream"),
+        ValueError,
+        "^schedule: expected steps",
+    ),
+    (
+        "lm-eval: a request's limit of 0",
+        lambda f: evaluated().asked({"max_gen_toks": 0}),
+        ValueError,
+        "max_gen_toks:.*got 0",
+    ),
+    ("threshold 1e400", lambda f: read("threshold", "1e400"), ValueError, "^threshold:.*'1e400'"),
+    ("factor 1e-60", lambda f: read("factor", "1e-60"), ValueError, "^factor:.*'1e-60'"),
+    ("steps past 64 bits", lambda f: read("steps", "9" * 20), ValueError, "^steps:.*'9{20}'"),
+    ("steps past Python's digits", lambda f: read("steps", "9" * 5000), ValueError, "^steps:"),
+    (
+        "a rule that is no call",
+        lambda f: written.read_rule("Quota(4) + 1"),
+        ValueError,
+        "expected a rule such as",
+    ),
+    (
+        "a rule of calls",
+        lambda f: written.read_rule("Quota(int(4))"),
+        ValueError,
+        "expected numbers and texts",
+    ),
+    ("a rule unknown", lambda f: written.read_rule("Best(4)"), ValueError, "Threshold.*Best"),
+    ("a byte in a text", lambda f: texts.check_text("PROMPT", "a\udcff"), ValueError, "byte 0xff"),
+    ("half a pair", lambda f: texts.check_text("PROMPT", "\ud83d"), ValueError, "^PROMPT:.*d83d"),
 ]
 
 TABLE = [
@@ -1081,6 +1601,7 @@ TABLE = [
         ("select", SELECT),
         ("rules", RULES),
         ("pointwise", POINTWISE),
+        ("options", OPTIONS),
     )
     for row in rows
 ]
@@ -1100,7 +1621,7 @@ def test_a_wrong_call_raises_the_stated_error(tmp_path, call, error, pattern):
 @pytest.mark.parametrize("mode", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_nan_logits_name_the_row_and_the_position(tmp_path, family, mode):
-    """The prompt of row 1 alone holds a token whose embedding is broken: row 0 must not be blamed."""
+    """Only row 1's prompt holds a token whose embedding is broken: row 0 must not be blamed."""
     config = tiny.FAMILIES[family]
     model = model_in(tmp_path, family)
     broken = oracle_models.shape_of(config)["vocab"] - 8

@@ -7,9 +7,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import string
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +21,17 @@ import pytest
 import torch
 
 import fastdllm
-from fastdllm import checkpoint, cli, display
+from fastdllm import checkpoint, cli, display, text
 from fastdllm.config import ModelConfig
 from fastdllm.model import DiffusionTransformer, initialize
 
 ROOT = Path(__file__).parents[1]
 MASK_ID, STOP_ID = 0, 1
 LETTERS = sorted(set(string.printable) - set("\r\x0b\x0c"))
-CHAT = "{% for message in messages %}<{{ message.content }}>{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+CHAT = (
+    "{% for message in messages %}<{{ message.content }}>{% endfor %}"
+    "{% if add_generation_prompt %}:{% endif %}"
+)
 SUMMARY = re.compile(
     r"(\d+) tokens, (\d+) forwards \((\d+) refresh \+ (\d+) cached\), "
     r"[\d.]+ tokens per forward, [\d.]+ tokens per second"
@@ -138,6 +144,20 @@ BAD_CALLS = [
     (["generate", "hi", "--threshold", "nan"], "--threshold"),
     (["generate", "hi", "--factor", "0"], "--factor: expected a number > 0"),
     (["generate", "hi", "--factor", "inf"], "--factor"),
+    (["generate", "hi", "--threshold", "1e400"], "float32 holds, got '1e400'"),
+    (["generate", "hi", "--factor", "1e-60"], "float32 holds, got '1e-60'"),
+    (["generate", "hi", "--steps", "99999999999999999999"], "got '99999999999999999999'"),
+    (["generate", "hi", "--steps", "2.5"], "--steps"),
+    (["generate", "hi", "--rule", "Threshold(0.9)", "--steps", "2"], "argument --rule"),
+    (["generate", "hi", "--rule", "Nothing(0.9)"], "rule: expected Threshold, Factor, Quota"),
+    (["generate", "hi", "--rule", "Quota(0)"], "rule: Quota.steps"),
+    (["generate", "hi", "--rule", "Quota(4, plan=1)"], "plan"),
+    (["generate", "hi", "--rule", "Quota(open('x'))"], "rule: expected numbers and texts"),
+    (["generate", "hi", "--rule", "Quota(4)(5)"], "rule: expected numbers and texts"),
+    (["generate", "hi", "--rule", "no.such.module:rule"], "no.such.module"),
+    (["generate", "hi", "--rule", "os.path:nothing"], "os.path:nothing"),
+    (["generate", "hi", "--rule", "a b"], "rule: expected a rule such as"),
+    (["generate", "h\udcff"], "PROMPT: expected text, got the byte 0xff at character 1"),
     (["generate", "hi", "--steps", "0"], "--steps"),
     (
         ["generate", "hi", "--threshold", "0.5", "--factor", "1"],
@@ -146,11 +166,13 @@ BAD_CALLS = [
     (["generate", "hi", "--factor", "1", "--steps", "2"], "not allowed with argument --factor"),
     (["generate", "hi", "--temperature", "-1"], "--temperature"),
     (["generate", "hi", "--top-p", "1.5"], "--top-p: expected a number in (0, 1]"),
-    (["generate", "hi", "--top-k", "0"], "--top-k"),
+    (["generate", "hi", "--top-k", "-2"], "--top-k: expected an integer >= 1, or 0 or -1"),
     (["generate", "hi", "--seed", "1.5"], "--seed: expected an integer"),
     (["generate", "hi", "--cache", "full"], "--cache: invalid choice: 'full'"),
-    (["generate", "hi", "--dtype", "int8"], "--dtype"),
-    (["generate", "hi", "--device", "tpu"], "--device"),
+    (["generate", "hi", "--dtype", "int8"], "bfloat16"),
+    (["generate", "hi", "--device", "tpu"], "--device: expected cpu, cuda or cuda:N, got 'tpu'"),
+    (["generate", "hi", "--device", "cuda:99"], "--device: expected c"),
+    (["generate", "hi", "--device", "cpu:1"], "--device"),
     (["generate", "hi", "--thresh", "0.5"], "--thresh"),
     (["generate", "one", "two"], "two"),
     (["generate", "hi", "--demo"], "leave PROMPT out"),
@@ -171,7 +193,7 @@ def assert_one_line(err, says):
 def test_a_wrong_call_is_one_line_and_exit_code_2(argv, says, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     monkeypatch.setattr(
-        fastdllm, "load", lambda *_, **__: pytest.fail("the call should be refused before")
+        checkpoint, "load", lambda *_, **__: pytest.fail("the call should be refused before")
     )
     assert cli.main(argv) == 2
     out, err = capsys.readouterr()
@@ -204,6 +226,20 @@ def test_undecodable_standard_input_is_a_wrong_call(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
     assert cli.main(["generate", "-"]) == 2
     assert_one_line(capsys.readouterr().err, "standard input is not text")
+
+
+def test_bytes_that_the_locale_let_pass_are_a_wrong_call(capsys, monkeypatch):
+    piped = io.TextIOWrapper(io.BytesIO(b"h\xff"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", piped)
+    assert cli.main(["generate"]) == 2
+    assert_one_line(capsys.readouterr().err, "expected text, got the byte 0xff at character 1")
+
+
+def test_a_prompt_without_a_token_is_a_wrong_call(call, monkeypatch):
+    monkeypatch.setattr(text.TextModel, "tokens", lambda *_, **__: [])
+    code, _, err = call("generate", "hi")
+    assert code == 2
+    assert_one_line(err, "the prompt has no tokens")
 
 
 def broken(folder, how):
@@ -287,12 +323,97 @@ def test_a_reader_that_leaves_is_no_error(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+@pytest.mark.parametrize("command", ["info", "generate"])
+def test_a_closed_stream_is_no_error(command, closed, call, monkeypatch):
+    monkeypatch.setattr(sys, closed, None)
+    words = ["hi"] if command == "generate" else []
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert cli.main([command, *words]) == 0
+    assert cli.main([command, "--nonsense"]) == 2
+    assert getattr(sys, closed) is None
+
+
+def in_a_process(*words, **options):
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    command = [sys.executable, "-m", "fastdllm", *words]
+    environment |= options.pop("env", {})
+
+    def heed_interrupts():  # a shell starts what runs in its background deaf to them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, preexec_fn=heed_interrupts, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
+def test_a_signal_while_torch_is_imported_leaves_no_traceback(number, code):
+    process = in_a_process("info", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    loaded = Path(f"/proc/{process.pid}/maps")
+    if not loaded.exists():
+        pytest.skip("only Linux tells what a process has loaded")
+    while "libtorch" not in loaded.read_text():
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.communicate(timeout=60) == (b"", b"") and process.returncode == code
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, fastdllm; print('torch' in sys.modules, fastdllm.generate.__name__)"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["False", "generate"], done.stderr
+
+
+# A rule that takes long, and decides last where the text ends.
+LAST_FIRST = """
+import time
+
+def last_first(scores, candidates, step):
+    time.sleep(0.1)
+    return candidates & (candidates.cumsum(1) == candidates.sum(1, keepdim=True))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
+def test_a_signal_in_mid_run_gives_the_cursor_back(number, code, tmp_path):
+    pty = pytest.importorskip("pty")
+    screen, terminal = pty.openpty()
+    (tmp_path / "slow.py").write_text(LAST_FIRST)
+    words = ["generate", "hi", "--device", "cpu", "--rule", "slow:last_first"]
+    environment = {
+        "TERM": "xterm-256color",
+        "COLUMNS": "60",
+        "NO_COLOR": "",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", tmp_path))),
+    }
+    process = in_a_process(*words, stdout=terminal, stderr=subprocess.PIPE, env=environment)
+    os.close(terminal)
+    shown = b""
+    while b"cached" not in shown:  # a step's frame
+        shown += os.read(screen, 4096)
+    assert b"\x1b[?25l" in shown, "the cursor is hidden while frames are drawn"
+    process.send_signal(number)
+    with suppress(OSError):  # the terminal is gone with the process
+        while more := os.read(screen, 4096):
+            shown += more
+    assert process.wait(60) == code and process.stderr.read() == b""
+    assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")
+
+
 def test_plain_text_is_the_answer_and_one_summary_line(call):
     code, out, err = call("generate", "one and two", "--threshold", 0)
     assert (code, err) == (0, "") and ANSI not in out and display.MASK not in out
     run = written("one and two", "--threshold", 0, call=call)
-    text, summary = out.rstrip("\n").rsplit("\n", 1)
-    assert text == run["text"] and len(text) == 12
+    answer, summary = out.rstrip("\n").rsplit("\n", 1)
+    assert answer == run["text"] and len(answer) == 12
     # A threshold of 0 commits a whole block in its refresh.
     assert SUMMARY.fullmatch(summary).groups() == ("12", "2", "2", "0")
 
@@ -322,12 +443,30 @@ def test_json_is_one_object_with_every_number(call):
     }
 
 
+def share(part):
+    """A rule that commits this part of the candidates, the surest first."""
+
+    def commit(scores, candidates, step):
+        count = (candidates.sum(1, keepdim=True) * part).clamp(min=1)
+        order = scores.masked_fill(~candidates, -1).argsort(1, descending=True)
+        return candidates & (order.argsort(1) < count)
+
+    return commit
+
+
+half = share(0.5)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ((), "cache dual, threshold 0.9"),
         (("--factor", 1.5, "--cache", "none"), "cache none, factor 1.5"),
         (("--steps", 2), "cache dual, 2 steps a block"),
+        (("--rule", "Quota(2, schedule='dream')"), "cache dual, Quota(2, schedule='dream')"),
+        (("--rule", "Threshold"), "cache dual, Threshold"),
+        (("--rule", "test_cli:half"), "cache dual, test_cli:half"),
+        (("--rule", "test_cli:share(0.5)"), "cache dual, test_cli:share(0.5)"),
     ],
 )
 def test_options_reach_generate(options, words, call, monkeypatch):
@@ -343,11 +482,44 @@ def test_options_reach_generate(options, words, call, monkeypatch):
     assert written("hi", *options, *more, call=call)["setting"] == f"Fast-dLLM: {words}"
     assert seen["gen_length"] == 12 and seen["block_length"] == 6 and seen["dtype"] == torch.float32
     assert (seen["temperature"], seen["top_p"], seen["top_k"], seen["seed"]) == (0.5, 0.8, 20, 4)
-    assert type(seen["rule"]).__name__.lower() in words.replace("steps", "quota")
+    kind = type(seen["rule"]).__name__.lower()
+    assert kind in words.lower().replace("steps", "quota").replace("test_cli", "function")
     assert (
         seen["prompts"] == [[2 + LETTERS.index(letter) for letter in "hi"]]
         and seen["on_step"] is None
     )
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_a_top_k_of_0_or_below_is_off(top_k, call):
+    options = ("hi", "--temperature", 1.0, "--seed", 3)
+    filtered = written(*options, "--top-k", top_k, call=call)
+    assert filtered["text"] == written(*options, call=call)["text"]
+    assert filtered["text"] != written(*options, "--top-k", 1, call=call)["text"]
+
+
+@pytest.mark.parametrize(
+    ("word", "dtype"),
+    [
+        ("auto", torch.float32),
+        ("fp32", torch.float32),
+        ("bf16", torch.bfloat16),
+        ("bfloat16", torch.bfloat16),
+        ("fp16", torch.float16),
+        ("half", torch.float16),
+    ],
+)
+def test_the_words_for_a_dtype(word, dtype, folder):
+    """The folder holds float32, which auto takes."""
+    assert text.load(str(folder), "cpu", word).model.dtype == dtype
+
+
+def test_auto_is_the_stored_dtype(folder, tmp_path):
+    half = text.load(str(folder), "cpu", "fp16")
+    copy = shutil.copytree(folder, tmp_path / "half")
+    checkpoint.save(half.model, copy)
+    assert text.load(str(copy), "cpu", "auto").model.dtype == torch.float16
+    assert text.load(str(copy), "cpu").model.dtype == torch.float32
 
 
 def test_tokens_after_the_first_end_of_text_do_not_count(call, monkeypatch):
@@ -462,7 +634,7 @@ def test_a_tokenizer_published_as_code_is_read_and_never_run(tmp_path):
         '{"model_type": "Dream", "auto_map": {"AutoConfig": "code.Config"}}'
     )
     (tmp_path / "tokenization_dream.py").write_text("raise SystemExit('the code ran')")
-    tokenizer = cli._tokenizer(str(tmp_path), "Dream")
+    tokenizer = text.load_tokenizer(str(tmp_path), "Dream")
     ids = tokenizer("two plus<|mask|>").input_ids
     assert ids == [*byte_level.encode("two plus").ids, byte_level.get_vocab_size()]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "two plus"
@@ -557,11 +729,11 @@ def test_the_demo_runs_every_embedded_problem(call):
 
 
 def test_the_demo_problems_are_test_problems(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench" / "quality"))
-    from problems import make_problem
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from tiny_models.problems import make_problem
 
     asked = {make_problem(i, "test").question for i in range(100)}
-    assert set((cli.ASSETS / "demo.txt").read_text().rstrip("\n").split("\n---\n")) <= asked
+    assert set((text.ASSETS / "demo.txt").read_text().rstrip("\n").split("\n---\n")) <= asked
 
 
 def test_info_for_people_and_for_programs(call):

@@ -20,17 +20,8 @@ COMMON = [
     (1, 32, 28, 4, 128, 2048, torch.bfloat16, "own", 0),  # Dream's step: 64 rows, group 7
     (32, 32, 28, 4, 128, 2048, torch.bfloat16, "own", 16),  # several waves of programs, pages
     (1, 32, 32, 32, 128, 1024, torch.bfloat16, "fp32", 0),  # half the keys
-    (
-        1,
-        32,
-        32,
-        32,
-        128,
-        512,
-        torch.bfloat16,
-        "fp32",
-        0,
-    ),  # a short cache: one program a multiprocessor, 8 warps
+    # A short cache: one program a multiprocessor, 8 warps.
+    (1, 32, 32, 32, 128, 512, torch.bfloat16, "fp32", 0),
     (1, 2048, 32, 32, 128, 2048, torch.bfloat16, None, 0),  # a whole canvas
     (1, 32, 32, 32, 128, 2048, torch.float32, "own", 0),  # exact fp32 products
     (1, 1, 8, 8, 64, 1024, torch.float16, "own", 256),  # 16 rows of padding around one
@@ -111,6 +102,7 @@ def launches_on_less_shared_memory(arch):
 
 def launch_case(chip, B, T, H, HK, D, slots, dtype, rotation, page, kernel=None):
     from fastdllm_kernels import attention_triton
+    from fastdllm_kernels.attention import Operands
 
     kernel = kernel or attention_triton
 
@@ -126,7 +118,7 @@ def launch_case(chip, B, T, H, HK, D, slots, dtype, rotation, page, kernel=None)
     tables = (None, None)
     if rotation and not chosen.rotate_first:
         tables = (empty(slots, D // 2, dtype=dtype if rotation == "own" else torch.float32),) * 2
-    kernel.launch(
+    x = Operands(
         empty(B, T, H, D),
         empty(B, T, HK, D),
         empty(B, T, HK, D),
@@ -136,11 +128,11 @@ def launch_case(chip, B, T, H, HK, D, slots, dtype, rotation, page, kernel=None)
         table,
         spans[3],
         *tables,
-        D**-0.5,
-        empty(B, T, H, D),
-        empty(B, T, H, dtype=torch.float32),
-        chosen,
+        scale=D**-0.5,
+        out=empty(B, T, H, D),
+        lse=empty(B, T, H, dtype=torch.float32),
     )
+    kernel.launch(x, chosen)
 
 
 @pytest.mark.parametrize("arch", compile_check.ARCHITECTURES)

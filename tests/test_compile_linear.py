@@ -22,31 +22,26 @@ SHAPES = [
 
 def launches(arch):
     from fastdllm_kernels.backend import Chip
-    from fastdllm_kernels.linear_triton import launch_linear, linear_config
+    from fastdllm_kernels.linear_triton import config, launch
 
     chip = Chip(
         compile_check.MULTIPROCESSORS[arch], compile_check.SHARED_LIMIT[arch], overlap=arch >= 90
     )
-    cases = [(*shape, torch.bfloat16) for shape in SHAPES] + [
-        (*shape, torch.float32) for shape in SHAPES[:3]
-    ]
+    cases = [(*shape, torch.bfloat16) for shape in SHAPES]
+    cases += [(*shape, torch.float32) for shape in SHAPES[:3]]
     for rows, width_in, width_out, gated, splittable, dtype in cases:
-        x, weight, bias = (
-            torch.empty(shape, dtype=dtype, device="meta")
-            for shape in (
-                (rows, width_in),
-                (width_out * (2 if gated else 1), width_in),
-                (width_out,),
-            )
-        )
-        chosen = linear_config(rows, width_in, width_out, gated, splittable, dtype.itemsize, chip)
-        launch_linear(x, weight, None if gated or splittable else bias, gated, chosen)
+        outputs = width_out * (2 if gated else 1)
+        x = torch.empty(rows, width_in, dtype=dtype, device="meta")
+        weight = torch.empty(outputs, width_in, dtype=dtype, device="meta")
+        bias = torch.empty(width_out, dtype=dtype, device="meta")
+        chosen = config(rows, width_in, width_out, gated, splittable, dtype.itemsize, chip)
+        launch(x, weight, None if gated or splittable else bias, gated=gated, chosen=chosen)
 
 
 def fp8_launches(arch):
-    from fastdllm_kernels import Fp8Weight
+    from fastdllm_kernels import Fp8Weight, fp8, fp8_triton
     from fastdllm_kernels.backend import Chip
-    from fastdllm_kernels.linear_triton import launch_linear, linear_config, quantize_rows
+    from fastdllm_kernels.linear_triton import config, launch
 
     chip = Chip(compile_check.MULTIPROCESSORS[arch], compile_check.SHARED_LIMIT[arch], overlap=True)
     for rows, width_in, width_out, gated, splittable in [
@@ -56,19 +51,11 @@ def fp8_launches(arch):
         x = torch.empty(rows, width_in, dtype=torch.bfloat16, device="meta")
         data = torch.empty(outputs, width_in, dtype=torch.float8_e4m3fn, device="meta")
         weight = Fp8Weight(data, torch.empty(outputs, device="meta"))
-        bias = (
-            None
-            if gated or splittable
-            else torch.empty(width_out, dtype=torch.bfloat16, device="meta")
-        )
-        launch_linear(
-            x,
-            weight,
-            bias,
-            gated,
-            linear_config(rows, width_in, width_out, gated, splittable, 1, chip),
-        )
-    quantize_rows(torch.empty(32, 18944, dtype=torch.float32, device="meta"))
+        bias = torch.empty(width_out, dtype=torch.bfloat16, device="meta")
+        chosen = config(rows, width_in, width_out, gated, splittable, 1, chip)
+        launch(x, weight, None if gated or splittable else bias, gated=gated, chosen=chosen)
+    x = torch.empty(32, 18944, dtype=torch.float32, device="meta")
+    fp8_triton.launch(x, fp8.LARGEST, fp8.SMALLEST)
 
 
 @pytest.mark.parametrize("arch", compile_check.ARCHITECTURES)

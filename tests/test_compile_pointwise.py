@@ -25,10 +25,10 @@ def launches(arch):
         (33, torch.float16),
     ):
         x = empty(32, width, dtype=dtype)
-        kernels.rms_norm(x, empty(width, dtype=dtype), 1e-5, x)
-    kernels.rms_norm(empty(32, 4096), empty(4096), 1e-5)
-    kernels.swiglu(empty(32, 2 * 12288))
-    kernels.swiglu(empty(32, 66, dtype=torch.float32))
+        kernels.launch_rms_norm(x, empty(width, dtype=dtype), 1e-5, x)
+    kernels.launch_rms_norm(empty(32, 4096), empty(4096), 1e-5)
+    kernels.launch_swiglu(empty(32, 2 * 12288))
+    kernels.launch_swiglu(empty(32, 66, dtype=torch.float32))
     start = empty(2, dtype=torch.int32)
     for heads, kv_heads, dim, table, paged in (
         (32, 32, 128, torch.float32, False),
@@ -40,10 +40,12 @@ def launches(arch):
         cos = empty(4096, dim // 2, dtype=table)
         cache = empty(512, 16, kv_heads, dim) if paged else empty(2, 2048, kv_heads, dim)
         pages = empty(2, 128, dtype=torch.int32) if paged else None
-        kernels.rope_to_cache(q, k, v, cos, cos, start, cache, cache, start, pages)
+        kernels.launch_rope_to_cache(
+            q, k, v, cos, cos, start, cache, cache, length=start, page_table=pages
+        )
     q = empty(2, 32, 8, 64, dtype=torch.float32)
     cos = empty(4096, 32, dtype=torch.float32)
-    kernels.rope_to_cache(q, q, q, cos, cos, start, None, None, None, None)
+    kernels.launch_rope_to_cache(q, q, q, cos, cos, start, None, None, length=None, page_table=None)
 
 
 def a_kernel_that_spills(arch):

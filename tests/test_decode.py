@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 import fastdllm
 from fastdllm import Factor, Quota, Threshold
-from fastdllm.cache import KVCache, Span
+from fastdllm.cache import KVCache, Shape, Span
 
 CACHES = ("none", "prefix", "dual")
 SCORES = ("confidence", "margin", "entropy")
@@ -457,7 +457,7 @@ def test_the_events_rebuild_the_tokens(
 
 def open_span(model, cache, start, length, total, whole):
     row = [torch.tensor([value], dtype=torch.int32) for value in (start, length, total)]
-    cache.span = Span(*row, whole=whole, ragged=False)
+    cache.span = Span(*row, Shape(length, stores=whole, whole=whole))
     model.attach(cache)
 
 

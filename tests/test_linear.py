@@ -12,13 +12,12 @@ from torch.nn import functional
 pytest.importorskip("triton")
 
 import fastdllm_kernels as ops  # noqa: E402
-from fastdllm_kernels import backend, linear_triton  # noqa: E402
+from fastdllm_kernels import backend, fp8, fp8_triton, linear_triton  # noqa: E402
 from fastdllm_kernels.backend import Chip  # noqa: E402
-from fastdllm_kernels.linear_triton import LinearConfig, launch_linear, linear_config  # noqa: E402
+from fastdllm_kernels.linear_triton import Config, config, launch  # noqa: E402
 
-linear_ops = importlib.import_module(
-    "fastdllm_kernels.linear"
-)  # the package's attribute of that name is the op
+# The package's attribute of that name is the op.
+linear_ops = importlib.import_module("fastdllm_kernels.linear")
 H200 = Chip(132, 232448, overlap=True)
 # (rows, in, out): one row, a full tile, one more, several tiles of rows; widths that no tile
 # divides.
@@ -100,7 +99,7 @@ class TestKernel:
 @pytest.mark.parametrize("width_in", [64, 256, 200])
 def test_parts_add_up(splits, width_in, device):
     x, weight, _, _ = operands(5, width_in, 70, torch.float16, device)
-    y = launch_linear(x, weight, None, False, LinearConfig(16, 64, 32, 4, 2, splits))
+    y = launch(x, weight, chosen=Config(16, 64, 32, 4, 2, splits))
     assert y.shape == ((splits, 5, 70) if splits > 1 else (5, 70))
     whole = y.sum(0) if splits > 1 else y
     assert_close(
@@ -109,11 +108,11 @@ def test_parts_add_up(splits, width_in, device):
 
 
 def test_what_lies_outside_is_not_touched(device):
-    """Rows and columns beside the operands hold NaN; the result's neighbours keep what they held."""
+    """Rows and columns beside the operands hold NaN."""
     wide = torch.full((9, 80), float("nan"), dtype=torch.float16, device=device)
     x, weight, _, _ = operands(5, 72, 40, torch.float16, device)
     wide[2:7, 3:75] = x
-    y = launch_linear(wide[2:7, 3:75], weight, None, False, LinearConfig(16, 64, 64, 4, 2, 2))
+    y = launch(wide[2:7, 3:75], weight, chosen=Config(16, 64, 64, 4, 2, 2))
     assert_close(
         y.sum(0).half(), functional.linear(x, weight), functional.linear(x.float(), weight.float())
     )
@@ -137,7 +136,7 @@ FP8_SHAPES = [(1, 64, 64), (3, 112, 33), (32, 256, 96), (33, 400, 130), (130, 20
 
 def exactly(x, weight, bias=None):
     """What the quantised operands multiply to, in float64: the oracle."""
-    data, scale = linear_ops.quantize_rows_reference(x)
+    data, scale = fp8.quantize_rows_reference(x)
     y = data.double() @ weight.data.double().T * (scale.double()[:, None] * weight.scale.double())
     return y if bias is None else y + bias.double()
 
@@ -155,11 +154,14 @@ class TestFp8Kernel:
 
     @pytest.fixture(autouse=True)
     def forced(self, triton_backend, monkeypatch):
-        """The interpreter rounds to e4m3 without carrying into the exponent: there the reference
-        quantises the rows.
+        """The interpreter rounds to e4m3 without carrying into the exponent, and is refused for it:
+        here the reference quantises the rows, so that it runs.
         """
         if not ON_GPU:
-            monkeypatch.setattr(linear_triton, "quantize_rows", linear_ops.quantize_rows_reference)
+            monkeypatch.setattr(backend, "WRONG_IN_INTERPRETER", (torch.bfloat16,))
+            monkeypatch.setattr(
+                fp8_triton, "launch", lambda x, *numbers: fp8.quantize_rows_reference(x)
+            )
 
     @pytest.mark.parametrize("with_bias", [False, True])
     def test_linear(self, shape, with_bias, dtype, device):
@@ -190,7 +192,7 @@ class TestFp8Kernel:
     @pytest.mark.parametrize("splits", [2, 3])
     def test_parts_add_up(self, shape, splits, device):
         x, weight, _, _ = fp8_operands(*shape, torch.float16, device)
-        y = launch_linear(x, weight, None, False, LinearConfig(32, 64, 64, 4, 2, splits))
+        y = launch(x, weight, chosen=Config(32, 64, 64, 4, 2, splits))
         assert_close(y.sum(0).half(), ops.linear_reference(x, weight), exactly(x, weight), ADDERS)
 
 
@@ -208,16 +210,14 @@ def on_the_grid(rows, width, dtype, device):
 
 @pytest.mark.parametrize("width", [16, 208, 1024, 4100])
 def test_rows_are_quantised_as_the_reference_does(width, dtype, device):
-    rows = (
-        normal(6, width, dtype=dtype, device=device)
-        if ON_GPU
-        else on_the_grid(6, width, dtype, device)
-    )
+    rows = on_the_grid(6, width, dtype, device)
+    if ON_GPU:  # where casts are right
+        rows = normal(6, width, dtype=dtype, device=device)
     rows[2] = 0
     wide = torch.full((6, width + 5), float("nan"), dtype=dtype, device=device)
     wide[:, 2:-3] = rows
-    data, scale = linear_triton.quantize_rows(wide[:, 2:-3])
-    theirs, their_scale = linear_ops.quantize_rows_reference(rows)
+    data, scale = fp8_triton.launch(wide[:, 2:-3], fp8.LARGEST, fp8.SMALLEST)
+    theirs, their_scale = fp8.quantize_rows_reference(rows)
     assert torch.equal(
         data.view(torch.uint8) & 127, theirs.view(torch.uint8) & 127
     )  # all but the sign of a zero
@@ -281,12 +281,13 @@ class TestFp8:
         assert all(map(torch.equal, ops.linear_rms_norm(x, weight, residual, norm, EPS), reference))
 
     def test_what_the_kernel_cannot_take(self, device, triton_backend, monkeypatch):
+        monkeypatch.setattr(backend, "WRONG_IN_INTERPRETER", (torch.bfloat16,))
         x, weight, _, _ = fp8_operands(4, 40, 48, torch.float16, device)
         with pytest.raises(RuntimeError, match="multiple of 16, not 40"):
             ops.linear(x, weight)
         with pytest.raises(ValueError, match=r"weight: expected \[out, 24\]"):
             ops.linear(x[:, :24], weight)
-        monkeypatch.setattr(linear_ops, "_multiplies_fp8", lambda device: False)
+        monkeypatch.setattr(fp8, "_multiplies_fp8", lambda device: False)
         with pytest.raises(RuntimeError, match=r"compute capability 8\.9"):
             ops.linear(*fp8_operands(4, 64, 48, torch.float16, device)[:2])
         monkeypatch.delenv(backend.VARIABLE)
@@ -317,7 +318,7 @@ def test_a_library_product_of_columns_and_of_narrow_outputs(rows, device):
 @pytest.mark.parametrize("rows", [1, 32, 128, 129, 512])
 @pytest.mark.parametrize("shape", [(4096, 4096), (12288, 4096), (3584, 4608), (18944, 3584)])
 def test_real_shapes_in_fp8(rows, shape, device):
-    """Few rows by the kernel, many by torch._scaled_mm: both give the quantised operands' product."""
+    """Few rows by the kernel, many by torch._scaled_mm: the quantised operands' product."""
     for dtype in (torch.bfloat16, torch.float16):
         x, weight, residual, norm = fp8_operands(rows, *shape, dtype, device)
         bias = norm if rows in (1, 512) else None
@@ -356,14 +357,12 @@ class TestChoice:
         assert all(map(torch.equal, ops.linear_rms_norm(*given, EPS), library))
 
     def test_gradients_take_the_reference(self, device):
-        x, weight, residual, norm = (
-            x.requires_grad_() for x in operands(4, 64, 48, torch.float32, device)
-        )
-        y, total = ops.linear_rms_norm(x, weight, residual, norm, EPS)
-        (
-            ops.linear(x, weight).sum() + ops.linear_swiglu(x, weight).sum() + y.sum() + total.sum()
-        ).backward()
-        assert all(tensor.grad is not None for tensor in (x, weight, residual, norm))
+        given = [x.requires_grad_() for x in operands(4, 64, 48, torch.float32, device)]
+        x, weight, _, _ = given
+        results = ops.linear(x, weight), ops.linear_swiglu(x, weight)
+        results += ops.linear_rms_norm(*given, EPS)
+        sum(result.sum() for result in results).backward()
+        assert all(tensor.grad is not None for tensor in given)
 
 
 class TestConfig:
@@ -375,24 +374,19 @@ class TestConfig:
             (12288, 4096, False, True),
             (18944, 3584, False, True),
         ):
-            chosen = linear_config(32, width_in, width_out, gated, splittable, 2, H200)
+            chosen = config(32, width_in, width_out, gated, splittable, 2, H200)
             assert -(-width_out // chosen.TILE_OUT) * chosen.splits >= H200.multiprocessors
             assert chosen.splits == 1 or splittable
 
     def test_a_narrow_product_keeps_more_in_flight(self):
-        narrow, wide = (
-            linear_config(32, 3584, width_out, False, False, 2, H200) for width_out in (4608, 12288)
-        )
-        assert (narrow.TILE_OUT, narrow.num_stages, narrow.splits) == (
-            64,
-            5,
-            1,
-        ) and wide.num_stages == 3
-        assert linear_config(32, 3584, 4608, False, False, 2, Chip(108, 166912)).TILE_OUT == 32
+        narrow = config(32, 3584, 4608, False, False, 2, H200)
+        assert (narrow.TILE_OUT, narrow.num_stages, narrow.splits) == (64, 5, 1)
+        assert config(32, 3584, 12288, False, False, 2, H200).num_stages == 3
+        assert config(32, 3584, 4608, False, False, 2, Chip(108, 166912)).TILE_OUT == 32
 
     def test_tiles_follow_the_rows(self):
         rows = [
-            linear_config(n, 4096, 12288, False, False, 2, H200).TILE_ROWS
+            config(n, 4096, 12288, False, False, 2, H200).TILE_ROWS
             for n in (1, 16, 17, 32, 64, 65, 128, 256)
         ]
         assert rows == [16, 16, 32, 32, 64, 128, 128, 128]
@@ -404,11 +398,11 @@ class TestConfig:
             (4096, 12288, True, False),
             (18944, 3584, False, True),
         ):
-            chosen = linear_config(rows, *shape, 1, H200)
+            chosen = config(rows, *shape, 1, H200)
             assert chosen.TILE_OUT == 64 and chosen.TILE_IN in (128, 256)
 
     def test_a_chip_without_overlap_is_not_asked_for_it(self):
-        assert not linear_config(32, 4096, 4096, False, True, 2, Chip(108, 166912)).overlap
+        assert not config(32, 4096, 4096, False, True, 2, Chip(108, 166912)).overlap
 
 
 @pytest.mark.gpu
@@ -461,14 +455,15 @@ def test_a_chain_in_a_graph_waits_for_what_it_reads(device, triton_backend):
 
 def test_the_kernel_is_the_one_under_test(device, triton_backend, monkeypatch):
     calls = []
-    real = linear_triton.launch_linear
-    monkeypatch.setattr(
-        linear_triton, "launch_linear", lambda *args: calls.append(args) or real(*args)
-    )
+    real = linear_triton.launch
+
+    def counted(*args, **options):
+        calls.append(args)
+        return real(*args, **options)
+
+    monkeypatch.setattr(linear_triton, "launch", counted)
     x, weight, residual, norm = operands(4, 64, 48, torch.float16, device)
-    (
-        ops.linear(x, weight),
-        ops.linear_swiglu(x, weight),
-        ops.linear_rms_norm(x, weight, residual, norm, EPS),
-    )
+    ops.linear(x, weight)
+    ops.linear_swiglu(x, weight)
+    ops.linear_rms_norm(x, weight, residual, norm, EPS)
     assert len(calls) == 3

@@ -1,11 +1,13 @@
 """model.py against plain statements of the two architectures, and the published numbers."""
 
-from pathlib import Path
+import copy
+import warnings
 
 import oracle_models
 import pytest
 import tiny
 import torch
+from torch import nn
 
 import fastdllm
 import fastdllm.model
@@ -196,5 +198,233 @@ def test_the_published_configs_are_read_as_they_are():
     assert dream.qkv_bias and not dream.tie_embeddings
 
 
-def test_the_model_file_stays_short():
-    assert len(Path(fastdllm.model.__file__).read_text().splitlines()) < 200
+# What somebody puts around the parts of a loaded model: it is called, by every way into the model.
+
+TOKENS = torch.tensor([[5, 1, 9, 30, 2], [37, 3, 37, 37, 8]])
+
+
+def everything(model, tokens=TOKENS):
+    """The logits of a full forward, and the tokens that generate makes of the first three."""
+    made = fastdllm.generate(model, tokens[:, :3], gen_length=8, block_length=4, stop_ids=())
+    return model.logits(tokens), torch.stack(made.tokens)
+
+
+def folded(model, changes):
+    """A copy of the model with every named weight changed in place; changes: name -> tensor."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, change in changes.items():
+            twin.get_parameter(name).add_(change)
+    return twin
+
+
+TARGETS = {
+    "the fused ones": ["qkv", "gate_up", "down"],
+    "every product": ["qkv", "out", "gate_up", "down", "lm_head"],
+    "one": ["out"],
+}
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_low_rank_adapter_moves_the_logits_as_its_product_does(tmp_path, family, targets):
+    peft = pytest.importorskip("peft")
+    model, _ = tiny.build(tmp_path, tiny.FAMILIES[family])
+    plain = copy.deepcopy(model)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS[targets])
+    adapted = peft.get_peft_model(model, config).eval()
+    changes = {}
+    for name, module in adapted.get_base_model().named_modules():
+        if hasattr(module, "lora_B"):
+            nn.init.normal_(module.lora_B["default"].weight, std=0.3)
+            changes[name + ".weight"] = module.get_delta_weight("default").detach()
+    wanted = folded(plain, changes)
+    assert len(changes) == sum(
+        name.removesuffix(".weight").split(".")[-1] in TARGETS[targets]
+        for name, _ in plain.named_parameters()
+    )
+    logits, made = everything(adapted)
+    assert (logits - plain.logits(TOKENS)).abs().max() > 1
+    torch.testing.assert_close(logits, wanted.logits(TOKENS), rtol=1e-4, atol=1e-4)
+    assert torch.equal(made, everything(wanted)[1])
+    with adapted.disable_adapter():
+        torch.testing.assert_close(adapted.logits(TOKENS), plain.logits(TOKENS))
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged.logits(TOKENS), logits.detach(), rtol=1e-4, atol=1e-4)
+
+
+def callable_modules(model):
+    """Every module inside the model that has a forward."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and not isinstance(module, nn.ModuleList)
+    }
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_hooks_of_every_module_run(tmp_path, family):
+    model, _ = tiny.build(tmp_path, tiny.FAMILIES[family])
+    plain, made = everything(model)
+    seen = []
+    for name, module in callable_modules(model).items():
+        module.register_forward_pre_hook(lambda *_, name=name: seen.append(("before", name)))
+        module.register_forward_hook(lambda *_, name=name: seen.append(("after", name)))
+    logits, again = everything(model)
+    names = callable_modules(model).keys()
+    assert {("before", name) for name in names} | {("after", name) for name in names} == set(seen)
+    torch.testing.assert_close(logits, plain)
+    assert torch.equal(again, made)
+
+
+@pytest.mark.parametrize(
+    "name", ["attention", "attention.qkv", "attention.out", "mlp_norm", "down"]
+)
+def test_what_a_hook_returns_counts(tmp_path, name):
+    model, _ = tiny.build(tmp_path, tiny.LLADA)
+    plain = model.logits(TOKENS)
+    for layer in model.layers:
+        layer.get_submodule(name).register_forward_hook(lambda m, x, y: 2 * y)
+    doubled = model.logits(TOKENS)
+    assert (doubled - plain).abs().max() > 0.1
+    by_weight, _ = tiny.build(tmp_path, tiny.LLADA)
+    weights = "attention.out" if name == "attention" else name
+    with torch.no_grad():
+        for layer in by_weight.layers:
+            layer.get_submodule(weights).weight.mul_(2)
+    torch.testing.assert_close(doubled, by_weight.logits(TOKENS), rtol=1e-4, atol=1e-4)
+
+
+def test_global_hooks_run(tmp_path):
+    model, _ = tiny.build(tmp_path, tiny.LLADA)
+    seen = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.add(m))
+    try:
+        model.logits(TOKENS)
+    finally:
+        handle.remove()
+    assert seen == set(callable_modules(model).values())
+
+
+def test_backward_hooks_run(tmp_path):
+    model, _ = tiny.build(tmp_path, tiny.LLADA)
+    model.requires_grad_(True)
+    seen = set()
+    for name in ("layers.0.attention.qkv", "layers.0.gate_up", "layers.1.down", "norm"):
+        model.get_submodule(name).register_full_backward_hook(lambda *_, name=name: seen.add(name))
+    model.logits(TOKENS).sum().backward()
+    assert len(seen) == 4
+
+
+class Doubled(nn.Module):
+    """A wrapper that knows nothing of what it holds."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+class Squared(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).square()
+
+
+PARTS = ["embedding", "norm", "lm_head"] + [
+    f"layers.1.{name}"
+    for name in (
+        "attention",
+        "attention.qkv",
+        "attention.out",
+        "attention_norm",
+        "mlp_norm",
+        "gate_up",
+        "down",
+    )
+]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_wrapper_is_called(tmp_path, name):
+    model, _ = tiny.build(tmp_path, tiny.LLADA)
+    twin = copy.deepcopy(model)
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, Doubled(model.get_submodule(name)))
+    doubled = name + (".out" if name.endswith("attention") else "") + ".weight"
+    with torch.no_grad():
+        twin.get_parameter(doubled).mul_(2)
+    for ours, wanted in zip(everything(model), everything(twin), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["attention.qkv", "attention.out", "gate_up", "down"])
+def test_a_subclass_or_a_forward_of_the_instance_is_called(tmp_path, name):
+    model, _ = tiny.build(tmp_path, tiny.LLADA)
+    twin, plain = copy.deepcopy(model), model.logits(TOKENS)
+    model.layers[0].get_submodule(name).__class__ = Squared
+    product = twin.layers[0].get_submodule(name)
+    product.forward = lambda x: nn.functional.linear(x, product.weight).square()
+    logits = model.logits(TOKENS)
+    assert (logits - plain).abs().max() > 0.1 and torch.equal(logits, twin.logits(TOKENS))
+
+
+def test_a_bias_that_was_put_on_later_is_added(tmp_path):
+    model, _ = tiny.build(tmp_path, tiny.LLADA)
+    plain = model.logits(TOKENS)
+    for name in ("attention.out", "gate_up", "down"):
+        product = model.layers[0].get_submodule(name)
+        before = model.logits(TOKENS)
+        product.bias = nn.Parameter(torch.full((product.out_features,), 0.5))
+        assert (model.logits(TOKENS) - before).abs().max() > 0.01, name
+        product.bias = None
+    assert torch.equal(model.logits(TOKENS), plain)
+
+
+def test_a_parametrised_weight_is_the_one_that_counts(tmp_path):
+    model, _ = tiny.build(tmp_path, tiny.LLADA)
+    plain = model.logits(TOKENS)
+
+    class Half(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    twin = copy.deepcopy(model)
+    nn.utils.parametrize.register_parametrization(model.layers[0].down, "weight", Half())
+    with torch.no_grad():
+        twin.layers[0].down.weight.div_(2)
+    logits = model.logits(TOKENS)
+    torch.testing.assert_close(logits, twin.logits(TOKENS))
+    assert (logits - plain).abs().max() > 0.01
+
+
+@pytest.mark.skipif(
+    "fbgemm" not in torch.backends.quantized.supported_engines, reason="no engine for int8"
+)
+def test_dynamic_quantisation_runs(tmp_path):
+    model, _ = tiny.build(tmp_path, tiny.LLADA)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is to move to another package
+        small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert not any(type(module) is nn.Linear for module in small.modules())
+    exact, (logits, made) = model.logits(TOKENS), everything(small)
+    lost = (logits - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert 0 < lost < 0.1 and made.shape == (2, 11)
+
+
+def test_a_plain_model_calls_no_product(tmp_path, monkeypatch):
+    """The fused ops run where nothing stands around a module: they read its weight."""
+    model, _ = tiny.build(tmp_path, tiny.DREAM)
+    monkeypatch.setattr(nn.Linear, "forward", None)
+    model.head = lambda hidden: hidden
+    assert model.logits(TOKENS).isfinite().all()
+
+
+@pytest.mark.parametrize("token", [-1, 40, 2**40])
+def test_an_id_outside_the_vocabulary_is_refused(tmp_path, token):
+    model, _ = tiny.build(tmp_path, tiny.LLADA)
+    with pytest.raises(ValueError, match=rf"tokens: .*\[0, 40\).*{token}"):
+        model.logits(torch.tensor([[1, token, 3]]))
+    with pytest.raises(TypeError, match="tokens: .*list"):
+        model.logits([[1, 2]])

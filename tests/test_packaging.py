@@ -1,8 +1,9 @@
 """The wheel and the editable install, beside Hugging Face's `kernels`, whose import name our folder
-shares.
+shares; and what checks the sources.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,7 @@ def test_the_wheel_holds_both_packages_and_the_models(wheel):
         <= names
     )
     assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
+    assert {"fastdllm/py.typed", "fastdllm_kernels/py.typed"} <= names
 
 
 def test_the_wheel_works_beside_the_kernels_client(wheel, tmp_path):
@@ -87,3 +89,23 @@ def test_from_the_repository_root_with_transformers_and_the_kernels_client():
     pytest.importorskip("kernels", reason="Hugging Face's kernels is in the test extra")
     paths = python(CHECK, ROOT).split()
     assert all(path.startswith(str(ROOT)) for path in paths)
+
+
+def test_a_commit_is_checked_by_what_make_lint_runs():
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    linted = [line.replace("$(RUN)", ".venv/bin/python").strip() for line in recipe[1].splitlines()]
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.findall(r"entry: (.+)", hooks) == linted and len(linted) == 3
+
+
+def test_of_kernels_alone_the_types_go_unchecked():
+    """mypy cannot read what @triton.jit and @gluon.jit compile: those files, and no others."""
+    settings = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"# Kernels are .*?module = \[(.*?)\]", settings, re.DOTALL)
+    kernels = ROOT / "kernels" / "fastdllm_kernels"
+    compiled = {
+        f"fastdllm_kernels.{file.stem}"
+        for file in kernels.glob("*.py")
+        if re.search(r"^@(triton|gluon)\.jit", file.read_text(), re.MULTILINE)
+    }
+    assert set(re.findall(r'"(.+?)"', listed[1])) == compiled

@@ -1,10 +1,12 @@
-"""replace_attention on somebody else's models: the published module structures restated, and
-transformers' own classes.
+"""replace_attention on somebody else's models: the published module structures, restated in
+bench/published.py, and transformers' own classes.
 """
 
 import copy
+import inspect
+import sys
 from collections import Counter
-from types import SimpleNamespace
+from pathlib import Path
 
 import oracle_models
 import pytest
@@ -13,11 +15,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import (
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    PretrainedConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -26,325 +28,24 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 import fastdllm
 from fastdllm import replaced
+from fastdllm.families import FAMILIES, MODELING_FILES, ModelingFile
 
-# Dream's published config sets the older name, and so does the one restated here.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+from published import (  # noqa: E402
+    DreamConfig,
+    DreamModel,
+    LLaDAConfig,
+    LLaDALlamaBlock,
+    LLaDAModelLM,
+    Norm,
+)
+
+# Dream's published config sets the older name, and so does the one restated there.
 pytestmark = pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated")
 
 CACHES = ("none", "prefix", "dual")
 RULES = (fastdllm.Threshold(0.2), fastdllm.Factor(3.0))
-
-
-class Norm(nn.Module):
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        wide = x.float()
-        return self.weight * (
-            wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        ).to(x.dtype)
-
-
-def half_turn(x):
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([-b, a], dim=-1)
-
-
-def angles(theta, dim, positions):
-    frequency = theta ** -(torch.arange(0, dim, 2).float() / dim)
-    angle = torch.outer(positions.float(), frequency)
-    return torch.cat([angle, angle], dim=-1)
-
-
-def widen(x, heads):
-    """Repeat key and value heads [B, HK, L, D] for grouped queries."""
-    return x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-# LLaDA as published: the layer projects, its method `attention` does the rest, the head sits inside
-# the inner model.
-
-
-class LLaDAConfig(PretrainedConfig):
-    model_type = "llada"
-
-    def __init__(self, use_cache=False, **values):
-        super().__init__(**{**values, "use_cache": use_cache})
-
-
-class LLaDARotary(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-
-    def forward(self, q, k):
-        """Rotates q as the last rows of what k spans."""
-        length, dim = k.shape[2], k.shape[3]
-        angle = angles(self.config.rope_theta, dim, torch.arange(length))
-        turn = lambda x, a: (x.float() * a.cos() + half_turn(x.float()) * a.sin()).to(x.dtype)  # noqa: E731
-        return turn(q, angle[length - q.shape[2] :]), turn(k, angle)
-
-
-class LLaDALlamaBlock(nn.Module):
-    def __init__(self, layer_id, config):
-        super().__init__()
-        self.layer_id, self.config = layer_id, config
-        width, mlp, kv = (
-            config.d_model,
-            config.mlp_hidden_size,
-            config.d_model // config.n_heads * config.n_kv_heads,
-        )
-        self.attn_norm, self.ff_norm = (
-            Norm(width, config.rms_norm_eps),
-            Norm(width, config.rms_norm_eps),
-        )
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj, self.v_proj = (
-            nn.Linear(width, kv, bias=False),
-            nn.Linear(width, kv, bias=False),
-        )
-        self.attn_out = nn.Linear(width, width, bias=False)
-        self.ff_proj, self.up_proj = (
-            nn.Linear(width, mlp, bias=False),
-            nn.Linear(width, mlp, bias=False),
-        )
-        self.ff_out, self.act, self.dropout = (
-            nn.Linear(mlp, width, bias=False),
-            nn.SiLU(),
-            nn.Dropout(0.0),
-        )
-        self.rotary_emb = LLaDARotary(config)
-
-    def attention(self, q, k, v, attention_bias=None, layer_past=None, use_cache=False):
-        rows, length, width = q.shape
-        heads = self.config.n_heads
-        q, k, v = (x.view(rows, length, -1, width // heads).transpose(1, 2) for x in (q, k, v))
-        if layer_past is not None:
-            k, v = (
-                torch.cat([past, x], dim=-2) for past, x in zip(layer_past, (k, v), strict=True)
-            )
-        present = (k, v) if use_cache else None
-        q, k = self.rotary_emb(q, k)
-        out = functional.scaled_dot_product_attention(
-            q, widen(k, heads), widen(v, heads), is_causal=False
-        )
-        return self.attn_out(out.transpose(1, 2).reshape(rows, length, width)), present
-
-    def forward(self, x, attention_bias=None, layer_past=None, use_cache=False):
-        normed = self.attn_norm(x)
-        q, k, v = self.q_proj(normed), self.k_proj(normed), self.v_proj(normed)
-        out, present = self.attention(
-            q, k, v, attention_bias, layer_past=layer_past, use_cache=use_cache
-        )
-        x = x + self.dropout(out)
-        normed = self.ff_norm(x)
-        return x + self.dropout(
-            self.ff_out(self.act(self.ff_proj(normed)) * self.up_proj(normed))
-        ), present
-
-
-class LLaDAModel(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        parts = {
-            "wte": nn.Embedding(config.embedding_size, config.d_model),
-            "emb_drop": nn.Dropout(0.0),
-            "blocks": nn.ModuleList(LLaDALlamaBlock(i, config) for i in range(config.n_layers)),
-            "ln_f": Norm(config.d_model, config.rms_norm_eps),
-        }
-        if not config.weight_tying:
-            parts["ff_out"] = nn.Linear(config.d_model, config.embedding_size, bias=False)
-        self.transformer = nn.ModuleDict(parts)
-
-    def forward(self, input_ids, past_key_values=None, use_cache=False):
-        parts = self.transformer
-        x, presents = parts.emb_drop(parts.wte(input_ids)), []
-        for block, past in zip(
-            parts.blocks, past_key_values or [None] * len(parts.blocks), strict=True
-        ):
-            x, present = block(x, attention_bias=None, layer_past=past, use_cache=use_cache)
-            presents.append(present)
-        x = parts.ln_f(x)
-        logits = (
-            functional.linear(x, parts.wte.weight) if self.config.weight_tying else parts.ff_out(x)
-        )
-        return SimpleNamespace(logits=logits, past_key_values=presents if use_cache else None)
-
-
-class LLaDAModelLM(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config, self.model = config, LLaDAModel(config)
-
-    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None):
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        return self.model(input_ids, past_key_values, use_cache)
-
-
-# Dream as published: Qwen2's layers, self_attn returning three things, RoPE tables from the inner
-# model.
-
-
-class DreamConfig(PretrainedConfig):
-    model_type = "Dream"
-
-    def __init__(
-        self,
-        rope_theta=10000.0,
-        rope_scaling=None,
-        use_cache=True,
-        tie_word_embeddings=False,
-        **values,
-    ):
-        self.rope_theta, self.rope_scaling, self.use_cache = rope_theta, rope_scaling, use_cache
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **values)
-
-
-class DreamAttention(nn.Module):
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        self.layer_idx, self.num_heads, self.num_key_value_heads = (
-            layer_idx,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-        )
-        width, self.head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
-        kv = self.head_dim * self.num_key_value_heads
-        self.q_proj, self.k_proj, self.v_proj = (
-            nn.Linear(width, width),
-            nn.Linear(width, kv),
-            nn.Linear(width, kv),
-        )
-        self.o_proj = nn.Linear(width, width, bias=False)
-
-    def forward(
-        self,
-        hidden_states,
-        attention_mask=None,
-        position_ids=None,
-        past_key_value=None,
-        output_attentions=False,
-        use_cache=False,
-        cache_position=None,
-        position_embeddings=None,
-    ):
-        rows, length, width = hidden_states.shape
-        q, k, v = (
-            project(hidden_states).view(rows, length, -1, self.head_dim).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        cos, sin = (x.unsqueeze(1) for x in position_embeddings)
-        q, k = (x * cos + half_turn(x) * sin for x in (q, k))
-        mask = attention_mask if isinstance(attention_mask, torch.Tensor) else None
-        k, v = widen(k, self.num_heads), widen(v, self.num_heads)
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=False)
-        return self.o_proj(out.transpose(1, 2).reshape(rows, length, width)), None, past_key_value
-
-
-class DreamMLP(nn.Module):
-    def __init__(self, width, mlp):
-        super().__init__()
-        self.gate_proj, self.up_proj = (
-            nn.Linear(width, mlp, bias=False),
-            nn.Linear(width, mlp, bias=False),
-        )
-        self.down_proj = nn.Linear(mlp, width, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class DreamDecoderLayer(nn.Module):
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        self.self_attn = DreamAttention(config, layer_idx)
-        self.mlp = DreamMLP(config.hidden_size, config.intermediate_size)
-        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_states,
-        attention_mask=None,
-        position_ids=None,
-        past_key_value=None,
-        output_attentions=False,
-        use_cache=False,
-        cache_position=None,
-        position_embeddings=None,
-    ):
-        out, _, present = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_value=past_key_value,
-            output_attentions=output_attentions,
-            use_cache=use_cache,
-            cache_position=cache_position,
-            position_embeddings=position_embeddings,
-        )
-        hidden_states = hidden_states + out
-        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return (hidden_states, present) if use_cache else (hidden_states,)
-
-
-class DreamRotaryEmbedding(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        dim = config.hidden_size // config.num_attention_heads
-        inv_freq = config.rope_theta ** -(torch.arange(0, dim, 2).float() / dim)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-
-    def forward(self, x, position_ids):
-        angle = position_ids[..., None].float() * self.inv_freq
-        angle = torch.cat([angle, angle], dim=-1)
-        return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-
-
-class DreamBaseModel(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DreamDecoderLayer(config, i) for i in range(config.num_hidden_layers)
-        )
-        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = DreamRotaryEmbedding(config)
-
-    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        x, past = self.embed_tokens(input_ids), object() if use_cache else None
-        if position_ids is None:
-            position_ids = torch.arange(x.shape[1])[None]
-        tables = self.rotary_emb(x, position_ids)
-        for layer in self.layers:
-            outputs = layer(
-                x,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_value=past,
-                use_cache=use_cache,
-                position_embeddings=tables,
-            )
-            x = outputs[0]
-        return SimpleNamespace(
-            last_hidden_state=self.norm(x), past_key_values=outputs[1] if use_cache else None
-        )
-
-
-class DreamModel(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config, self.model = config, DreamBaseModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def forward(self, input_ids, attention_mask="full", position_ids=None, use_cache=None):
-        outputs = self.model(input_ids, attention_mask, position_ids, use_cache)
-        outputs.logits = self.lm_head(outputs.last_hidden_state)
-        return outputs
 
 
 def without(config, *keys):
@@ -370,6 +71,7 @@ def as_transformers(build, config_type, raw, state, **options):
         bos_token_id=None,
         eos_token_id=raw["eos_token_id"],
         **options,
+        rope_theta=shape["theta"],  # transformers 4's name, and 5's
         rope_parameters={"rope_type": "default", "rope_theta": shape["theta"]},
     )
     model = build(config).eval()
@@ -705,6 +407,28 @@ def test_an_override_that_was_there_comes_back(tmp_path):
     assert calls == [1]
 
 
+def test_a_models_own_override_of_its_forward_is_called_and_comes_back(published):
+    model, _, _ = published
+    tokens, calls, inner = some_tokens(40), [], model.forward
+    model.forward = override = lambda *args, **values: calls.append(1) or inner(*args, **values)
+    fastdllm.replace_attention(model)
+    forward(model, tokens)
+    with pytest.raises(ValueError, match="^attention_mask: "):
+        forward(model, tokens, attention_mask=torch.zeros_like(tokens))
+    assert calls == [1] and fastdllm.restore_attention(model).forward is override
+
+
+def test_another_modeling_file_is_one_row(tmp_path, monkeypatch):
+    """Mistral's parts lie where Llama's do; nothing but the table knows any of them."""
+    row = FAMILIES["Dream"], ModelingFile(config_family="Dream", causal_by_default=True)
+    monkeypatch.setitem(MODELING_FILES, "mistral", row)
+    options = {"num_key_value_heads": 2, "sliding_window": None}
+    model = small(MistralForCausalLM, MistralConfig, **options).eval()
+    fastdllm.replace_attention(model, mask_id=39, stop_ids=[])
+    assert model.fastdllm_adapter.config.family == "Dream"
+    assert all((row != 39).all() for row in decode(model).tokens)
+
+
 def test_llada_without_use_cache_is_worked_around_and_said(tmp_path, caplog):
     model, _, _ = build("LLaDA", tmp_path)
     lost = not hasattr(model.config, "use_cache")
@@ -727,38 +451,338 @@ def test_outputs_keep_their_form(tmp_path):
     present = llada(tokens, use_cache=True).past_key_values
     for ours, theirs in zip(present, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="layer_past"):
-        llada(tokens, past_key_values=present)
     dream, _, _ = build("Dream", tmp_path / "dream")
+    attention = dream.model.layers[0].self_attn
     fastdllm.replace_attention(dream)
-    assert (
-        dream(tokens).past_key_values is None
-    )  # nothing that a later call could continue from wrongly
+    output, weights, past = attention(hidden_states=torch.randn(2, 5, 48))
+    assert output.shape == (2, 5, 48) and weights is past is None
 
 
-def test_what_a_plain_forward_cannot_honour_is_refused(tmp_path):
-    model, options, _ = build("Llama, llada", tmp_path / "llama")
+# What a forward is called with, where it asks for more than full attention from position 0 on.
+
+FOUR = ("LLaDA", "Dream", "Llama, llada", "Qwen2, dream")
+WIDTH = 13
+
+
+@pytest.fixture(params=FOUR)
+def guarded(request, tmp_path):
+    """(a replaced model of one of the four modeling files, its kind, tokens)."""
+    model, options, _ = build(request.param, tmp_path)
     fastdllm.replace_attention(model, **options)
+    return model, request.param, some_tokens(40, length=WIDTH)
+
+
+def entries(model, tokens):
+    """Every way into a model that takes a mask: name -> a call with options."""
+    adapter = model.fastdllm_adapter
+    layer = adapter._part("layers")[1]
+    x = adapter._part("embedding")(tokens)
+    return {
+        "model": lambda **options: model(tokens, **options),
+        "the model inside": lambda **options: model.model(tokens, **options),
+        "its forward": lambda **options: model.forward(tokens, **options),
+        "a layer": lambda **options: layer(x, **options),
+    }
+
+
+def filled_cache():
+    cache = DynamicCache()
+    cache.update(torch.zeros(2, 2, 4, 8), torch.zeros(2, 2, 4, 8), 0)
+    return cache
+
+
+def window(width=4):
+    at = torch.arange(WIDTH)
+    return ((at[:, None] - at).abs() < width).expand(2, 1, WIDTH, WIDTH)
+
+
+def padded(dtype, *hidden):
+    mask = torch.ones(2, WIDTH, dtype=dtype)
+    mask[1, list(hidden)] = 0
+    return mask
+
+
+def as_bias(visible, dtype=torch.float32):
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+CAUSAL = torch.ones(2, 1, WIDTH, WIDTH, dtype=torch.bool).tril()
+HOLED = torch.ones(2, 1, WIDTH, WIDTH, dtype=torch.bool)
+HOLED[0, :, :, :2] = False
+LAST_ROW_FULL = CAUSAL.clone()
+LAST_ROW_FULL[..., 3, 1] = False
+ARANGE = torch.arange(WIDTH)[None]
+# (the argument, what is given for it). Masks and positions, then whatever else nothing is made of.
+UNHONOURED = {
+    "padding on the left": ("attention_mask", padded(torch.long, 0)),
+    "padding on the right": ("attention_mask", padded(torch.long, 11, 12)),
+    "padding of bools": ("attention_mask", padded(torch.bool, 0)),
+    "padding of floats": ("attention_mask", padded(torch.float32, 12)),
+    "all padding, of floats": ("attention_mask", torch.zeros(2, WIDTH)),
+    "a window of bools": ("attention_mask", window()),
+    "a window of floats": ("attention_mask", as_bias(window())),
+    "a window of half floats": ("attention_mask", as_bias(window(), torch.float16)),
+    "a hole in all rows": ("attention_mask", HOLED),
+    "a hole in one row": ("attention_mask", LAST_ROW_FULL),
+    "padding of one row of queries": ("attention_mask", HOLED[:, :, :1]),
+    "a mask by kind of layer": ("attention_mask", {"full_attention": HOLED}),
+    "a mask that is a word": ("attention_mask", "causal"),
+    "a mask that is an object": ("attention_mask", object()),
+    "a bias": ("attention_bias", as_bias(window())),
+    "a bias of a slope": ("attention_bias", -torch.arange(WIDTH).float().expand(2, 1, 1, WIDTH)),
+    "positions further on": ("position_ids", ARANGE + 4),
+    "positions of padded rows": ("position_ids", (ARANGE - 2).clamp(min=0)),
+    "packed positions": ("position_ids", ARANGE % 5),
+    "a place in a cache": ("cache_position", ARANGE[0] + 4),
+    "a past": ("past_key_values", filled_cache()),
+    "a past that was never filled": ("past_key_values", DynamicCache()),
+    "a past of tensors": ("past_key_values", ((torch.zeros(2, 2, 4, 8),) * 2,) * 2),
+    "a past by its newer name": ("cache", DynamicCache()),
+    "a past by its older name": ("past_key_value", DynamicCache()),
+    "a layer's past": ("layer_past", (torch.zeros(2, 2, 4, 8),) * 2),
+    "attention weights": ("output_attentions", True),
+    "a mask of heads": ("head_mask", torch.ones(2, 4)),
+    "a layer's mask of heads": ("layer_head_mask", torch.ones(4)),
+    "packed sequences": ("cu_seq_lens_q", torch.tensor([0, 5, 13])),
+    "a causal order": ("is_causal", True),
+    "a block of a cache": ("replace_position", torch.ones(2, WIDTH, dtype=torch.bool)),
+    "a word nobody knows": ("dual_cache", True),
+}
+
+
+@pytest.mark.parametrize("name", UNHONOURED)
+def test_what_a_forward_cannot_honour_is_refused_by_name(guarded, name):
+    model, _, tokens = guarded
+    argument, value = UNHONOURED[name]
+    calls = entries(model, tokens)
+    layer = calls.pop("a layer")
+    for entry, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{argument}: ") as raised:
+            call(**{argument: value})
+        assert "replaced" in str(raised.value), entry
+    # Below, the modeling file may not know the argument, or by another name.
+    names = {argument, "past_key_values", "cache"} if "past" in name else {argument}
+    expected = f"^({'|'.join(names)}): |unexpected keyword"
+    with pytest.raises((ValueError, TypeError), match=expected):
+        layer(**{argument: value})
+    assert forward(model, tokens).isfinite().all()
+
+
+def test_a_causal_mask_of_the_callers_own_is_refused(guarded):
+    """A layer of transformers' classes gets one of its own making, where the caller gives none."""
+    model, kind, tokens = guarded
+    plain = forward(model, tokens)
+    for mask in (CAUSAL, as_bias(CAUSAL)):
+        for entry, call in entries(model, tokens).items():
+            if entry == "a layer" and kind not in ("LLaDA", "Dream"):
+                call(attention_mask=mask)
+                continue
+            name = "attention_bias" if (entry, kind) == ("a layer", "LLaDA") else "attention_mask"
+            with pytest.raises(ValueError, match=f"^{name}: "):
+                call(**{name: mask})
+    if hasattr(model, "set_attn_implementation"):
+        for implementation in ("eager", "sdpa"):
+            model.set_attn_implementation(implementation)
+            assert torch.equal(forward(model, tokens), plain)
+
+
+@pytest.mark.parametrize("asked", [{}, {"use_cache": True}], ids=["by config", "by argument"])
+def test_a_past_that_was_never_filled_does_not_pass_for_one(guarded, asked):
+    """A prompt, and then what follows it: the first forward's past, asked for by the config or by
+    the caller, holds nothing that the second could go on from.
+    """
+    model, _, tokens = guarded
+    model.config.use_cache = True
+    with pytest.raises(ValueError, match="^(past_key_values|use_cache): "):
+        past = model(tokens[:, :9], **asked).past_key_values
+        assert past is not None
+        model(tokens[:, 9:], past_key_values=past)
+
+
+def test_use_cache_is_refused_where_no_past_comes_of_it(guarded):
+    model, kind, tokens = guarded
+    if kind == "LLaDA":
+        assert model(tokens, use_cache=True).past_key_values[0][0].shape == (2, 2, WIDTH, 8)
+        return
+    for call in entries(model, tokens).values():
+        with pytest.raises(ValueError, match="^use_cache: .*use_cache=False"):
+            call(use_cache=True)
+
+
+EVERYTHING = torch.ones(2, 1, WIDTH, WIDTH, dtype=torch.bool)
+# What changes nothing, by the modeling files whose forward takes it.
+TAKEN = {
+    "no mask": (FOUR, {"attention_mask": None}),
+    "a mask of ones": (FOUR, {"attention_mask": torch.ones(2, WIDTH, dtype=torch.long)}),
+    "a mask of ones as floats": (FOUR, {"attention_mask": torch.ones(2, WIDTH)}),
+    "no past": (FOUR, {"past_key_values": None}),
+    "labels": (FOUR[:1] + FOUR[2:], {"labels": torch.zeros(2, WIDTH, dtype=torch.long)}),
+    "a bias of zeros": (FOUR[:1], {"attention_bias": as_bias(EVERYTHING)}),
+    "positions from 0": (FOUR[1:], {"position_ids": ARANGE}),
+    "positions of each row": (FOUR[1:], {"position_ids": ARANGE.expand(2, -1)}),
+    "the start of a cache": (FOUR[1:], {"cache_position": ARANGE[0]}),
+    "no weights": (FOUR[1:], {"output_attentions": False}),
+    "a full mask": (FOUR[1:], {"attention_mask": EVERYTHING}),
+    "a full mask of floats": (FOUR[1:], {"attention_mask": as_bias(EVERYTHING)}),
+    "Dream's word": (FOUR[1:2], {"attention_mask": "full"}),
+    "hidden states": (FOUR[2:], {"output_hidden_states": True}),
+    "all logits": (FOUR[2:], {"logits_to_keep": 0}),
+    "a trainer's count": (FOUR[2:], {"num_items_in_batch": torch.tensor(26)}),
+    "masks by kind of layer": (FOUR[3:], {"attention_mask": {"full_attention": None}}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
+def test_what_changes_nothing_is_taken(guarded):
+    model, kind, tokens = guarded
+    with torch.no_grad():
+        plain = model(tokens).logits  # whatever config.use_cache says
+    for name, (kinds, options) in TAKEN.items():
+        if kind in kinds:
+            logits = forward(model, tokens, **options)
+            torch.testing.assert_close(logits, plain, msg=lambda text, name=name: name + text)
+    embedding = model.fastdllm_adapter._part("embedding")
+    with torch.no_grad():
+        logits = model(inputs_embeds=embedding(tokens), use_cache=False).logits
+    torch.testing.assert_close(logits, plain)
+
+
+def test_an_adapter_librarys_wrapper_refuses_as_well(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, options, _ = build("Qwen2, dream", tmp_path)
+    fastdllm.replace_attention(model, **options)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).eval()
     tokens = some_tokens(40)
-    for implementation in ("sdpa", "eager"):
+    assert forward(wrapped, tokens, attention_mask=torch.ones_like(tokens)).shape == (2, WIDTH, 43)
+    for name, value in (("attention_mask", padded(torch.long, 0)), ("use_cache", True)):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            wrapped(tokens, **{name: value})
+
+
+def test_arguments_by_position_are_looked_at_as_well(guarded):
+    model, kind, tokens = guarded
+    layer = model.model.transformer.blocks[0] if kind == "LLaDA" else None
+    with pytest.raises(ValueError, match="^attention_mask: "):
+        if kind == "LLaDA":
+            model(tokens, None, padded(torch.long, 0))
+        else:
+            model(tokens, padded(torch.long, 0))
+    if kind != "LLaDA":
+        with pytest.raises(ValueError, match="^position_ids: "):
+            model(tokens, None, ARANGE + 1)
+        return
+    q, k, v = torch.randn(2, WIDTH, 32), torch.randn(2, WIDTH, 16), torch.randn(2, WIDTH, 16)
+    past = (torch.zeros(2, 2, 4, 8),) * 2
+    for argument, args in {
+        "attention_bias": (q, k, v, as_bias(window())),
+        "layer_past": (q, k, v, None, past),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{argument}: "):
+            layer.attention(*args)
+    assert layer.attention(q, k, v, None, None, True)[1][0].shape == (2, 2, WIDTH, 8)
+    with pytest.raises(TypeError, match="at most 6 positional arguments, got 7"):
+        layer.attention(q, k, v, None, None, False, None)
+
+
+class OtherOrder(LLaDALlamaBlock):
+    """A fork whose method has one argument more, before the others."""
+
+    def attention(self, q, k, v, mask, attention_bias=None, layer_past=None, use_cache=False):
+        return super().attention(q, k, v, attention_bias, layer_past, use_cache)
+
+    def forward(self, x, attention_bias=None, layer_past=None, use_cache=False, mask=None):
+        normed = self.attn_norm(x)
+        q, k, v = self.q_proj(normed), self.k_proj(normed), self.v_proj(normed)
+        out, present = self.attention(q, k, v, mask, attention_bias, layer_past, use_cache)
+        x = x + out
+        normed = self.ff_norm(x)
+        return x + self.ff_out(self.act(self.ff_proj(normed)) * self.up_proj(normed)), present
+
+
+def test_a_fork_with_another_order_of_arguments(tmp_path):
+    model, _, native = build("LLaDA", tmp_path)
+    for block in model.model.transformer.blocks:
+        block.__class__ = OtherOrder
+    tokens = some_tokens(40)
+    wanted = model(tokens, use_cache=True)
+    fastdllm.replace_attention(model)
+    ours = model(tokens, use_cache=True)
+    torch.testing.assert_close(ours.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+    assert_same(decode(model), decode(native))
+    block, x = model.model.transformer.blocks[0], torch.randn(2, WIDTH, 32)
+    for argument in ("mask", "attention_bias"):
+        with pytest.raises(ValueError, match=f"^{argument}: "):
+            block(x, **{argument: as_bias(window())})
+
+
+def test_settings_that_ask_for_more_are_refused_too(tmp_path):
+    model, options, _ = build("Qwen2, dream", tmp_path)
+    tokens = some_tokens(40)
+    fastdllm.replace_attention(model, **options)
+    plain = forward(model, tokens)
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="^output_attentions: "):
+        model(tokens)
+    model.config.output_attentions = False
+    model.config.attention_dropout = 0.5
+    with pytest.raises(ValueError, match="^attention_dropout: .*0.5"):
+        model.train()(tokens)
+    assert torch.equal(forward(model.eval(), tokens), plain)
+
+
+def test_a_forward_with_checkpointed_gradients_runs(tmp_path):
+    """The layers run anew in the backward pass, outside the model's forward."""
+    for implementation in ("eager", "sdpa"):
+        model, options, _ = build("Llama, llada", tmp_path / implementation)
+        fastdllm.replace_attention(model, **options)
         model.set_attn_implementation(implementation)
-        assert forward(model, tokens, attention_mask=torch.ones_like(tokens)).shape == (2, 13, 40)
-        for hole in (0, 12):  # padded on the left, on the right
-            mask = torch.ones_like(tokens)
-            mask[1, hole] = 0
-            with pytest.raises(ValueError, match="attention_mask.*padding"):
-                forward(model, tokens, attention_mask=mask)
-    with pytest.raises(ValueError, match="position_ids"):
-        forward(model, tokens, position_ids=torch.arange(13)[None] + 4)
+        tokens, gradients = some_tokens(40), []
+        for _ in range(2):
+            model.zero_grad()
+            model.train()(tokens, labels=tokens).loss.backward()
+            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+            model.gradient_checkpointing_enable()
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_compiled_model_refuses_as_well(tmp_path):
+    model, options, _ = build("Llama, llada", tmp_path)
+    tokens = some_tokens(40)
+    fastdllm.replace_attention(model, **options)
+    plain, compiled = forward(model, tokens), torch.compile(model, backend="eager")
+    torch.testing.assert_close(forward(compiled, tokens), plain)
+    with pytest.raises(ValueError, match="^attention_mask: "):
+        forward(compiled, tokens, attention_mask=padded(torch.long, 0))
+
+
+def test_a_replaced_forward_shows_the_signature_it_had(published):
+    model, _, _ = published
+    modules = [model, model.model]
+    before = [list(inspect.signature(module.forward).parameters) for module in modules]
+    fastdllm.replace_attention(model)
+    assert [list(inspect.signature(module.forward).parameters) for module in modules] == before
+
+
+def test_transformers_own_generate_needs_no_cache_here(tmp_path):
+    model, options, _ = build("Llama, llada", tmp_path)
+    fastdllm.replace_attention(model, **options)
+    tokens = some_tokens(36)
+    asked = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 38}
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model.generate(tokens, **asked)
+    made = model.generate(tokens, use_cache=False, eos_token_id=None, **asked)
+    for _ in range(3):
+        best = forward(model, tokens)[:, -1].argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, best], dim=1)
+    assert torch.equal(made, tokens)
+
+
+def test_more_positions_than_the_model_has_are_refused(guarded):
+    model, _, _ = guarded
     with pytest.raises(ValueError, match="at most 96 positions, got 97"):
         forward(model, some_tokens(40, length=97))
-    dream, _, _ = build("Dream", tmp_path / "dream")
-    fastdllm.replace_attention(dream)
-    mask = torch.ones(2, 1, 13, 13, dtype=torch.bool)
-    assert forward(dream, tokens, attention_mask=mask).shape == (2, 13, 43)
-    mask[0, :, :, :2] = False
-    with pytest.raises(ValueError, match="attention_mask"):
-        forward(dream, tokens, attention_mask=mask)
 
 
 def small(build, config_type, **values):
@@ -785,7 +809,8 @@ REFUSED = {
         lambda _: small(MistralForCausalLM, MistralConfig, num_key_value_heads=4),
         {},
         ValueError,
-        r"MistralForCausalLM.*'mistral'.*llada \(model\.transformer\.blocks\).*qwen2 \(model\.layers\)",
+        r"MistralForCausalLM.*'mistral'.*llada \(model\.transformer\.blocks\)"
+        r".*qwen2 \(model\.layers\)",
     ),
     "names that are not there": (
         headless,
@@ -835,7 +860,7 @@ REFUSED = {
         lambda _: small(LlamaForCausalLM, LlamaConfig, **scaled),
         {"mask_id": 3},
         ValueError,
-        "model.config.*rope_scaling",
+        "model.config.*rope_parameters.*linear",
     ),
 }
 

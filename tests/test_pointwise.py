@@ -24,7 +24,7 @@ triton_only = pytest.mark.skipif(backend.triton is None, reason="needs triton")
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Memory that comes fresh from the allocator holds NaN: what a kernel leaves unwritten shows."""
+    """Memory fresh from the allocator holds NaN: what a kernel leaves unwritten shows."""
     for name in ("empty", "empty_like"):
         allocate = getattr(torch, name)
 
@@ -68,15 +68,11 @@ def assert_as_good(ours, reference, oracle):
 def test_rms_norm(width, with_residual, layout, device, dtype, triton_backend, poisoned):
     x = laid_out(random(2, 2, width, dtype=dtype, device=device), layout)
     weight = random(width, seed=1, dtype=dtype, device=device)
-    residual = (
-        laid_out(random(2, 2, width, seed=2, dtype=dtype, device=device), layout)
-        if with_residual
-        else None
-    )
-    ours, reference = (
-        rms_norm(x, weight, 1e-5, residual),
-        rms_norm_reference(x, weight, 1e-5, residual),
-    )
+    residual = None
+    if with_residual:
+        residual = laid_out(random(2, 2, width, seed=2, dtype=dtype, device=device), layout)
+    ours = rms_norm(x, weight, 1e-5, residual)
+    reference = rms_norm_reference(x, weight, 1e-5, residual)
     summed = x
     if with_residual:
         (ours, total), (reference, summed) = ours, reference
@@ -193,10 +189,8 @@ def test_rope_to_cache(kind, heads, kv_heads, dim, table, device, dtype, triton_
 @pytest.mark.parametrize("steps", [1, 17])
 def test_rope_without_a_cache(steps, device, dtype, triton_backend, poisoned):
     q, k, v, cos, sin, start = rope_inputs(4, 2, 64, steps, dtype, device, torch.float32)
-    ours, expected = (
-        rope_to_cache(q, k, v, cos, sin, start),
-        rope_to_cache_reference(q, k, v, cos, sin, start),
-    )
+    ours = rope_to_cache(q, k, v, cos, sin, start)
+    expected = rope_to_cache_reference(q, k, v, cos, sin, start)
     assert all(torch.equal(one, other) for one, other in zip(ours, expected, strict=True))
     assert ours[0].is_contiguous() and ours[1].is_contiguous()
 
@@ -225,13 +219,47 @@ def test_rope_writes_nothing_past_the_cache(device, triton_backend):
     assert not around[:, 1, 7:9].isnan().any()
 
 
+# Row by row: before the cache by far and by a little, across its end, past it by far, and inside.
+WILD_STARTS = [-(2**31), -2, 10, 2**31 - 1, 4, 3]
+# Of ten pages; the first and the fourth row would share theirs.
+WILD_PAGES = [
+    [0, 1, 2],
+    [3, -1, 4],
+    [5, 6, 10],
+    [0, 1, 2],
+    [-(2**31), 9, 2**31 - 1],
+    [7, -1, 8],
+]
+
+
+@triton_only
+@pytest.mark.parametrize("paged", [False, True])
+def test_rope_never_writes_outside_the_cache(paged, device, dtype, triton_backend):
+    """Whatever the starts and the pages are; the kernel writes what the reference writes, bit for
+    bit, and around the cache lies what lay there.
+    """
+    q, k, v = random(6, 4, 8, 64, dtype=dtype, device=device).split([4, 2, 2], dim=2)
+    cos, sin = random(2, 20, 32, seed=1, device=device)
+    start = torch.tensor(WILD_STARTS, dtype=torch.int32, device=device)
+    table = torch.tensor(WILD_PAGES, dtype=torch.int32, device=device) if paged else None
+    rows, slots = (10, 4) if paged else (6, 12)
+    around = torch.full((2, rows + 2, slots + 2, 2, 64), torch.nan, dtype=dtype, device=device)
+    caches, expected = around[:, 1:-1, 1:-1], around[:, 1:-1, 1:-1].clone()
+    ours = rope_to_cache(q, k, v, cos, sin, start, *caches, page_table=table)
+    reference = rope_to_cache_reference(q, k, v, cos, sin, start, *expected, page_table=table)
+    for one, other in zip((*ours, caches), (*reference, expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    written = (~expected[0].isnan()).flatten(2).any(2).sum(1).tolist()
+    assert written == ([0, 0, 0, 2, 0, 0, 0, 1, 0, 4] if paged else [0, 2, 2, 0, 4, 4])
+    caches.fill_(torch.nan)
+    assert around.isnan().all()
+
+
 def test_the_reference_writes_nothing_past_a_rows_pages():
     q, k, v, cos, sin, _ = rope_inputs(2, 2, 64, 4, torch.float32, "cpu", torch.float32)
     pages = torch.full((2, 4, 4, 2, 64), torch.nan)
-    start, table = (
-        torch.tensor([0, 6], dtype=torch.int32),
-        torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
-    )
+    start = torch.tensor([0, 6], dtype=torch.int32)
+    table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
     rope_to_cache_reference(q[:2], k[:2], v[:2], cos, sin, start, *pages, page_table=table)
     written = ~pages[0].isnan().flatten(2).any(2)
     assert written.tolist() == [[True] * 4, [False] * 4, [False] * 4, [False, False, True, True]]
@@ -246,10 +274,8 @@ def test_rope_refuses_a_cache_it_cannot_address(device, triton_backend):
 
 
 def test_gradients_flow(device):
-    x, weight = (
-        random(2, 8, device=device).requires_grad_(),
-        random(8, device=device).requires_grad_(),
-    )
+    x = random(2, 8, device=device).requires_grad_()
+    weight = random(8, device=device).requires_grad_()
     q, k, v, cos, sin, start = rope_inputs(2, 1, 8, 2, torch.float32, device, torch.float32)
     q = q.detach().requires_grad_()
     y, total = rms_norm(x, weight, 1e-5, x)
@@ -306,17 +332,20 @@ def test_errors_name_the_argument():
     x, start = torch.ones(2, 3), torch.zeros(1, dtype=torch.int32)
     q, table = torch.ones(1, 2, 2, 8), torch.ones(4, 4)
     for message, call in (
-        (r"weight: expected shape \(3,\), got \(4,\)", lambda: rms_norm(x, torch.ones(4), 1e-5)),
         (
-            "residual: expected the shape of x",
+            r"weight: expected shape \(3,\) on cpu, got \(4,\)",
+            lambda: rms_norm(x, torch.ones(4), 1e-5),
+        ),
+        (
+            r"residual: expected shape \(2, 3\)",
             lambda: rms_norm(x, torch.ones(3), 1e-5, torch.ones(2, 4)),
         ),
         ("gate_up: expected an even last dimension", lambda: swiglu(x)),
         (
-            r"cos, sin: expected \[positions, 4\]",
+            r"cos: expected \[positions, D/2\] with D = 8, got \(4, 3\)",
             lambda: rope_to_cache(q, q, q, table[:, :3], table, start),
         ),
-        ("k, v: expected", lambda: rope_to_cache(q, q, q[:, :1], table, table, start)),
+        ("v: expected", lambda: rope_to_cache(q, q, q[:, :1], table, table, start)),
         (
             "k_cache, v_cache: expected both or neither",
             lambda: rope_to_cache(q, q, q, table, table, start, q),
@@ -354,12 +383,8 @@ def test_a_graph_replays_with_other_spans(triton_backend):
 
 @pytest.mark.gpu
 def test_the_same_bits_every_time(triton_backend):
-    x, weight = (
-        random(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((2048, 4096), (4096,))
-    )
+    x = random(2048, 4096, dtype=torch.bfloat16, device="cuda")
+    weight = random(4096, dtype=torch.bfloat16, device="cuda")
     first = rms_norm(x, weight, 1e-5, x)
     for _ in range(1000):
-        assert all(
-            torch.equal(one, other)
-            for one, other in zip(rms_norm(x, weight, 1e-5, x), first, strict=True)
-        )
+        assert all(map(torch.equal, rms_norm(x, weight, 1e-5, x), first))

@@ -1,5 +1,5 @@
-"""bench/quality: the problems, the tokenizer, the corruption, a few steps of training, and the
-scoring.
+"""bench/tiny_models and bench/quality: the problems, the tokenizer, the corruption, a few steps of
+training, and the scoring.
 """
 
 import dataclasses
@@ -15,21 +15,20 @@ from hypothesis import strategies as st
 
 import fastdllm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench" / "quality"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
-import data  # noqa: E402
-import evaluate  # noqa: E402
-import problems  # noqa: E402
-import tokenizer as quality_tokenizer  # noqa: E402
-import train  # noqa: E402
-from optimizer import Optimizer, orthogonalize  # noqa: E402
+import tables  # noqa: E402
+from quality import evaluate  # noqa: E402
+from tiny_models import data, problems, train  # noqa: E402
+from tiny_models import tokenizer as tiny_tokenizer  # noqa: E402
+from tiny_models.optimizer import Optimizer, orthogonalize  # noqa: E402
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 TRAIN = [problems.make_problem(index, "train") for index in range(20_000)]
 TEST = [problems.make_problem(index, "test") for index in range(1_000)]
 FIRST_TEST_QUESTION = (
-    "Emma works 3 hours a day for 5 days at $6 an hour. Rosa adds $226, and then Emma pays $41 for a "
-    "coat. How many dollars are left?"
+    "Emma works 3 hours a day for 5 days at $6 an hour. Rosa adds $226, and then Emma pays $41 for "
+    "a coat. How many dollars are left?"
 )
 MICRO = {
     "hidden_size": 64,
@@ -42,7 +41,7 @@ MICRO = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return quality_tokenizer.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return tiny_tokenizer.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -119,16 +118,16 @@ def test_chance_answers_are_useless_and_every_template_is_used():
 
 def test_lengths_fit_the_canvas_and_span_several_blocks():
     for problem in TRAIN[:5000] + TEST:
-        prompt, answer = map(len, quality_tokenizer.encode_problem(problem))
+        prompt, answer = map(len, tiny_tokenizer.encode_problem(problem))
         assert prompt <= 75 and 40 <= answer <= 110
         assert prompt + answer < min(data.CANVASES) and min(data.CANVASES) - prompt >= 112
 
 
 def test_autotokenizer_loads_it(auto_tokenizer):
-    assert len(auto_tokenizer) == quality_tokenizer.VOCAB_SIZE <= 512
-    assert auto_tokenizer.eos_token_id == quality_tokenizer.EOS_ID
-    assert auto_tokenizer.mask_token_id == quality_tokenizer.MASK_ID
-    assert auto_tokenizer.chat_template == quality_tokenizer.CHAT_TEMPLATE
+    assert len(auto_tokenizer) == tiny_tokenizer.VOCAB_SIZE <= 512
+    assert auto_tokenizer.eos_token_id == tiny_tokenizer.EOS_ID
+    assert auto_tokenizer.mask_token_id == tiny_tokenizer.MASK_ID
+    assert auto_tokenizer.chat_template == tiny_tokenizer.CHAT_TEMPLATE
 
 
 @settings(max_examples=200, deadline=None)
@@ -148,19 +147,19 @@ def test_known_words_and_digits_are_one_token(auto_tokenizer):
 
 def test_the_fast_encoding_is_the_tokenizers(auto_tokenizer):
     for problem in TRAIN[:1000] + TEST:
-        prompt, answer = quality_tokenizer.encode_problem(problem)
-        text = f"{quality_tokenizer.prompt_of(problem)} {problem.answer_text}"
+        prompt, answer = tiny_tokenizer.encode_problem(problem)
+        text = f"{tiny_tokenizer.prompt_of(problem)} {problem.answer_text}"
         assert auto_tokenizer.encode(text) == prompt + answer
-        assert auto_tokenizer.encode(quality_tokenizer.prompt_of(problem)) == prompt
+        assert auto_tokenizer.encode(tiny_tokenizer.prompt_of(problem)) == prompt
     with pytest.raises(KeyError):
-        quality_tokenizer.encode_known("é")
+        tiny_tokenizer.encode_known("é")
 
 
 def test_the_chat_template_makes_the_prompt(auto_tokenizer):
     for problem in TEST[:50]:
         chat = [{"role": "user", "content": problem.question}]
         text = auto_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        assert text == quality_tokenizer.prompt_of(problem)
+        assert text == tiny_tokenizer.prompt_of(problem)
 
 
 def test_batches_are_canvases_of_fresh_problems():
@@ -170,11 +169,11 @@ def test_batches_are_canvases_of_fresh_problems():
         assert tokens.shape == (4, data.CANVASES[number % 2]) and tokens.dtype == torch.int16
         for row in range(4):
             ids = sum(
-                quality_tokenizer.encode_problem(problems.make_problem(number * 4 + row, "train")),
+                tiny_tokenizer.encode_problem(problems.make_problem(number * 4 + row, "train")),
                 [],
             )
             assert prompt[row] + answer[row] == len(ids)
-            assert tokens[row].tolist() == ids + [quality_tokenizer.EOS_ID] * (
+            assert tokens[row].tolist() == ids + [tiny_tokenizer.EOS_ID] * (
                 tokens.shape[1] - len(ids)
             )
 
@@ -183,7 +182,7 @@ def test_batches_are_canvases_of_fresh_problems():
 def test_corruption_spares_the_prompt_and_masks_something(seed):
     tokens, prompt, answer = (part.long() for part in data.make_batch(seed, 64, "train"))
     noisy, weights = data.corrupt(tokens, prompt, answer, torch.Generator().manual_seed(seed))
-    masked = noisy == quality_tokenizer.MASK_ID
+    masked = noisy == tiny_tokenizer.MASK_ID
     assert torch.equal(masked, weights > 0) and torch.equal(noisy[~masked], tokens[~masked])
     position = torch.arange(tokens.shape[1]) - prompt[:, None]
     assert not masked[position < 0].any()
@@ -266,13 +265,13 @@ def test_the_models_fit_in_sixteen_mebibytes(name):
 def test_score_reads_the_answer_up_to_its_end(auto_tokenizer):
     problem, stops = (
         problems.Problem("", "Mia has 2 * 3 = 6 apples.\n#### 6", 6),
-        (quality_tokenizer.EOS_ID,),
+        (tiny_tokenizer.EOS_ID,),
     )
 
     def scored(text):
         return evaluate.score(problem, auto_tokenizer.encode(text), auto_tokenizer, stops)
 
-    end = quality_tokenizer.EOS
+    end = tiny_tokenizer.EOS
     length = len(auto_tokenizer.encode(" " + problem.answer_text))
     assert scored(f" {problem.answer_text}{end}{end}") == (True, True, length)
     assert scored(f" {problem.answer_text}") == (True, True, length)
@@ -283,7 +282,7 @@ def test_score_reads_the_answer_up_to_its_end(auto_tokenizer):
 
 
 def fake_report(accuracies=(0.96, 0.95, 0.94)):
-    values = dict.fromkeys(evaluate.SHOWN, 2.0)
+    values = dict.fromkeys(evaluate.MEASURED, 2.0)
     results = [
         setting | values | {"accuracy": accuracy, "seconds": 1.0}
         for setting, accuracy in zip(evaluate.all_settings(), accuracies * 99, strict=False)
@@ -306,13 +305,14 @@ def test_reports_are_written_merged_tabled_plotted_and_put_into_the_card(tmp_pat
     report = fake_report()
     shards = [report | {"results": report["results"][i::2]} for i in range(2)]
     for i, shard in enumerate(shards):
-        evaluate.write_report(shard, tmp_path / f"m.{i}-of-2.json")
+        tables.write_json(tmp_path / f"m.{i}-of-2.json", shard)
     paths = sorted(tmp_path.glob("m.*json"))
     assert evaluate.merge(paths) == report
-    evaluate.write_report(shards[1] | {"dtype": "bfloat16"}, paths[1])
+    tables.write_json(paths[1], shards[1] | {"dtype": "bfloat16"})
     with pytest.raises(ValueError, match="dtype"):
         evaluate.merge(paths)
-    assert evaluate.table(report).count("\n| ") == len(report["results"]) + 1
+    lines_of_heads = 2
+    assert evaluate.markdown(report).count("\n| ") == len(report["results"]) + lines_of_heads
     evaluate.plot(report, tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"m-parallel.png", "m-blocks.png"}
     (tmp_path / "README.md").write_text("# m\n- Accuracy: not measured yet.\nend\n")
@@ -324,7 +324,7 @@ def test_reports_are_written_merged_tabled_plotted_and_put_into_the_card(tmp_pat
 def test_measure_counts_forwards_and_resumes(tmp_path, monkeypatch):
     train.initialize(model := train.DiffusionTransformer(micro_config("tiny-llada")), seed=0)
     fastdllm.checkpoint.save(model, tmp_path / "m")
-    quality_tokenizer.write_tokenizer(tmp_path / "m")
+    tiny_tokenizer.write_tokenizer(tmp_path / "m")
     monkeypatch.setattr(evaluate, "GEN_LENGTH", 32)
     command = [
         str(tmp_path / "m"),

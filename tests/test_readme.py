@@ -1,19 +1,46 @@
-"""The README's Python snippets run as they stand, in a world that has what they name."""
+"""The pages that a stranger reads: their Python runs as it stands, in a world that has what it
+names; their figures are the results'; their links lead somewhere; README.md stays short.
+"""
 
+import functools
+import importlib.util
+import json
 import re
+import shlex
+import sys
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from test_floors import ROOT
 
 import fastdllm
+from fastdllm import Threshold, cli
+from fastdllm_kernels import rules, select
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+TO_CONTRIBUTE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PYTHON = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+SNIPPETS, SNIPPETS_TO_CONTRIBUTE = PYTHON.findall(TEXT), PYTHON.findall(TO_CONTRIBUTE)
+PROSE = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
+WORDS = 900
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md")
+RESULTS = ROOT / "bench" / "results"
+TINY = ROOT / "fastdllm" / "assets" / "tiny-llada"
 
 
-def world():
-    """What the snippets use without making it: somebody's model, prompts, and an engine's tensors."""
+def snippet_with(name):
+    (found,) = [snippet for snippet in SNIPPETS if name in snippet]
+    return found
+
+
+@functools.cache
+def tiny_llada():
+    return fastdllm.load(str(TINY), dtype=torch.float32)
+
+
+def somebodys_model():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -26,14 +53,22 @@ def world():
         max_position_embeddings=256,
         eos_token_id=2,
     )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def world():
+    """What the snippets use without making it: models, prompts, and an engine's tensors."""
     q, k, v = torch.randn(3, 1, 8, 2, 16).unbind()
     cache = torch.randn(2, 1, 32, 2, 16)
     at = torch.outer(torch.arange(64.0), torch.ones(8))
     return {
         "fastdllm": fastdllm,
-        "model": LlamaForCausalLM(config).eval().requires_grad_(False),
+        "model": tiny_llada(),
         "mask_id": 63,
         "prompts": [[5, 6, 7], [8, 9]],
+        "prompt": [5, 6, 7],
+        "before": [5, 6, 7],
+        "after": [8, 9],
         "ids": torch.tensor([[5, 6, 7]]),
         "padding": torch.tensor([[0, 1, 1]]),
         "q": q,
@@ -50,23 +85,225 @@ def world():
     }
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=[snippet.split("\n")[0] for snippet in SNIPPETS])
-def test_a_snippet_runs(snippet):
-    names = world()
-    exec(
-        snippet.replace("/path/to/checkpoint", str(ROOT / "fastdllm" / "assets" / "tiny-llada")),
-        names,
+def run(snippet, **others):
+    """The names that a snippet leaves."""
+    names = world() | others
+    exec(snippet, names)
+    return names
+
+
+def test_the_command_solves_its_problem(capsys):
+    (line,) = re.findall(r"^fastdllm (generate '.*)$", TEXT, flags=re.MULTILINE)
+    assert cli.main(shlex.split(line)) == 0
+    assert f"#### {500 - 120 - 99}\n" in capsys.readouterr().out
+
+
+def test_load_and_generate():
+    names = run(snippet_with("fastdllm.load").replace("/path/to/checkpoint", str(TINY)))
+    done = names["done"]
+    assert [len(tokens) for tokens in done.tokens] == [3 + 256, 2 + 256]
+    assert torch.equal(done.nfe, done.refreshes + done.cached_steps) and done.seconds > 0
+
+
+def test_infill_writes_the_hole_and_nothing_else():
+    names = run(snippet_with("fastdllm.infill"))
+    (tokens,) = names["done"].tokens
+    assert tokens[:3].tolist() == names["before"] and tokens[-2:].tolist() == names["after"]
+    assert len(tokens) == 3 + 32 + 2 and (tokens != tiny_llada().config.mask_id).all()
+
+
+def test_somebodys_model_is_replaced_and_restored():
+    model = somebodys_model()
+    before = model(world()["ids"]).logits
+    names = run(snippet_with("replace_attention"), model=model)
+    assert [len(tokens) for tokens in names["done"].tokens] == [3 + 64, 2 + 64]
+    assert torch.equal(model(names["ids"]).logits, before)
+
+
+def test_transformers_takes_the_attention_function():
+    names = run(snippet_with("set_attn_implementation"), model=somebodys_model())
+    assert names["logits"].shape == (1, 3, 64) and names["logits"].isfinite().all()
+
+
+def test_the_engine_gives_what_generate_gives():
+    streamed = []
+    snippet = snippet_with("fastdllm.Engine").replace("positions=2048", "positions=320")
+    names = run(snippet, print=streamed.append)
+    alone = fastdllm.generate(tiny_llada(), [names["prompt"]], gen_length=256)
+    assert torch.equal(names["done"].tokens[0], alone.tokens[0])
+    assert streamed == alone.tokens[0][3:].tolist()
+
+
+def test_the_operators_run_without_the_product():
+    names = run(snippet_with("block_attention"))
+    assert names["selection"].committed.any() and names["out"].shape == names["q"].shape
+
+
+def test_a_rule_of_two_parameters():
+    """Decoded with as it stands in the README; its parameters count, in one batch and alone."""
+    names = run(snippet_with("per_row"))
+    assert all((tokens != tiny_llada().config.mask_id).all() for tokens in names["done"].tokens)
+
+    def decoded(rule, rows=slice(None), **options):
+        options = {"gen_length": 64, "cache": "dual", **options}
+        return fastdllm.generate(tiny_llada(), names["prompts"][rows], rule=rule, **options)
+
+    easing = names["Easing"]
+    plain, never_easier = decoded(Threshold(0.9)), decoded(easing(0.9, 0.0))
+    assert torch.equal(plain.nfe, never_easier.nfe)
+    for ours, theirs in zip(never_easier.tokens, plain.tokens, strict=True):
+        assert torch.equal(ours, theirs)
+    assert (decoded(easing(0.9, 0.3)).nfe < plain.nfe).all()
+    together = decoded(easing(torch.tensor([0.9, 0.6]), torch.tensor([0.3, 0.05])))
+    for row, (tau, ease) in enumerate([(0.9, 0.3), (0.6, 0.05)]):
+        alone = decoded(easing(tau, ease), slice(row, row + 1))
+        assert torch.equal(together.tokens[row], alone.tokens[0])
+        assert together.nfe[row] == alone.nfe[0]
+
+
+# Where `_chosen` in select_triton.py gets the branch.
+LAST_BRANCH = '    else:\n        tl.static_assert(RULE == "quota"'
+
+
+@pytest.fixture
+def kernel_with_the_branch(tmp_path, monkeypatch):
+    """select_triton.py as CONTRIBUTING.md changes it, in place of the module."""
+    branch = next(code for code in SNIPPETS_TO_CONTRIBUTE if "RULE ==" in code)
+    source = Path(select.__file__).with_name("select_triton.py").read_text()
+    assert source.count(LAST_BRANCH) == 1
+    changed = tmp_path / "select_triton.py"
+    changed.write_text(source.replace(LAST_BRANCH, branch + LAST_BRANCH))
+    name = "fastdllm_kernels.select_triton"
+    spec = importlib.util.spec_from_file_location(name, changed)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(rules, "_CLASSES", dict(rules._CLASSES))
+    spec.loader.exec_module(module)
+
+
+@pytest.mark.parametrize("graph", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_a_rule_of_two_parameters_with_a_branch(
+    kernel_with_the_branch, triton_backend, device, tmp_path, graph
+):
+    """As the README and CONTRIBUTING.md say it: the same tokens as without the branch, by a kernel
+    that has it.
+    """
+    code, _ = snippet_with("per_row").split("\ndone =")
+    plain = run(code)["Easing"]
+    field = "    ease: float | torch.Tensor = per_row(0.02)"
+    (named,) = [code for code in SNIPPETS_TO_CONTRIBUTE if "ClassVar" in code]
+    code = code.replace(field, named + field)
+    fused = run(f"from typing import ClassVar\n{code}")["Easing"]
+    assert rules.branch_of(fused()) == "easing" and rules.branch_of(plain()) is None
+
+    model, _ = tiny.build(tmp_path / "model", tiny.LLADA, device=device)
+    # The second row's bound is 0 at its blocks' third step: three forwards for four tokens.
+    tau, ease = torch.tensor([0.9, 0.9]), torch.tensor([0.02, 0.45])
+    options = {"gen_length": 8, "block_length": 4, "graph": graph}
+    ours, theirs = (
+        fastdllm.generate(model, [[5, 6, 7], [8, 9]], rule=easing(tau, ease), **options)
+        for easing in (fused, plain)
     )
-    if "done" in names:
-        assert all(len(tokens) > 60 for tokens in names["done"].tokens)
-    if "selection" in names:
-        assert names["selection"].committed.any() and names["out"].shape == names["q"].shape
+    assert ours.nfe.tolist() == theirs.nfe.tolist() == [8, 6]
+    for tokens, expected in zip(ours.tokens, theirs.tokens, strict=True):
+        assert torch.equal(tokens, expected)
 
 
-def test_there_is_a_snippet_for_each_use():
-    assert len(SNIPPETS) == 4
+def test_there_is_a_test_for_each_snippet():
+    assert len(SNIPPETS) == 7 and len(SNIPPETS_TO_CONTRIBUTE) == 2
 
 
-def test_every_file_that_is_linked_is_there():
-    linked = re.findall(r"\]\(((?!https?:)[^)#]+)\)", TEXT)
-    assert linked and all((ROOT / path).exists() for path in linked)
+def test_it_is_read_in_a_few_minutes():
+    words = re.findall(r"\S*\w\S*", PROSE)
+    assert len(words) <= WORDS, f"{len(words)} words outside code"
+
+
+# Figures. The index of results is itself compared with the results files, in test_results.py.
+
+
+def tables(text):
+    """The tables of a page as lists of rows of cells, without their heads."""
+    found = re.findall(r"^\|.*\|\n\|[-:| ]+\|\n((?:\|.*\|\n)+)", text, flags=re.MULTILINE)
+    return [[_cells(row) for row in table.splitlines()] for table in found]
+
+
+def _cells(row):
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def seconds():
+    """Way of decoding -> its seconds in the index's table of requests, to three digits at most."""
+    index = (RESULTS / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- requests -->\n(.*?)<!-- /requests -->", index, re.DOTALL)[1]
+    cells = {way: taken for way, taken, *_ in tables(table)[0]}
+    return {way: taken if len(taken) < 5 else f"{float(taken):.3g}" for way, taken in cells.items()}
+
+
+def solved(name, key):
+    """(% solved, tokens per forward) of one setting in a file of bench/quality/evaluate.py."""
+    results = json.loads((RESULTS / f"{name}.json").read_text())["results"]
+    keys = ("cache", "rule", "block_length", "policy")
+    (found,) = [r for r in results if [r[k] for k in keys if k in r] == list(key)]
+    return f"{100 * found['accuracy']:.1f}", f"{found['tokens_per_forward']:.1f}"
+
+
+def test_the_headline_is_the_results():
+    taken = seconds()
+    headline = TEXT.split("\n\n")[1]
+    for way in ("dual captured", "plain dual", "vanilla"):
+        assert f"{taken[way]} s" in headline.replace("**", "")
+
+
+def test_the_table_of_caches_and_rules_is_the_results():
+    taken = seconds()
+    expected = [
+        ("none", "1 a step", "vanilla, our selection", "vanilla"),
+        ("none", "threshold 0.9", None, None),
+        ("prefix", "threshold 0.9", "prefix captured", "plain prefix"),
+        ("dual", "threshold 0.9", "dual captured", "plain dual"),
+        ("dual", "factor 1.0", None, None),
+    ]
+    rows = tables(TEXT)[0]
+    assert len(rows) == len(expected)
+    for cells, (cache, rule, ours, published) in zip(rows, expected, strict=True):
+        request = f"{taken[ours]} ({taken[published]})" if ours else ""
+        key = (cache, rule, 32)
+        accuracy, per_forward = solved("tiny-llada", key)
+        assert cells[3] == request
+        assert cells[5:] == [per_forward, accuracy, solved("tiny-dream", key)[0]]
+
+
+def test_the_table_of_options_is_the_results():
+    taken = seconds()
+    kept = "prompt_refreshes 0"
+    expected = [
+        ("dual captured", "", "off"),
+        ("dual captured, fp8", "-fp8", "off"),
+        ("dual captured, prompt kept", "", kept),
+        ("dual captured, fp8, prompt kept", "-fp8", kept),
+    ]
+    rows = tables(TEXT)[1]
+    assert len(rows) == len(expected)
+    for cells, (way, weights, policy) in zip(rows, expected, strict=True):
+        key = ("dual", "threshold 0.9", 32, policy)
+        models = [f"{model}{weights}-policies" for model in ("tiny-llada", "tiny-dream")]
+        assert cells[1:] == [taken[way], *(solved(model, key)[0] for model in models)]
+
+
+# Links.
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8"))
+    for path, anchor in links:
+        target = page.parent / path if path else page
+        assert target.exists(), f"{name} links to {path}"
+        assert not anchor or anchor in anchors(target), f"{name} links to {path}#{anchor}"

@@ -1,5 +1,5 @@
-"""bench/replaced_models.py: on tiny models every way decodes the same, and what is wrong is not
-timed.
+"""bench/end_to_end.py --host replaced: on tiny models every way decodes the same, and what is wrong
+is not timed.
 """
 
 import dataclasses
@@ -12,85 +12,96 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
-import end_to_end_race as race  # noqa: E402
-import replaced_models as bench  # noqa: E402
+import end_to_end  # noqa: E402
+from race import interface, measure, shapes  # noqa: E402
+from race.hosts import replaced_model  # noqa: E402
+from race.subject import Subject  # noqa: E402
 
-# Dream's published config sets the older name, and so does the one restated in test_patch.py.
+# Dream's published config sets the older name, and so does the one restated in bench/published.py.
 pytestmark = pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated")
+SMALL = dataclasses.replace(
+    shapes.SMOKE, canvases={96: 64}, rows=(2,), replaced=((96, 2),), sample=0.001
+)
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """run(*arguments) -> (exit status, results, report) of the benchmark at its smallest."""
-    monkeypatch.setattr(
-        race, "SMOKE", dataclasses.replace(race.SMOKE, canvases={96: 64}, rows=(2,), sample=0.001)
-    )
-    monkeypatch.setattr(bench, "SMOKE_SHAPES", ((96, 2),))
-    monkeypatch.setattr(bench.timing, "ON_GPU", False)
-    monkeypatch.setattr(bench.timing, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(race, "TURNS", 1)
-    monkeypatch.setattr(race, "FIT_STEPS", (2, 3))
+    monkeypatch.setattr(end_to_end, "SMOKE", SMALL)
+    monkeypatch.setattr(end_to_end.timing, "ON_GPU", False)
+    monkeypatch.setattr(end_to_end.timing, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(measure, "TURNS", 1)
+    monkeypatch.setattr(measure, "FIT_STEPS", (2, 3))
     path = tmp_path / "replaced.json"
 
     def run(*arguments):
-        status = bench.main([*arguments, "--out", str(path)])
+        status = end_to_end.main(["--host", "replaced", *arguments, "--out", str(path)])
         return status, json.loads(path.read_text()), path.with_suffix(".md").read_text()
 
     return run
 
 
-def test_every_way_decodes_what_the_native_model_decodes(run):
+def test_every_way_decodes_what_the_native_model_decodes(run, capsys):
     status, results, text = run()
-    assert status == 0 and len(results["rows"]) == 2 * len(bench.WAYS)
+    assert status == 0 and len(results["rows"]) == 2 * len(shapes.REPLACED_WAYS)
     for row in results["rows"]:
-        assert (
-            row["tokens_as_native"] == 1 and row["logits_error"] < 1e-4 and row["ms_refresh"] > -1e3
-        )
+        assert row["tokens_as_native"] == 1
+        assert row["logits_error"] < 1e-4 and row["ms_refresh"] > -1e3
     classes = {row["class"] for row in results["rows"] if row["host"] != "native"}
     assert classes == {"LlamaForCausalLM", "Qwen2ForCausalLM", "LLaDAModelLM", "DreamModel"}
     assert [check["passed"] for check in results["checks"]] == [True] * 9
-    assert (
-        "CPU numbers" in text
-        and text.count("captured step over the native one's") == 4
-        and text.count("| pass |") == 9
+    assert "CPU numbers" in text and text.count("| pass |") == 9
+    assert text.count("captured step over the native one's") == 4
+    assert results["environments"][0]["transformers"]
+    run()
+    assert "there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["llada", "dream"])
+@pytest.mark.parametrize("host", ["transformers", "published"])
+def test_the_weights_are_views_of_the_native_ones(key, host):
+    native = Subject(key, SMALL, torch.device("cpu")).native
+    held = {tensor.untyped_storage().data_ptr() for tensor in native.parameters()}
+    model = replaced_model(native, host)
+    assert {tensor.untyped_storage().data_ptr() for tensor in model.parameters()} == held
+    # Whether q, k and v have biases nobody asks once the model is built.
+    config = dataclasses.replace(model.fastdllm_adapter.config, qkv_bias=native.config.qkv_bias)
+    assert config == native.config
+
+
+def test_memory_that_models_share_is_counted_once():
+    subject = Subject("llada", SMALL, torch.device("cpu"))
+    native, transformers, fp8 = (
+        shapes.REPLACED_WAYS[0],
+        shapes.REPLACED_WAYS[2],
+        shapes.Way("fp8", "dual", weights="fp8"),
     )
-
-
-def test_the_weights_are_views_of_the_native_ones():
-    native = race.Subject("dream", race.SMOKE, torch.device("cpu"))
-    held = {tensor.untyped_storage().data_ptr() for tensor in native.model.parameters()}
-    for host in bench.hosts_of(native.config).values():
-        model = bench.replaced(native, host).model
-        assert {tensor.untyped_storage().data_ptr() for tensor in model.model.parameters()} == held
-        assert model.config == native.config
+    subject.model(transformers)
+    assert subject.bytes_beside(native) < subject.weight_bytes(native) / 100
+    subject.model(fp8)
+    beside = subject.bytes_beside(fp8)
+    assert beside == pytest.approx(subject.weight_bytes(native), rel=0.01)
 
 
 def test_what_is_wrong_is_not_timed(run, monkeypatch):
-    decode, error = race.Subject.decode, bench.logits_error
+    decode, error = Subject.decode, Subject.logits_error
 
-    def decode_wrongly(self, way, *args, **kwargs):
-        canvas, *forwards = decode(self, way, *args, **kwargs)
+    def decode_wrongly(self, way, *args, **options):
+        run = decode(self, way, *args, **options)
         if way.name == "transformers captured":
-            canvas[0, -1] += 1
-        return canvas, *forwards
+            run.canvas[0, -1] += 1
+        return run
 
-    monkeypatch.setattr(race.Subject, "decode", decode_wrongly)
-    monkeypatch.setattr(
-        bench,
-        "logits_error",
-        lambda a, b: (
-            float("nan")
-            if hasattr(b.model, "replaced") and type(b.model.model).__name__ == "LLaDAModelLM"
-            else error(a, b)
-        ),
-    )
-    status, results, text = run("--only", "llada")
+    def no_error(self, way):
+        return float("nan") if way.host == "published" else error(self, way)
+
+    monkeypatch.setattr(Subject, "decode", decode_wrongly)
+    monkeypatch.setattr(Subject, "logits_error", no_error)
+    status, results, text = run("--grid", "--only", "llada")
     rows = {row["way"]: row for row in results["rows"]}
     assert status == 1 and not results["checks"]
-    assert (
-        rows["transformers captured"]["wrong"]
-        == "1 of 128 tokens differ from those of eager decoding"
-    )
+    wrong = "1 of 128 tokens differ from those of eager decoding"
+    assert rows["transformers captured"]["wrong"] == wrong
     assert rows["published eager"]["wrong"] == "the logits are off by nan"
     timed = [name for name, row in rows.items() if "ms_step" in row]
     assert timed == ["native eager", "native captured", "transformers eager"]
@@ -98,24 +109,15 @@ def test_what_is_wrong_is_not_timed(run, monkeypatch):
 
 
 def test_an_interface_that_drops_the_padding_fails(run, monkeypatch):
-    forward = bench.transformers.LlamaModel.forward
+    forward = interface.transformers.LlamaModel.forward
 
     def without_padding(self, ids, attention_mask, **options):
-        attention_mask = (
-            attention_mask if attention_mask.ndim == 4 else torch.ones_like(attention_mask)
-        )
+        if attention_mask.ndim != 4:
+            attention_mask = torch.ones_like(attention_mask)
         return forward(self, ids, attention_mask=attention_mask, **options)
 
-    monkeypatch.setattr(bench.transformers.LlamaModel, "forward", without_padding)
-    status, results, text = run("--only", "interface")
-    assert (
-        status == 1
-        and [check["passed"] for check in results["checks"]] == [True, False, False] + [True] * 6
-    )
+    monkeypatch.setattr(interface.transformers.LlamaModel, "forward", without_padding)
+    status, results, text = run("--interface")
+    passed = [check["passed"] for check in results["checks"]]
+    assert status == 1 and passed == [True, False, False] + [True] * 6
     assert text.count("| FAIL |") == 2
-
-
-def test_bad_choices_are_refused(capsys):
-    with pytest.raises(SystemExit):
-        bench.main(["--only", "gpt", "--out", "x.json"])
-    assert "expected some of llada, dream, interface, got gpt" in capsys.readouterr().err

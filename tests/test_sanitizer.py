@@ -21,7 +21,7 @@ def test_nothing_is_found(check):
         # It does not follow the barriers by which Triton starts and ends its warp partitions, and
         # reports those; and two consumers that clear the same values write the same bytes, on
         # purpose.
-        command[1:1] = ["--kernel-regex-exclude", "kns=_attend_hopper"]
+        command[1:1] = ["--kernel-regex-exclude", "kns=attention_hopper_kernel"]
     done = subprocess.run(
         command,
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},

@@ -1,15 +1,18 @@
 """How well a model solves unseen problems, and with how many forwards, for every cache, rule and
 block length.
 
-    python bench/quality/evaluate.py MODEL_DIR --out FOLDER [--problems 1000] [--shard 0/2] [--limit-settings TEXT ...]
-    python bench/quality/evaluate.py MODEL_DIR --out FOLDER --merge --plot
+    python bench/quality/evaluate.py MODEL_DIR --out FOLDER [--problems 1000] [--shard 0/2]
+                                     [--limit-settings TEXT ...]
+    python bench/quality/evaluate.py MODEL_DIR --out FOLDER --merge --plot [--readme FILE]
     python bench/quality/evaluate.py MODEL_DIR --out FOLDER --policies [--weights fp8]
 
 Results go to FOLDER/<model>.json after every setting, those already there are skipped, and a table
 of them to FOLDER/<model>.md. A shard writes a file of its own; `--merge` puts the shards together,
 `--plot` draws the two plots, and `--card` writes the accuracy into the model's README.md.
 `--policies` measures what refreshes may leave out instead, with one cache and rule, for
-<model>-policies.*; `--weights` goes to fastdllm.load and into the names of the files.
+<model>-policies.*; `--weights` goes to fastdllm.load and into the names of the files. `--readme`
+puts short tables of all that FOLDER holds of the two shipped models between the marks
+`<!-- accuracy -->` and `<!-- options -->` of a file.
 
 accuracy: the answer ends in `#### n` with the right n. exact: the whole worked answer is right,
 letter for letter. tokens per forward: generated tokens before the first end-of-text, over all
@@ -21,41 +24,43 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import re
 import subprocess
+import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from problems import Problem, make_problem
-from tokenizer import prompt_of
 from tokenizers import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/, where it runs as a script
+
+import tables  # noqa: E402
+from tiny_models.problems import Problem, make_problem  # noqa: E402
+from tiny_models.tokenizer import prompt_of  # noqa: E402
 
 GEN_LENGTH = 128
 CACHES = ("none", "prefix", "dual")
-BLOCK_LENGTHS, SWEPT_LENGTHS = (16, 32), (8, 64, 128)  # the swept ones with two rules only
-POLICY_LENGTHS = (
-    32,
-    16,
-    8,
-    # in four blocks of 32 a suffix of four cannot matter, nor a fifth refresh: hence shorter ones too
-)
-VANILLA, PARALLEL = "1 a step", "threshold 0.9"
-# What a refresh leaves out, by the name it is told by (CachePolicy's fields): prompt kept always,
-# or for four; short suffixes.
+BLOCK_LENGTHS = (16, 32)
+SWEPT_LENGTHS = (8, 64, 128)  # with the two rules below only
+VANILLA = "1 a step"
+PARALLEL = "threshold 0.9"
+# Of the policies. In four blocks of 32 a suffix of four cannot matter, nor a fifth refresh: hence
+# shorter ones too.
+POLICY_LENGTHS = (32, 16, 8)
+# What a refresh leaves out, by the name in the table: fields of CachePolicy.
 POLICIES = {
     "off": {},
     "prompt_refreshes 0": {"prompt_refreshes": 0},
     "prompt_refreshes 4": {"prompt_refreshes": 4},
-    **{f"suffix_blocks {w}": {"suffix_blocks": w} for w in (1, 2, 4)},
-    **{
-        f"prompt_refreshes 0, suffix_blocks {w}": {"prompt_refreshes": 0, "suffix_blocks": w}
-        for w in (2, 4)
-    },
+    "suffix_blocks 1": {"suffix_blocks": 1},
+    "suffix_blocks 2": {"suffix_blocks": 2},
+    "suffix_blocks 4": {"suffix_blocks": 4},
+    "prompt_refreshes 0, suffix_blocks 2": {"prompt_refreshes": 0, "suffix_blocks": 2},
+    "prompt_refreshes 0, suffix_blocks 4": {"prompt_refreshes": 0, "suffix_blocks": 4},
 }
-SHOWN = (
+# What is recorded of a setting, beside its name.
+MEASURED = (
     "accuracy",
     "exact",
     "tokens_per_forward",
@@ -64,37 +69,61 @@ SHOWN = (
     "cached_steps",
     "text_tokens",
 )
+HEADS = (
+    "block",
+    "rule",
+    "cache",
+    "accuracy",
+    "whole answer",
+    "tokens/forward",
+    "NFE",
+    "refreshes",
+    "cached steps",
+)
+# What the short tables show.
+SHIPPED = ("tiny-llada", "tiny-dream")
+SHORT_SETTINGS = (
+    {"cache": "none", "rule": VANILLA, "block_length": 32},
+    {"cache": "none", "rule": PARALLEL, "block_length": 32},
+    {"cache": "prefix", "rule": PARALLEL, "block_length": 32},
+    {"cache": "dual", "rule": PARALLEL, "block_length": 32},
+    {"cache": "dual", "rule": PARALLEL, "block_length": 16},
+    {"cache": "dual", "rule": "factor 1.0", "block_length": 32},
+)
+BOTH = "prompt_refreshes 0, suffix_blocks 2"
+# What is left out, told as a user would ask for it: (weights of the results file, policy).
+SHORT_OPTIONS = {
+    "none": ("", "off"),
+    '`load(..., weights="fp8")`': ("-fp8", "off"),
+    "`CachePolicy(prompt_refreshes=0)`": ("", "prompt_refreshes 0"),
+    "`CachePolicy(suffix_blocks=2)`": ("", "suffix_blocks 2"),
+    "`CachePolicy(prompt_refreshes=0, suffix_blocks=2)`": ("", BOTH),
+    "the same with fp8 weights": ("-fp8", BOTH),
+}
 
 
 def rules() -> dict[str, Callable]:
     """Rule name -> (block length -> rule)."""
     from fastdllm import Factor, Quota, Threshold
 
-    quotas = {f"{n} a step": lambda length, n=n: Quota(length // n) for n in (1, 2, 4)}
-    thresholds = {
-        f"threshold {tau}": lambda length, tau=tau: Threshold(tau)
-        for tau in (0.5, 0.6, 0.7, 0.8, 0.9)
-    }
-    return (
-        quotas
-        | thresholds
-        | {f"factor {f}": lambda length, f=f: Factor(f) for f in (0.7, 1.0, 1.3)}
-    )
+    found: dict[str, Callable] = {}
+    for n in (1, 2, 4):
+        found[f"{n} a step"] = lambda length, n=n: Quota(length // n)
+    for tau in (0.5, 0.6, 0.7, 0.8, 0.9):
+        found[f"threshold {tau}"] = lambda length, tau=tau: Threshold(tau)
+    for f in (0.7, 1.0, 1.3):
+        found[f"factor {f}"] = lambda length, f=f: Factor(f)
+    return found
 
 
 def all_settings() -> list[dict]:
     """Every setting, vanilla decoding first."""
-    settings = [
-        {"cache": c, "rule": r, "block_length": b}
-        for b in BLOCK_LENGTHS
-        for r in rules()
-        for c in CACHES
-    ]
-    return settings + [
-        {"cache": c, "rule": r, "block_length": b}
-        for b in SWEPT_LENGTHS
-        for r in (VANILLA, PARALLEL)
-        for c in CACHES
+    grid = [(length, rule) for length in BLOCK_LENGTHS for rule in rules()]
+    grid += [(length, rule) for length in SWEPT_LENGTHS for rule in (VANILLA, PARALLEL)]
+    return [
+        {"cache": cache, "rule": rule, "block_length": length}
+        for length, rule in grid
+        for cache in CACHES
     ]
 
 
@@ -111,11 +140,8 @@ def key_of(setting: dict) -> str:
     """Its name, as `--limit-settings` matches it: `dual/threshold 0.9/32`, with the policy last
     where it names one.
     """
-    return "/".join(
-        str(setting[name])
-        for name in ("cache", "rule", "block_length", "policy")
-        if name in setting
-    )
+    named = ("cache", "rule", "block_length", "policy")
+    return "/".join(str(setting[name]) for name in named if name in setting)
 
 
 def final_number(text: str) -> int | None:
@@ -125,12 +151,17 @@ def final_number(text: str) -> int | None:
 
 
 def score(problem: Problem, generated: list[int], tokenizer, stop_ids) -> tuple[bool, bool, int]:
-    """(final number right, whole answer right, tokens before the first stop) of one generated
-    canvas part.
+    """(final number right, whole answer right, tokens before the first stop) of the tokens that
+    were generated after one prompt.
     """
     length = next((i for i, token in enumerate(generated) if token in stop_ids), len(generated))
     text = tokenizer.decode(generated[:length], skip_special_tokens=False)
     return final_number(text) == problem.final, text.strip() == problem.answer_text, length
+
+
+def prompt_ids(tokenizer, problems: list[Problem]) -> list[torch.Tensor]:
+    """The problems' prompts as 1-D id tensors."""
+    return [torch.tensor(tokenizer.encode(prompt_of(problem)).ids) for problem in problems]
 
 
 def measure(model, tokenizer, problems: list[Problem], setting: dict, rows: int) -> dict:
@@ -139,56 +170,61 @@ def measure(model, tokenizer, problems: list[Problem], setting: dict, rows: int)
     """
     from fastdllm import CachePolicy, generate
 
-    policy = CachePolicy(**POLICIES[setting.get("policy", "off")])
-    rule = rules()[setting["rule"]](setting["block_length"])
-    prompts = [torch.tensor(tokenizer.encode(prompt_of(problem)).ids) for problem in problems]
+    options = {
+        "gen_length": GEN_LENGTH,
+        "block_length": setting["block_length"],
+        "cache": setting["cache"],
+        "rule": rules()[setting["rule"]](setting["block_length"]),
+        "policy": CachePolicy(**POLICIES[setting.get("policy", "off")]),
+    }
+    prompts = prompt_ids(tokenizer, problems)
     scores, counts = [], torch.zeros(3, dtype=torch.int64)
     for first in range(0, len(problems), rows):
-        part = prompts[first : first + rows]
-        done = generate(
-            model,
-            part,
-            gen_length=GEN_LENGTH,
-            block_length=setting["block_length"],
-            cache=setting["cache"],
-            rule=rule,
-            policy=policy,
-        )
+        done = generate(model, prompts[first : first + rows], **options)
         counts += torch.stack([done.nfe.sum(), done.refreshes.sum(), done.cached_steps.sum()]).cpu()
-        for problem, prompt, tokens in zip(
-            problems[first : first + rows], part, done.tokens, strict=True
+        for row, (tokens, length) in enumerate(
+            zip(done.tokens, done.prompt_lengths, strict=True), start=first
         ):
-            scores.append(
-                score(problem, tokens[len(prompt) :].tolist(), tokenizer, model.config.stop_ids)
-            )
+            generated = tokens[length:].tolist()
+            scores.append(score(problems[row], generated, tokenizer, model.config.stop_ids))
     accuracy, exact, text = (sum(column) / len(problems) for column in zip(*scores, strict=True))
     nfe, refreshes, cached = (counts.double() / len(problems)).tolist()
     values = (accuracy, exact, text / nfe, nfe, refreshes, cached, text)
-    return setting | {name: round(value, 4) for name, value in zip(SHOWN, values, strict=True)}
+    return setting | {name: round(value, 4) for name, value in zip(MEASURED, values, strict=True)}
 
 
 def environment(device: str) -> dict:
-    """What the numbers were measured with."""
-    versions = {}
-    for package in ("torch", "triton"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
+    """What the numbers were measured with, today's date and the commit included."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     except OSError:
         commit = None
-    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    return {
-        "gpu": gpu,
-        **versions,
-        "python": platform.python_version(),
-        "date": today,
-        "commit": commit,
-    }
+    return tables.environment(device) | {"date": today, "commit": commit}
+
+
+def resumed(path: Path, head: dict) -> list[dict]:
+    """The results that the file holds already, none where it is not there; ValueError where they
+    are of something else than `head` says.
+    """
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    if any(before[name] != value for name, value in head.items()):
+        raise ValueError(
+            f"{path}: holds results of another model, split, number of problems or dtype; "
+            "move it away"
+        )
+    return before["results"]
+
+
+def asked_for(args: argparse.Namespace) -> list[dict]:
+    """The settings that the command line names: its shard's, and of them the limited."""
+    index, count = (int(number) for number in args.shard.split("/"))
+    settings = (policy_settings() if args.policies else all_settings())[index::count]
+    texts = args.limit_settings or [""]
+    return [setting for setting in settings if any(text in key_of(setting) for text in texts)]
 
 
 def evaluate(args: argparse.Namespace, path: Path) -> dict:
@@ -204,39 +240,20 @@ def evaluate(args: argparse.Namespace, path: Path) -> dict:
         "problems": args.problems,
         "split": "test",
         "gen_length": GEN_LENGTH,
+        "dtype": args.dtype,
+        **weights,
     }
-    head |= {"dtype": args.dtype, **weights}
-    report = head | {"environment": environment(args.device), "results": []}
-    if path.exists():
-        before = json.loads(path.read_text())
-        if any(before[name] != value for name, value in head.items()):
-            raise ValueError(
-                f"{path}: holds results of another model, split, number of problems or dtype; move it away"
-            )
-        report["results"] = before["results"]
-    index, count = (int(number) for number in args.shard.split("/"))
-    for setting in (policy_settings() if args.policies else all_settings())[index::count]:
+    results = resumed(path, head)
+    report = head | {"environment": environment(args.device), "results": results}
+    for setting in asked_for(args):
         key = key_of(setting)
-        wanted = not args.limit_settings or any(text in key for text in args.limit_settings)
-        if wanted and key not in map(key_of, report["results"]):
-            report["results"].append(measure(model, tokenizer, problems, setting, args.rows))
-            print(
-                f"{key:28}",
-                *(f"{name} {report['results'][-1][name]}" for name in SHOWN[:4]),
-                flush=True,
-            )
-            write_report(report, path)
+        if key in map(key_of, results):
+            continue
+        result = measure(model, tokenizer, problems, setting, args.rows)
+        results.append(result)
+        print(f"{key:28}", *(f"{name} {result[name]}" for name in MEASURED[:4]), flush=True)
+        tables.write_json(path, report)
     return report
-
-
-def write_report(report: dict, path: Path) -> None:
-    """The report as JSON, one line a setting, in place of the old file."""
-    lines = ",\n".join(f"  {json.dumps(result)}" for result in report["results"])
-    head = json.dumps(report | {"results": []}, indent=1).removesuffix("[]\n}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    fresh.write_text(f"{head}[\n{lines}\n]}}\n")
-    fresh.replace(path)
 
 
 def merge(paths: list[Path]) -> dict:
@@ -254,81 +271,126 @@ def merge(paths: list[Path]) -> dict:
     return reports[0] | {"results": [found[key] for key in keys if key in found]}
 
 
-def table(report: dict) -> str:
+def markdown(report: dict) -> str:
     """The report as Markdown."""
-    where = ", ".join(f"{name} {value}" for name, value in report["environment"].items() if value)
-    kind = report["dtype"] + (f", {report['weights']} weights" if "weights" in report else "")
-    lines = [
-        f"# {report['model']}: {report['problems']} unseen problems, gen_length {report['gen_length']}, {kind}",
-        f"\n{where}. Accuracy in %; counts are means per problem; tokens are those before the end of text.\n",
-        "| block | rule | cache | accuracy | whole answer | tokens/forward | NFE | refreshes | cached steps |",
-        "|--:|---|---|--:|--:|--:|--:|--:|--:|",
+    dtype = report["dtype"]
+    if "weights" in report:
+        dtype += f", {report['weights']} weights"
+    title = (
+        f"# {report['model']}: {report['problems']} unseen problems, "
+        f"gen_length {report['gen_length']}, {dtype}"
+    )
+    how = (
+        f"{tables.measured_with(report['environment'])}. Accuracy in %; counts are means per "
+        "problem; tokens are those before the end of text."
+    )
+    rows = [_cells(result) for result in report["results"]]
+    return f"{title}\n\n{how}\n\n{tables.table(HEADS, rows, align='rll' + 'r' * 6)}\n"
+
+
+def _cells(result: dict) -> list[str]:
+    cache = result["cache"]
+    if "policy" in result:
+        cache += f", {result['policy']}"
+    return [
+        result["block_length"],
+        result["rule"],
+        cache,
+        f"{100 * result['accuracy']:.1f}",
+        f"{100 * result['exact']:.1f}",
+        f"{result['tokens_per_forward']:.2f}",
+        f"{result['nfe']:.1f}",
+        f"{result['refreshes']:.1f}",
+        f"{result['cached_steps']:.1f}",
     ]
-    for r in report["results"]:
-        percent = f"{100 * r['accuracy']:.1f} | {100 * r['exact']:.1f}"
-        counts = " | ".join(f"{r[name]:.1f}" for name in ("nfe", "refreshes", "cached_steps"))
-        cache = f"{r['cache']}, {r['policy']}" if "policy" in r else r["cache"]
-        row = f"{r['block_length']} | {r['rule']} | {cache} | {percent} | {r['tokens_per_forward']:.2f} | {counts}"
-        lines.append(f"| {row} |")
-    return "\n".join(lines) + "\n"
+
+
+def accuracy_table(folder: Path) -> str:
+    """The shipped models' caches and rules, a few settings of each, as Markdown."""
+    heads = ["model", "cache", "rule", "block", "solved, %"]
+    heads += ["tokens per forward", "forwards (refresh + cached)"]
+    rows = []
+    for model in SHIPPED:
+        found = results_by_key(folder / f"{model}.json")
+        for setting in SHORT_SETTINGS:
+            result = found[key_of(setting)]
+            parts = f"{result['refreshes']:.1f} + {result['cached_steps']:.1f}"
+            rows.append(
+                [
+                    model,
+                    setting["cache"],
+                    setting["rule"],
+                    setting["block_length"],
+                    f"{100 * result['accuracy']:.1f}",
+                    f"{result['tokens_per_forward']:.1f}",
+                    f"{result['nfe']:.1f} ({parts})",
+                ]
+            )
+    return tables.table(heads, rows, align="lllrrrr")
+
+
+def options_table(folder: Path) -> str:
+    """What the options that trade accuracy solve, the shipped models beside each other, as
+    Markdown.
+    """
+    rows = []
+    for label, (weights, policy) in SHORT_OPTIONS.items():
+        row = [label]
+        for model in SHIPPED:
+            found = results_by_key(folder / f"{model}{weights}-policies.json")
+            result = found[f"dual/{PARALLEL}/32/{policy}"]
+            row.append(f"{100 * result['accuracy']:.1f}")
+        rows.append(row)
+    return tables.table(["option", *SHIPPED], rows)
+
+
+def results_by_key(path: Path) -> dict[str, dict]:
+    results = json.loads(path.read_text())["results"]
+    return {key_of(result): result for result in results}
 
 
 def plot(report: dict, folder: Path) -> None:
     """<model>-parallel.png: accuracy against tokens per forward; <model>-blocks.png: accuracy
     against block length.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = tables.pyplot()
+    model, results = report["model"], report["results"]
     styles = {"threshold": "o-", "factor": "^-.", "a step": "s--"}
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axes, length in zip(panels, BLOCK_LENGTHS, strict=True):
-        _curves(
-            axes, report, "tokens_per_forward", styles, lambda r, n=length: r["block_length"] == n
-        )
-        axes.set(xlabel="tokens per forward", title=f"{report['model']}, block length {length}")
-    _finish(figure, panels[0], folder / f"{report['model']}-parallel.png")
+        chosen = [result for result in results if result["block_length"] == length]
+        _curves(axes, chosen, "tokens_per_forward", styles)
+        axes.set(xlabel="tokens per forward", title=f"{model}, block length {length}")
+    _finish(figure, panels[0], folder / f"{model}-parallel.png")
     figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
-    _curves(axes, report, "block_length", {VANILLA: "s--", PARALLEL: "o-"}, lambda r: True)
-    lengths = sorted({*BLOCK_LENGTHS, *SWEPT_LENGTHS})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, map(str, lengths))
-    axes.set(xlabel="block length", title=report["model"])
-    _finish(figure, axes, folder / f"{report['model']}-blocks.png")
+    _curves(axes, results, "block_length", {VANILLA: "s--", PARALLEL: "o-"})
+    tables.log_ticks(axes, sorted({*BLOCK_LENGTHS, *SWEPT_LENGTHS}), base=2)
+    axes.set(xlabel="block length", title=model)
+    _finish(figure, axes, folder / f"{model}-blocks.png")
 
 
-def _curves(axes, report, across, styles, wanted) -> None:
-    """One curve a cache and kind of rule (a part of its name, with its style) through the results
-    that are wanted.
+def _curves(axes, results, across, styles) -> None:
+    """Draw accuracy over the field `across`: one curve a cache and kind of rule, which is a part of
+    the rules' names and has a style.
     """
     for kind, style in styles.items():
         for cache, color in zip(CACHES, ("C0", "C1", "C2"), strict=True):
-            results = [
-                r
-                for r in report["results"]
-                if wanted(r) and kind in r["rule"] and r["cache"] == cache
-            ]
-            points = sorted((r[across], 100 * r["accuracy"]) for r in results)
-            axes.plot(
-                [x for x, _ in points],
-                [y for _, y in points],
-                color + style,
-                ms=4,
-                label=f"{kind}, {cache}",
+            points = sorted(
+                (result[across], 100 * result["accuracy"])
+                for result in results
+                if kind in result["rule"] and result["cache"] == cache
             )
+            xs = [x for x, _ in points]
+            ys = [y for _, y in points]
+            axes.plot(xs, ys, color + style, ms=4, label=f"{kind}, {cache}")
     axes.grid(alpha=0.3)
 
 
 def _finish(figure, axes, path) -> None:
     axes.set(ylabel="problems solved, %")
-    figure.legend(
-        *axes.get_legend_handles_labels(),
-        loc="outside right",
-        fontsize="small",
-        title="rule, cache",
-    )
+    handles, labels = axes.get_legend_handles_labels()
+    title = "rule, cache"
+    figure.legend(handles, labels, loc="outside right", fontsize="small", title=title)
     figure.savefig(path, dpi=120)
 
 
@@ -337,30 +399,27 @@ def update_card(folder: Path, report: dict) -> None:
     line.
     """
     found = {key_of(result): result for result in report["results"]}
-    parts = []
-    for label, key in (
-        ("one token a step", f"none/{VANILLA}/32"),
-        ("threshold 0.9 and dual cache", f"dual/{PARALLEL}/32"),
-    ):
-        if key in found:
-            r = found[key]
-            parts.append(
-                f"{100 * r['accuracy']:.1f}% with {label} ({100 * r['exact']:.1f}% letter for letter, "
-                f"{r['tokens_per_forward']:.1f} tokens a forward)"
-            )
-    line = (
-        f"- Accuracy on {report['problems']} unseen problems, block length 32: {'; '.join(parts)}."
-    )
+    shown = {
+        "one token a step": found.get(f"none/{VANILLA}/32"),
+        "threshold 0.9 and dual cache": found.get(f"dual/{PARALLEL}/32"),
+    }
+    parts = [
+        f"{100 * result['accuracy']:.1f}% with {label} ({100 * result['exact']:.1f}% letter for "
+        f"letter, {result['tokens_per_forward']:.1f} tokens a forward)"
+        for label, result in shown.items()
+        if result
+    ]
+    count = report["problems"]
+    line = f"- Accuracy on {count} unseen problems, block length 32: {'; '.join(parts)}."
     card = folder / "README.md"
-    text, count = re.subn(
-        r"^- Accuracy.*$", lambda _: line, card.read_text(encoding="utf-8"), flags=re.MULTILINE
-    )
-    if count != 1 or not parts:
+    before = card.read_text(encoding="utf-8")
+    text, lines = re.subn(r"^- Accuracy.*$", lambda _: line, before, flags=re.MULTILINE)
+    if lines != 1 or not parts:
         raise ValueError(f"{card}: expected one accuracy line and results for block length 32")
     card.write_text(text, encoding="utf-8")
 
 
-def main(argv=None) -> None:
+def parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -385,25 +444,37 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--card", action="store_true")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="also put short tables between its marks"
+    )
     args = parser.parse_args(argv)
     args.model = args.model.resolve()
-    name = "-".join(
-        filter(None, (args.model.name, args.weights, "policies" if args.policies else None))
-    )
+    return args
+
+
+def main(argv=None) -> None:
+    args = parse(argv)
+    parts = [args.model.name, args.weights, "policies" if args.policies else None]
+    name = "-".join(filter(None, parts))
     path = args.out / f"{name}.json"
+    sharded = args.shard != "0/1"
     if args.merge:
         report = merge(sorted(args.out.glob(f"{name}.*json")))
-        write_report(report, path)
+        tables.write_json(path, report)
+    elif sharded:
+        shard = args.shard.replace("/", "-of-")
+        report = evaluate(args, path.with_suffix(f".{shard}.json"))
     else:
-        sharded = args.shard != "0/1"
-        path = path.with_suffix(f".{args.shard.replace('/', '-of-')}.json") if sharded else path
         report = evaluate(args, path)
-    if args.merge or args.shard == "0/1":
-        path.with_suffix(".md").write_text(table(report), encoding="utf-8")
+    if args.merge or not sharded:
+        path.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
     if args.plot:
         plot(report, args.out)
     if args.card:
         update_card(args.model, report)
+    if args.readme:
+        tables.insert(args.readme, "accuracy", accuracy_table(args.out))
+        tables.insert(args.readme, "options", options_table(args.out))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 predicts position i.
 """
 
-from .family import Family
+from .family import Family, ModelingFile
 
 _LAYER = "model.layers.{i}."
 
@@ -47,4 +47,12 @@ FAMILY = Family(
     architecture={"architectures": ["DreamModel"], "hidden_act": "silu"},
     qkv_bias=True,
     filtered_score=True,
+    # Dream publishes Qwen2's tokenizer as Python code, which is not run; the files beside it are
+    # Qwen2's.
+    tokenizer_type="qwen2",
+    # Dream's layers are Qwen2's.
+    modeling={
+        "Dream": ModelingFile(config_family="Dream", attention_outputs=3),
+        "qwen2": ModelingFile(config_family="Dream", causal_by_default=True),
+    },
 )

@@ -1,6 +1,6 @@
 """LLaDA (arXiv 2502.09992): LLaDA-8B Base and Instruct, LLaDA-1.5. No shift; RoPE in fp32."""
 
-from .family import Family
+from .family import Family, ModelingFile
 
 _LAYER = "model.transformer.blocks.{i}."
 
@@ -45,4 +45,20 @@ FAMILY = Family(
     architecture={"architectures": ["LLaDAModelLM"], "include_bias": False},
     qkv_bias="include_qkv_bias",
     filtered_score=False,
+    tokenizer_type=None,
+    # LLaDA's layers are Llama's, whose config is written as Qwen2's and therefore Dream's is.
+    modeling={
+        "llada": ModelingFile(
+            config_family="llada",
+            embedding="model.transformer.wte",
+            layers="model.transformer.blocks",
+            norm="model.transformer.ln_f",
+            head="model.transformer.ff_out",
+            attention_owner="",
+            attention_method="attention",
+            attention_out="attn_out",
+            returns_past=True,
+        ),
+        "llama": ModelingFile(config_family="Dream", causal_by_default=True),
+    },
 )

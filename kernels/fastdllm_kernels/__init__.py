@@ -1,17 +1,20 @@
 """Triton kernels and PyTorch references for block-wise diffusion decoding. Imports torch and triton
 only.
+
+<op>.py holds an op's reference, its checks and the choice between that and a kernel. Beside it,
+<op>_triton.py holds its kernels (`<what>_kernel`), the pure function `config` that returns a frozen
+`Config`, and `launch`; where a file has several of them the op's name stands with each.
 """
 
 from .attention import block_attention, block_attention_reference
+from .fp8 import Fp8Weight, quantize_weight
 from .linear import (
-    Fp8Weight,
     linear,
     linear_reference,
     linear_rms_norm,
     linear_rms_norm_reference,
     linear_swiglu,
     linear_swiglu_reference,
-    quantize_weight,
 )
 from .pointwise import (
     rms_norm,

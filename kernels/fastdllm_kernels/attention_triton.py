@@ -12,17 +12,19 @@ keys. Visible keys are numbered without gaps,
 so that the share of a split is arithmetic on device values (short rows stay balanced) and the one
 loop over the cache knows no prefix, suffix or gap. A share's own keys come first, while the sums
 are empty: rotating them takes registers. With one split the kernel writes the result; with more it
-writes fp32 parts and their log-sum-exp, and `_merge` adds them up in a fixed order: equal inputs
-give equal bits, launch after launch.
+writes fp32 parts and their log-sum-exp, and `merge_kernel` adds them up in a fixed order: equal
+inputs give equal bits, launch after launch.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from . import compiling
 from .backend import ceil_div, chip_of, dense, on_device, pdl, power_of_2
 from .pointwise import rope_to_cache
 
@@ -49,6 +51,15 @@ class Config:
     overlap: bool = False
 
 
+class _Tiles(NamedTuple):
+    """Query rows and keys of a program's tiles, its warps, and the stages of its loads."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
 @lru_cache(maxsize=4096)
 def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
     """The configuration for q [B, T, H, D], k [B, T, HK, D] and `capacity` cached slots a row,
@@ -57,67 +68,80 @@ def config(B, T, H, HK, D, capacity, itemsize, chip) -> Config:
     Pure: it sees host constants only, so a captured graph replays whatever the spans on the device
     say.
     """
-    rows, groups, keys, tile_d = T * (H // HK), B * HK, max(capacity, T), _tile_d(D)
+    rows, groups = T * (H // HK), B * HK
+    keys, tile_d = max(capacity, T), _tile_d(D)
     if itemsize == 2 and tile_d <= 128:
-        # 64 rows even where there are fewer: below that Hopper's tensor cores take their slow path
-        # (4 queries over 2,048 keys took 20.4 us in tiles of 16 rows, and 15.7). Not 128: two
-        # programs of 64 on a multiprocessor take turns, one at its products while the other is at
-        # its exponentials (2,048 queries and keys: 152 us for 160).
-        splits, tiles = _tiles_of_64(
-            ceil_div(rows, 64) * groups, rows, keys, chip.multiprocessors, tile_d > 64
-        )
+        tiles, splits = _tiles_of_64(rows, groups, keys, chip.multiprocessors, wide=tile_d > 64)
     else:
-        # Exact fp32 products run outside the tensor cores, from operands held in registers: small
-        # tiles, or they spill. With D above 128 the sums of 64 rows fill the registers of 8 warps;
-        # older chips keep copies of the operands there as well.
-        tiles = (16, 16, 8, 2) if itemsize == 4 else (64 if chip.shared > 200000 else 32, 32, 8, 3)
-        splits = _splits(ceil_div(rows, tiles[0]) * groups, keys, 2 * chip.multiprocessors)
-    tile_rows, tile_keys, warps, stages = _fitted(*tiles, tile_d, itemsize, chip.shared)
+        tiles = _small_tiles(itemsize, chip)
+        splits = _splits(ceil_div(rows, tiles.rows) * groups, keys, 2 * chip.multiprocessors)
+    tiles = _fitted(tiles, tile_d, itemsize, chip.shared)
     # Every row tile rotates the block's keys again, off the pipelined path: past a few tiles one
     # more launch is cheaper.
     rotate_first = splits == 1 and T > 256
-    return Config(tile_rows, tile_keys, warps, stages, splits, rotate_first, chip.overlap)
+    return Config(
+        tiles.rows,
+        tiles.keys,
+        tiles.warps,
+        tiles.stages,
+        splits,
+        rotate_first,
+        chip.overlap,
+    )
 
 
-def _tiles_of_64(programs, rows, keys, multiprocessors, wide):
-    """(splits, tiles) of passes in `programs` tiles of 64 rows, `rows` real ones a group; wide: D
-    above 64.
+def _tiles_of_64(rows, groups, keys, multiprocessors, *, wide):
+    """(tiles of 64 rows, splits) for `rows` rows of each of `groups` key heads; wide: D above 64.
+
+    64 rows even where there are fewer: below that Hopper's tensor cores take their slow path (4
+    queries over 2,048 keys took 20.4 us in tiles of 16 rows, and 15.7). Not 128: two programs of 64
+    on a multiprocessor take turns, one at its products while the other is at its exponentials.
     """
+    programs = ceil_div(rows, 64) * groups
     alone = _splits(programs, keys, multiprocessors)
     if wide and 2 * programs <= multiprocessors and keys // alone <= 192:
         # Bound by latency: one program on a multiprocessor at most, with more warps; more than six
         # parts take long to merge.
-        return min(alone, 6), (64, 64, 8, 3)
-    # Two programs on each. Tiles half full wait for memory: fewer keys in more stages keep more
-    # loads in flight. Where D is 64, too, 64 keys would make the assembler serialise the products.
-    return _splits(programs, keys, 2 * multiprocessors), (
-        64,
-        64,
-        4,
-        3,
-    ) if wide and rows >= 64 else (64, 32, 4, 4)
+        return _Tiles(64, 64, 8, 3), min(alone, 6)
+    splits = _splits(programs, keys, 2 * multiprocessors)  # two programs on each
+    if wide and rows >= 64:
+        return _Tiles(64, 64, 4, 3), splits
+    # Tiles half full wait for memory: fewer keys in more stages keep more loads in flight. Where D
+    # is 64, too, 64 keys would make the assembler serialise the products.
+    return _Tiles(64, 32, 4, 4), splits
+
+
+def _small_tiles(itemsize, chip):
+    """Tiles where registers are scarce: in fp32, or with D above 128."""
+    if itemsize == 4:
+        # Exact products run outside the tensor cores, from operands held in registers.
+        return _Tiles(16, 16, 8, 2)
+    # The sums of 64 rows fill the registers of 8 warps; older chips keep copies of the operands
+    # there as well.
+    return _Tiles(64 if chip.shared > 200000 else 32, 32, 8, 3)
 
 
 def _tile_d(D):
     return max(16, power_of_2(D))
 
 
-def _fitted(tile_rows, tile_keys, warps, stages, tile_d, itemsize, shared):
+def _fitted(tiles, tile_d, itemsize, shared):
     """The tiles, made smaller until their buffers fit: fewer keys first (the stages hide latency),
     then stages, then rows.
     """
-    while (tile_rows + 2 * stages * tile_keys) * tile_d * itemsize + 2048 > shared:
-        if tile_keys > 32:
-            tile_keys //= 2
+    rows, keys, warps, stages = tiles
+    while (rows + 2 * stages * keys) * tile_d * itemsize + 2048 > shared:
+        if keys > 32:
+            keys //= 2
         elif stages > 2:
             stages -= 1
-        elif tile_rows > 16:
-            tile_rows //= 2
-        elif tile_keys > 16:
-            tile_keys //= 2
+        elif rows > 16:
+            rows //= 2
+        elif keys > 16:
+            keys //= 2
         else:
             break
-    return tile_rows, tile_keys, warps, stages
+    return _Tiles(rows, keys, warps, stages)
 
 
 def _splits(programs, keys, places):
@@ -150,21 +174,11 @@ def _load(pointers, inside, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _rotated(
-    x_ptr,
-    offset,
-    seen,
-    position,
-    cos_ptr,
-    sin_ptr,
-    cos_at,
-    sin_at,
-    D: tl.constexpr,
-    TILE_D: tl.constexpr,
-):
+def _rotated(x_ptr, offset, seen, position, tables, D: tl.constexpr, TILE_D: tl.constexpr):
     """Rows at `offset` rotated to `position`, with every operation rounded to the tables' dtype, as
     PyTorch does it.
     """
+    cos_ptr, sin_ptr, cos_at, sin_at = tables
     HALF: tl.constexpr = D // 2
     rows: tl.constexpr = offset.shape[0]
     column = tl.arange(0, TILE_D // 2)[None, :]
@@ -182,7 +196,7 @@ def _rotated(
 
 @triton.jit
 def _product(x, table):
-    """x * table rounded to the table's dtype, as fp32: no fused multiply-add may skip the rounding."""
+    """x * table rounded to the table's dtype, as fp32, which no fused multiply-add may skip."""
     return (x.to(table.dtype).to(tl.float32) * table.to(tl.float32)).to(table.dtype).to(tl.float32)
 
 
@@ -192,10 +206,7 @@ def _queries(
     offset,
     asked,
     position,
-    cos_ptr,
-    sin_ptr,
-    cos_at,
-    sin_at,
+    tables,
     D: tl.constexpr,
     TILE_D: tl.constexpr,
     NEGATIVE: tl.constexpr,
@@ -203,8 +214,8 @@ def _queries(
     """The tile's queries, rotated where there are tables, with the sign of the scale; rows not
     `asked` are 0.
     """
-    if cos_ptr is not None:
-        q = _rotated(q_ptr, offset, asked, position, cos_ptr, sin_ptr, cos_at, sin_at, D, TILE_D)
+    if tables[0] is not None:
+        q = _rotated(q_ptr, offset, asked, position, tables, D, TILE_D)
     else:
         column, inside = _columns(D, TILE_D, False)
         q = _load(q_ptr + offset[:, None] + column[None, :], asked[:, None] & inside[None, :], True)
@@ -238,23 +249,20 @@ def _fold(q, k, v, at, end, top, total, acc, scale):
 
 
 @triton.jit
+def _page(pointer, last_page):
+    """What a page table says, held inside the cache."""
+    return tl.minimum(tl.maximum(tl.load(pointer), 0), last_page).to(tl.int64)
+
+
+@triton.jit
 def _fold_stored(
     q,
-    top,
-    total,
-    acc,
-    k_ptr,
-    v_ptr,
-    k_at,
-    v_at,
+    sums,
+    stored,
     begin,
     end,
-    prefix,
-    first,
-    jump,
-    page_ptr,
-    k_page,
-    v_page,
+    place,
+    pages,
     scale,
     D: tl.constexpr,
     TILE_D: tl.constexpr,
@@ -263,19 +271,28 @@ def _fold_stored(
     PAGE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Fold keys begin .. end - 1, read as they are: key i lies in slot first + i below `prefix`,
-    and in jump + i from there.
+    """Fold keys begin .. end - 1, read as they are, into the running maximum, sum and weighted
+    values.
+
+    stored: pointers to keys and values, and how far apart their slots are. place: (prefix, first,
+    jump): key i lies in slot first + i below `prefix`, and in jump + i from there. pages: with
+    PAGE slots each, (the row's page table, how far apart pages of keys and of values are, the last
+    page).
 
     A last tile that is not full repeats the last key, so that no load of a row needs a mask, and
     only its scores get one.
     """
+    top, total, acc = sums
+    k_ptr, v_ptr, k_at, v_at = stored
+    prefix, first, jump = place
+    page_ptr, k_page, v_page, last_page = pages
     k_column, k_inside = _columns(D, TILE_D, PAIRED)
     v_column, v_inside = _columns(D, TILE_D, False)
     for at in tl.range(begin, end, TILE_KEYS, num_stages=STAGES):
         key = tl.minimum(at + tl.arange(0, TILE_KEYS), end - 1)
         if PAGE > 0:
             slot = key + tl.where(key < prefix, first, jump)
-            page = tl.load(page_ptr + slot // PAGE).to(tl.int64)
+            page = _page(page_ptr + slot // PAGE, last_page)
             slot = (slot % PAGE).to(tl.int64)
             k_row, v_row = page * k_page + slot * k_at, page * v_page + slot * v_at
         else:
@@ -290,29 +307,24 @@ def _fold_stored(
 @triton.jit
 def _fold_rotated(
     q,
-    top,
-    total,
-    acc,
-    k_ptr,
-    v_ptr,
-    k_at,
-    v_at,
+    sums,
+    own,
     begin,
     end,
     start,
     positions,
-    cos_ptr,
-    sin_ptr,
-    cos_at,
-    sin_at,
+    tables,
     scale,
     D: tl.constexpr,
     TILE_D: tl.constexpr,
 ):
-    """Fold the block's own keys begin .. end - 1, rotated to positions start + key."""
-    TILE_OWN: tl.constexpr = (
-        16 if q.dtype == tl.float32 or D != 128 else 32
-    )  # a block at once where that was seen to fit
+    """Fold the block's own keys begin .. end - 1, rotated to positions start + key. own: pointers
+    to keys and values, and how far apart they are.
+    """
+    top, total, acc = sums
+    k_ptr, v_ptr, k_at, v_at = own
+    # A block at once where that was seen to fit.
+    TILE_OWN: tl.constexpr = 16 if q.dtype == tl.float32 or D != 128 else 32
     column, inside = _columns(D, TILE_D, False)
     # Two stages though nothing here is pipelined: with one, the assembler serialises every product
     # of the kernel.
@@ -320,7 +332,7 @@ def _fold_rotated(
         key = at + tl.arange(0, TILE_OWN)
         seen, row = key < end, key.to(tl.int64)
         position = tl.minimum(start + key, positions - 1)
-        k = _rotated(k_ptr, row * k_at, seen, position, cos_ptr, sin_ptr, cos_at, sin_at, D, TILE_D)
+        k = _rotated(k_ptr, row * k_at, seen, position, tables, D, TILE_D)
         v = _load(
             v_ptr + (row * v_at)[:, None] + column[None, :], seen[:, None] & inside[None, :], True
         )
@@ -336,10 +348,11 @@ def _place(index, tiles, HK: tl.constexpr):
 
 
 @triton.jit
-def _spans(b, T, block_start_ptr, kv_len_ptr, kv_start_ptr, block_len_ptr):
+def _spans(b, T, spans):
     """What row b sees: (block's start, its length, own keys of it, first cached slot, keys before
-    the block, cached keys).
+    the block, cached keys). spans: pointers to block_start, kv_len, kv_start, block_len.
     """
+    block_start_ptr, kv_len_ptr, kv_start_ptr, block_len_ptr = spans
     start, kv_len = tl.load(block_start_ptr + b), tl.load(kv_len_ptr + b)
     first, length = 0, T
     if kv_start_ptr is not None:
@@ -368,8 +381,46 @@ def _share(keys):
     return begin, tl.minimum(begin + share, keys)
 
 
-@triton.jit(do_not_specialize=["tiles", "T", "lse_split", "positions"])
-def _attend(
+@triton.jit
+def _store(
+    sums,
+    own,
+    out_ptr,
+    lse_ptr,
+    tiles,
+    T,
+    out_strides,
+    lse_split,
+    HK: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Write the tile's result and log-sum-exp, or this split's parts of them."""
+    # Here, not outside: a launch compares every global that a kernel reads.
+    LN2: tl.constexpr = 0.6931471805599453
+    top, total, acc = sums
+    # Axis 2 has one program: its 0 makes these new values, where the same from above would hold
+    # registers in the loops.
+    tile, kv_head, b = _place(tl.program_id(0) + tl.program_id(2), tiles, HK)
+    t, head, asked = _rows(tile, kv_head, own, G, acc.shape[0])
+    total = tl.where(total == 0, 1.0, total)
+    result = tl.where(asked[:, None], acc / total[:, None], 0.0)
+    column, inside = _columns(D, acc.shape[1], False)
+    split = (tl.program_id(1) + tl.program_id(2)).to(tl.int64)
+    out_row, out_at, out_head, out_split = out_strides
+    offset = split * out_split + b * out_row + t.to(tl.int64) * out_at + head * out_head
+    tl.store(
+        out_ptr + offset[:, None] + column[None, :],
+        result.to(out_ptr.dtype.element_ty),
+        mask=(t < T)[:, None] & inside[None, :],
+    )
+    if lse_ptr is not None:
+        lse = tl.where(asked, (top + tl.log2(total)) * LN2, float("-inf"))
+        tl.store(lse_ptr + split * lse_split + (b * T + t) * (HK * G) + head, lse, mask=t < T)
+
+
+@triton.jit(do_not_specialize=["tiles", "T", "lse_split", "positions", "last_page"])
+def attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -377,40 +428,23 @@ def _attend(
     v_cache_ptr,
     out_ptr,
     lse_ptr,
-    block_start_ptr,
-    kv_len_ptr,
-    kv_start_ptr,
+    spans,
     page_table_ptr,
-    block_len_ptr,
-    cos_ptr,
-    sin_ptr,
+    tables,
     scale,
     tiles,
     T,
     positions,
-    q_row,
-    q_at,
-    q_head,
-    k_row,
-    k_at,
-    k_head,
-    v_row,
-    v_at,
-    v_head,
-    kc_row,
-    kc_at,
-    kc_head,
-    vc_row,
-    vc_at,
-    vc_head,
-    out_row,
-    out_at,
-    out_head,
-    out_split,
+    q_strides,
+    k_strides,
+    v_strides,
+    k_cache_strides,
+    v_cache_strides,
+    out_strides,
     lse_split,
     page_row,
-    cos_at,
-    sin_at,
+    last_page,
+    table_strides,
     HK: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -424,159 +458,75 @@ def _attend(
 ):
     """One row tile of one key head (program axis 0, tiles fastest so that they share keys in L2)
     and one split (axis 1).
+
+    spans: pointers to block_start, kv_len, kv_start, block_len. tables: cos and sin, or None twice.
+    Strides: of a row, a position and a head; of out also a split's; of values None where they are
+    the keys'.
     """
-    LN2: tl.constexpr = (
-        0.6931471805599453  # here, not outside: a launch compares every global that a kernel reads
-    )
-    if v_at is None:
-        v_row, v_at, v_head = k_row, k_at, k_head
-    if vc_at is None:
-        vc_row, vc_at, vc_head = kc_row, kc_at, kc_head
-    ROTATE: tl.constexpr = cos_ptr is not None
+    if v_strides is None:
+        v_strides = k_strides
+    if v_cache_strides is None:
+        v_cache_strides = k_cache_strides
+    ROTATE: tl.constexpr = tables[0] is not None
+    tables = (tables[0], tables[1], table_strides[0], table_strides[1])
     tile, kv_head, b = _place(tl.program_id(0), tiles, HK)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    page_ptr, k_page, v_page = 0, 0, 0
-    k_base, v_base = k_cache_ptr + kv_head * kc_head, v_cache_ptr + kv_head * vc_head
+    nowhere, no_pages = (0, 0, 0), (0, 0, 0, 0)
+    pages = no_pages
+    k_base = k_cache_ptr + kv_head * k_cache_strides[2]
+    v_base = v_cache_ptr + kv_head * v_cache_strides[2]
     if PAGE > 0:
-        page_ptr, k_page, v_page = page_table_ptr + b * page_row, kc_row, vc_row
+        table = page_table_ptr + b * page_row
+        pages = (table, k_cache_strides[0], v_cache_strides[0], last_page)
     else:
         row = b
         if page_table_ptr is not None:  # one page a row: where it lies is asked once
-            row = tl.load(page_table_ptr + b * page_row).to(tl.int64)
-        k_base, v_base = k_base + row * kc_row, v_base + row * vc_row
-    start, length, own, first, prefix, cached = _spans(
-        b, T, block_start_ptr, kv_len_ptr, kv_start_ptr, block_len_ptr
-    )
+            row = _page(page_table_ptr + b * page_row, last_page)
+        k_base, v_base = k_base + row * k_cache_strides[0], v_base + row * v_cache_strides[0]
+    start, length, own, first, prefix, cached = _spans(b, T, spans)
     # A tile past the row's block has nothing to compute; its zeros are written all the same.
     busy = tile * TILE_ROWS < own * G
     begin, end = _share(tl.where(busy, cached + own, 0))
 
     t, head, asked = _rows(tile, kv_head, own, G, TILE_ROWS)
-    q = _queries(
-        q_ptr,
-        b * q_row + t.to(tl.int64) * q_at + head * q_head,
-        asked,
-        tl.minimum(start + t, positions - 1),
-        cos_ptr,
-        sin_ptr,
-        cos_at,
-        sin_at,
-        D,
-        TILE_D,
-        NEGATIVE,
-    )
+    q_offset = b * q_strides[0] + t.to(tl.int64) * q_strides[1] + head * q_strides[2]
+    position = tl.minimum(start + t, positions - 1)
+    q = _queries(q_ptr, q_offset, asked, position, tables, D, TILE_D, NEGATIVE)
     top = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((TILE_ROWS,), tl.float32)
-    acc = tl.zeros((TILE_ROWS, TILE_D), tl.float32)
-    own_begin, own_end = tl.maximum(begin - cached, 0), tl.maximum(end - cached, 0)
-    k_own, v_own = k_ptr + b * k_row + kv_head * k_head, v_ptr + b * v_row + kv_head * v_head
-    if ROTATE:
-        top, total, acc = _fold_rotated(
-            q,
-            top,
-            total,
-            acc,
-            k_own,
-            v_own,
-            k_at,
-            v_at,
-            own_begin,
-            own_end,
-            start,
-            positions,
-            cos_ptr,
-            sin_ptr,
-            cos_at,
-            sin_at,
-            scale,
-            D,
-            TILE_D,
-        )
-    else:
-        top, total, acc = _fold_stored(
-            q,
-            top,
-            total,
-            acc,
-            k_own,
-            v_own,
-            k_at,
-            v_at,
-            own_begin,
-            own_end,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            scale,
-            D,
-            TILE_D,
-            TILE_KEYS,
-            False,
-            0,
-            STAGES,
-        )
-    top, total, acc = _fold_stored(
-        q,
-        top,
-        total,
-        acc,
-        k_base,
-        v_base,
-        kc_at,
-        vc_at,
-        tl.minimum(begin, cached),
-        tl.minimum(end, cached),
-        prefix,
-        first,
-        start + length - prefix,
-        page_ptr,
-        k_page,
-        v_page,
-        scale,
-        D,
-        TILE_D,
-        TILE_KEYS,
-        ROTATE,
-        PAGE,
-        STAGES,
-    )
+    sums = (top, total, tl.zeros((TILE_ROWS, TILE_D), tl.float32))
 
+    at, to = tl.maximum(begin - cached, 0), tl.maximum(end - cached, 0)
+    k_own = k_ptr + b * k_strides[0] + kv_head * k_strides[2]
+    v_own = v_ptr + b * v_strides[0] + kv_head * v_strides[2]
+    fresh = (k_own, v_own, k_strides[1], v_strides[1])
+    if ROTATE:
+        sums = _fold_rotated(q, sums, fresh, at, to, start, positions, tables, scale, D, TILE_D)
+    else:
+        sums = _fold_stored(
+            q, sums, fresh, at, to, nowhere, no_pages, scale, D, TILE_D, TILE_KEYS, False, 0, STAGES
+        )
+    at, to = tl.minimum(begin, cached), tl.minimum(end, cached)
+    stored = (k_base, v_base, k_cache_strides[1], v_cache_strides[1])
+    place = (prefix, first, start + length - prefix)
+    sums = _fold_stored(
+        q, sums, stored, at, to, place, pages, scale, D, TILE_D, TILE_KEYS, ROTATE, PAGE, STAGES
+    )
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    # Axis 2 has one program: its 0 makes these new values, where the same from above would hold
-    # registers in the loops.
-    tile, kv_head, b = _place(tl.program_id(0) + tl.program_id(2), tiles, HK)
-    t, head, asked = _rows(tile, kv_head, own, G, TILE_ROWS)
-    total = tl.where(total == 0, 1.0, total)
-    result = tl.where(asked[:, None], acc / total[:, None], 0.0)
-    column, inside = _columns(D, TILE_D, False)
-    split = (tl.program_id(1) + tl.program_id(2)).to(tl.int64)
-    offset = split * out_split + b * out_row + t.to(tl.int64) * out_at + head * out_head
-    tl.store(
-        out_ptr + offset[:, None] + column[None, :],
-        result.to(out_ptr.dtype.element_ty),
-        mask=(t < T)[:, None] & inside[None, :],
-    )
-    if lse_ptr is not None:
-        lse = tl.where(asked, (top + tl.log2(total)) * LN2, float("-inf"))
-        tl.store(lse_ptr + split * lse_split + (b * T + t) * (HK * G) + head, lse, mask=t < T)
+    _store(sums, own, out_ptr, lse_ptr, tiles, T, out_strides, lse_split, HK, G, D)
 
 
 @triton.jit(do_not_specialize=["rows", "T"])
-def _merge(
+def merge_kernel(
     part_ptr,
     part_lse_ptr,
     out_ptr,
     lse_ptr,
     rows,
     T,
-    out_row,
-    out_at,
-    out_head,
+    out_strides,
     H: tl.constexpr,
     D: tl.constexpr,
     TILE_D: tl.constexpr,
@@ -616,6 +566,7 @@ def _merge(
             (tl.load(part_lse_ptr + at, mask=real, other=float("-inf")) - level) * LOG2E
         )
         result += part * weight[:, None]
+    out_row, out_at, out_head = out_strides
     offset = (
         (row // (H * T)).to(tl.int64) * out_row
         + (row // H % T).to(tl.int64) * out_at
@@ -630,105 +581,45 @@ def _merge(
         tl.store(lse_ptr + index, top + tl.log2(total) * LN2, mask=real)
 
 
-def launch(
-    q,
-    k,
-    v,
-    k_cache,
-    v_cache,
-    block_start,
-    kv_len,
-    kv_start,
-    page_table,
-    block_len,
-    cos,
-    sin,
-    scale,
-    out,
-    lse,
-    chosen=None,
-):
-    """Run the kernel into `out` and `lse` (or None); `chosen`, a Config, replaces the one that
-    `config` picks.
-    """
-    B, T, H, D = q.shape
-    capacity = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
-    chosen = chosen or config(B, T, H, k.shape[2], D, capacity, q.element_size(), chip_of(q.device))
-    launch_passes(
-        _launch_attend,
-        chosen,
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        block_start,
-        kv_len,
-        kv_start,
-        page_table,
-        block_len,
-        cos,
-        sin,
-        scale,
-        out,
-        lse,
-    )
+def supports(x) -> bool:
+    """Whether this kernel takes x, an attention.Operands: whatever a kernel can take at all."""
+    return True
 
 
-def launch_passes(
-    attend,
-    chosen,
-    q,
-    k,
-    v,
-    k_cache,
-    v_cache,
-    block_start,
-    kv_len,
-    kv_start,
-    page_table,
-    block_len,
-    cos,
-    sin,
-    scale,
-    out,
-    lse,
-):
-    """What `chosen` says around one launch, `attend`: the rotation before it, and the merge of its
-    parts after it.
+def launch(x, chosen=None):
+    """Run the kernel on x, an attention.Operands, into x.out and x.lse; `chosen`, a Config,
+    replaces the one that `config` picks.
     """
-    B, T, H, D = q.shape
-    block_start, kv_len, kv_start, block_len = map(
-        dense, (block_start, kv_len, kv_start, block_len)
+    B, T, H, D = x.q.shape
+    columns = 1 if x.page_table is None else x.page_table.shape[1]
+    capacity = x.k_cache.shape[1] * columns
+    chosen = chosen or config(
+        B, T, H, x.k.shape[2], D, capacity, x.q.element_size(), chip_of(x.q.device)
     )
-    with on_device(q):
-        if chosen.rotate_first and cos is not None:
-            q, k = rope_to_cache(q, k, v, cos, sin, block_start)
-            cos = sin = None
-        arguments = (
-            q,
-            k,
-            v,
-            k_cache,
-            v_cache,
-            block_start,
-            kv_len,
-            kv_start,
-            page_table,
-            block_len,
-            cos,
-            sin,
-            scale,
-        )
+    launch_passes(_launch_attention, x, chosen)
+
+
+def launch_passes(launch_attention, x, chosen):
+    """What `chosen` says around one launch of a chip's kernel: the rotation before it, and the
+    merge of its parts after it.
+
+    launch_attention: called with x, what it writes, which are x.out and x.lse or fp32 parts of them
+    [splits, ...], and chosen.
+    """
+    with on_device(x.q):
+        if chosen.rotate_first and x.cos is not None:
+            q, k = rope_to_cache(x.q, x.k, x.v, x.cos, x.sin, x.block_start)
+            x = x._replace(q=q, k=k, cos=None, sin=None)
         if chosen.splits == 1:
-            attend(*arguments, out, out.stride(), 0, lse, chosen)
+            launch_attention(x, x.out, x.lse, chosen)
             return
         # From PyTorch's allocator, which keeps what a stream or a captured graph still uses apart:
         # reuse is safe.
-        part = torch.empty((chosen.splits, B, T, H, D), dtype=torch.float32, device=q.device)
-        part_lse = torch.empty((chosen.splits, B, T, H), dtype=torch.float32, device=q.device)
-        attend(*arguments, part, part.stride()[1:], part.stride(0), part_lse, chosen)
-        _launch_merge(part, part_lse, out, lse, chosen)
+        shape, device = (chosen.splits, *x.q.shape), x.q.device
+        part = torch.empty(shape, dtype=torch.float32, device=device)
+        part_lse = torch.empty(shape[:-1], dtype=torch.float32, device=device)
+        launch_attention(x, part, part_lse, chosen)
+        _launch_merge(part, part_lse, x.out, x.lse, chosen)
 
 
 def scale_of(scale):
@@ -738,59 +629,49 @@ def scale_of(scale):
     return max(abs(scale) * LOG2E, 1e-37)
 
 
-def _launch_attend(
-    q,
-    k,
-    v,
-    k_cache,
-    v_cache,
-    block_start,
-    kv_len,
-    kv_start,
-    page_table,
-    block_len,
-    cos,
-    sin,
-    scale,
-    out,
-    out_stride,
-    out_split,
-    lse,
-    chosen,
-):
-    B, T, H, D = q.shape
-    HK = k.shape[2]
+def spans_of(x):
+    """The spans as kernels take them: block_start, kv_len, kv_start, block_len."""
+    return dense(x.block_start), dense(x.kv_len), dense(x.kv_start), dense(x.block_len)
+
+
+def out_strides_of(out):
+    """A row's, a position's and a head's stride of out [B, T, H, D] or of parts [splits, B, T, H,
+    D], and a split's.
+    """
+    return (*out.stride()[-4:-1], out.stride(0) if out.ndim == 5 else 0)
+
+
+def _launch_attention(x, out, lse, chosen):
+    B, T, H, D = x.q.shape
+    HK = x.k.shape[2]
     tiles = ceil_div(T * (H // HK), chosen.TILE_ROWS)
     # A table of one column names whole rows: no slot needs to be looked up.
-    page = 0 if page_table is None or page_table.shape[1] == 1 else k_cache.shape[1]
-    _attend[tiles * B * HK, chosen.splits](
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
+    page = 0 if x.page_table is None or x.page_table.shape[1] == 1 else x.k_cache.shape[1]
+    compiling.launch(
+        attention_kernel,
+        (tiles * B * HK, chosen.splits),
+        x.q,
+        x.k,
+        x.v,
+        x.k_cache,
+        x.v_cache,
         out,
         lse,
-        block_start,
-        kv_len,
-        kv_start,
-        page_table,
-        block_len,
-        cos,
-        sin,
-        scale_of(scale),
+        spans_of(x),
+        x.page_table,
+        (x.cos, x.sin),
+        scale_of(x.scale),
         tiles,
         T,
-        0 if cos is None else cos.shape[0],
-        *q.stride()[:3],
-        *_two_strides(k, v),
-        *_two_strides(k_cache, v_cache),
-        *out_stride[:3],
-        out_split,
+        0 if x.cos is None else x.cos.shape[0],
+        x.q.stride()[:3],
+        *_two_strides(x.k, x.v),
+        *_two_strides(x.k_cache, x.v_cache),
+        out_strides_of(out),
         B * T * H,
-        0 if page_table is None else page_table.stride(0),
-        0 if cos is None else cos.stride(0),
-        0 if sin is None else sin.stride(0),
+        0 if x.page_table is None else x.page_table.stride(0),
+        None if x.page_table is None else x.k_cache.shape[0] - 1,
+        (0, 0) if x.cos is None else (x.cos.stride(0), x.sin.stride(0)),
         HK=HK,
         G=H // HK,
         D=D,
@@ -798,7 +679,7 @@ def _launch_attend(
         PAGE=page,
         TILE_ROWS=chosen.TILE_ROWS,
         TILE_KEYS=chosen.TILE_KEYS,
-        NEGATIVE=scale < 0,
+        NEGATIVE=x.scale < 0,
         OVERLAP=chosen.overlap,
         STAGES=chosen.num_stages,
         num_warps=chosen.num_warps,
@@ -810,24 +691,26 @@ def _launch_attend(
 
 
 def _two_strides(k, v):
-    """The first three strides of k and of v; None for v's where they are equal: one address then
-    serves both.
+    """The first three strides of k, and of v or None where they are equal: one address then serves
+    both.
     """
-    return (*k.stride()[:3], *((None,) * 3 if k.stride() == v.stride() else v.stride()[:3]))
+    return k.stride()[:3], None if k.stride() == v.stride() else v.stride()[:3]
 
 
 def _launch_merge(part, part_lse, out, lse, chosen):
     splits, B, T, H, D = part.shape
     tile_splits, tile_d = power_of_2(splits), _tile_d(D)
     tile_rows = max(1, 512 // tile_d)
-    _merge[(ceil_div(B * T * H, tile_rows),)](
+    compiling.launch(
+        merge_kernel,
+        (ceil_div(B * T * H, tile_rows),),
         part,
         part_lse,
         out,
         lse,
         B * T * H,
         T,
-        *out.stride()[:3],
+        out.stride()[:3],
         H=H,
         D=D,
         TILE_D=tile_d,

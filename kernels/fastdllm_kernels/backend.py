@@ -13,14 +13,17 @@ from functools import cache
 
 import torch
 
+from . import checks
+
 try:
     import triton
-except (
-    ImportError
-):  # an engine without triton (or a machine that has none) still gets the references
+except ImportError:  # an engine or a machine without triton still gets the references
     triton = None
 
 VARIABLE = "FASTDLLM_BACKEND"
+# What Triton's interpreter gets wrong (3.6 to 3.9): sums and products of bfloat16 by orders of
+# magnitude, and casts to float8_e4m3fn where rounding carries into the exponent.
+WRONG_IN_INTERPRETER = (torch.bfloat16, torch.float8_e4m3fn)
 
 
 def forced():
@@ -33,33 +36,70 @@ def forced():
     return value
 
 
+@cache
 def interpreting() -> bool:
-    """True where Triton runs its kernels in its CPU interpreter (the variable counts when a kernel
-    is decorated).
+    """True where Triton runs kernels in its CPU interpreter: TRITON_INTERPRET counts at the moment
+    triton is imported.
     """
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return triton is not None and not isinstance(triton.language.cdiv, triton.JITFunction)
 
 
-def use_triton(op: str, tensor: torch.Tensor, unsupported: str | None = None) -> bool:
+def use_triton(op: str, tensor: torch.Tensor, unsupported: str | None = None, *dtypes) -> bool:
     """Whether `op` runs as a kernel on `tensor`'s device.
 
-    `unsupported` is a reason why the kernel cannot take these inputs, or None. RuntimeError when
-    the kernel is forced and cannot run.
+    unsupported: why the kernel cannot take these inputs, or None. dtypes: what it computes in
+    beside the tensor's own. RuntimeError when the kernel is forced and cannot run.
     """
     choice = forced()
     if choice == "reference":
         return False
-    if triton is None:
-        obstacle = "triton is not installed"
-    elif not (tensor.is_cuda or interpreting()):
-        obstacle = f"the inputs are on {tensor.device} and TRITON_INTERPRET is not 1"
-    else:
-        obstacle = unsupported
+    obstacle = _obstacle(tensor, *dtypes) or unsupported
     if choice == "triton":
         if obstacle:
             raise RuntimeError(f"{op}: {VARIABLE}=triton, but {obstacle}")
         return True
     return tensor.is_cuda and obstacle is None
+
+
+def _obstacle(tensor, *dtypes):
+    """Why no kernel runs on the tensor here, or None."""
+    if triton is None:
+        return "triton is not installed"
+    if interpreting():
+        for dtype in (tensor.dtype, *dtypes):
+            if dtype in WRONG_IN_INTERPRETER:
+                name = str(dtype).removeprefix("torch.")
+                return f"Triton's interpreter (TRITON_INTERPRET=1) computes {name} wrongly"
+        return None
+    if not tensor.is_cuda:
+        return (
+            f"the inputs are on {tensor.device} and triton was imported without TRITON_INTERPRET=1"
+        )
+    return None
+
+
+def use_kernel(op: str, *operands, unsupported: str | None = None, dtypes=()) -> bool:
+    """Whether a small op runs as a kernel on these operands, the first of which is a tensor; None
+    among them is absent.
+
+    Small ops have no backward, need one dtype on one device, and leave torch.compile their
+    references, so that its fusion reaches across them.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    first, grad = operands[0], torch.is_grad_enabled()
+    for operand in operands:
+        if operand is None:
+            continue
+        if grad and operand.requires_grad:
+            unsupported = "an input requires a gradient and the kernel has none"
+        elif operand.dtype != first.dtype or operand.device != first.device:
+            unsupported = (
+                f"{operand.dtype} on {operand.device} stands beside {first.dtype} on {first.device}"
+            )
+    if first.dtype not in checks.FLOATS:
+        unsupported = f"it takes float16, bfloat16 or float32, not {first.dtype}"
+    return use_triton(op, first, unsupported, *dtypes)
 
 
 def on_device(tensor: torch.Tensor):
@@ -70,8 +110,8 @@ def on_device(tensor: torch.Tensor):
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up. In plain Python, as `power_of_2` is: triton's own cost a launcher ten
-    times as much.
+    """a / b, rounded up. In Python, as `power_of_2` is: triton's own cost a launcher ten times as
+    much.
     """
     return -(-a // b)
 
@@ -86,6 +126,12 @@ def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
     None stays None.
     """
     return None if tensor is None else tensor.contiguous()
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """x [..., C] as rows [N, C] of contiguous values; a copy only where no stride says it."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import ceil_div, chip_of, dense, on_device, pdl, power_of_2
-from .linear import LARGEST, SMALLEST, Fp8Weight
-from .pointwise_triton import rms_norm, rows_of
+from . import compiling, fp8_triton
+from .backend import ceil_div, chip_of, dense, on_device, pdl, power_of_2, rows_of
+from .fp8 import LARGEST, SMALLEST, Fp8Weight
+from .pointwise_triton import launch_rms_norm
 
 
 @dataclass(frozen=True)
-class LinearConfig:
+class Config:
     """TILE_OUT rows of the weight by TILE_IN columns at a time, for TILE_ROWS rows of x; columns in
     `splits` shares.
 
@@ -40,7 +41,7 @@ class LinearConfig:
 
 
 @lru_cache(maxsize=4096)
-def linear_config(rows, width_in, width_out, gated, splittable, itemsize, chip) -> LinearConfig:
+def config(rows, width_in, width_out, gated, splittable, itemsize, chip) -> Config:
     """The configuration for x [rows, width_in] and width_out outputs, itemsize bytes an element of
     the weight. Pure.
 
@@ -49,31 +50,41 @@ def linear_config(rows, width_in, width_out, gated, splittable, itemsize, chip) 
     tile_rows = min(128, max(16, power_of_2(rows)))
     tiles = ceil_div(width_out, 64)
     if itemsize == 4:  # outside the tensor cores, from registers; only where somebody forces it
-        return LinearConfig(min(tile_rows, 32), 32, 16, 4, 2, 1, chip.overlap)
+        return Config(min(tile_rows, 32), 32, 16, 4, 2, 1, chip.overlap)
     # 64 KB or more of weights in flight on each multiprocessor; with many rows or two tiles of
     # weights half the columns fit.
     tile_in, stages = (64, 4) if gated or tile_rows > 64 else (128, 3)
     fp8 = itemsize == 1
-    tile_in, warps = (
-        (2 * tile_in, 8 if gated and tile_rows > 64 else 4) if fp8 else (tile_in, 4)
-    )  # 8: with 4 sums spill
+    warps = 4
+    if fp8:
+        tile_in *= 2
+        warps = 8 if gated and tile_rows > 64 else 4  # with 4 sums would spill
     if splittable:
         # Two programs a multiprocessor: with fewer the memory idles, with more the parts cost more
         # than they hide.
         splits = max(1, min(2 * chip.multiprocessors // tiles, width_in // (4 * tile_in)))
-        return LinearConfig(tile_rows, 64, tile_in, warps, stages, splits, chip.overlap)
+        return Config(tile_rows, 64, tile_in, warps, stages, splits, chip.overlap)
     narrow = tiles < chip.multiprocessors and not fp8
     if narrow and not gated and tile_rows <= 64 and chip.shared > 200000:
-        return LinearConfig(
-            tile_rows, 64, tile_in, warps, 5, 1, chip.overlap
-        )  # fewer programs, more of each in flight
+        # Fewer programs, more of each in flight.
+        return Config(tile_rows, 64, tile_in, warps, 5, 1, chip.overlap)
     # Elsewhere smaller tiles, so that every multiprocessor has one; but fp8 tensor cores want 64
     # rows.
-    return LinearConfig(tile_rows, 32 if narrow else 64, tile_in, warps, stages, 1, chip.overlap)
+    return Config(tile_rows, 32 if narrow else 64, tile_in, warps, stages, 1, chip.overlap)
+
+
+@triton.jit
+def _loaded(base, here, end, EVEN: tl.constexpr):
+    """The columns `here` of rows at `base`, 0 from column `end` on; EVEN: all are before it."""
+    if EVEN:
+        return tl.load(base + here)
+    else:
+        return tl.load(base + here, mask=here < end, other=0.0)
 
 
 @triton.jit
 def _plus_product(acc, w, inputs):
+    """acc + w inputs^T."""
     if w.dtype.is_fp8():
         # Hopper adds fp8 products up in about 14 bits: the sum of every tile moves on into fp32.
         acc += tl.dot(w, tl.trans(inputs))
@@ -128,22 +139,10 @@ def linear_kernel(
     acc_up = acc
     for at in tl.range(begin, end, TILE_IN, num_stages=STAGES):
         here = at + column[None, :]
-        if EVEN:
-            w, inputs = tl.load(w_base + here), tl.load(x_base + here)
-        else:
-            inside = here < end
-            w, inputs = (
-                tl.load(w_base + here, mask=inside, other=0.0),
-                tl.load(x_base + here, mask=inside, other=0.0),
-            )
+        w, inputs = _loaded(w_base, here, end, EVEN), _loaded(x_base, here, end, EVEN)
         acc = _plus_product(acc, w, inputs)
         if GATED:
-            up = (
-                tl.load(up_base + here)
-                if EVEN
-                else tl.load(up_base + here, mask=here < end, other=0.0)
-            )
-            acc_up = _plus_product(acc_up, up, inputs)
+            acc_up = _plus_product(acc_up, _loaded(up_base, here, end, EVEN), inputs)
     if OVERLAP:
         # Not sooner: programs of the next kernel would take the places that are free now, and leave
         # others idle later.
@@ -169,23 +168,35 @@ def linear_kernel(
     )
 
 
-def _width_out(weight, gated, up):
-    return weight.shape[0] // 2 if gated and up is None else weight.shape[0]
+def launch(
+    x, weight, bias=None, up=None, *, gated=False, splittable=False, chosen: Config | None = None
+):
+    """Run the kernel on x [rows, in] and weight [out, in], or [gate; up] where gated, or the gate's
+    beside `up`: y [rows, out] in x's dtype, or fp32 parts [splits, rows, out] where splits > 1.
 
-
-def launch_linear(x, weight, bias, gated, config, up=None):
-    """x [rows, in] by weight [out, in]: y [rows, out] in x's dtype, or fp32 parts [splits, rows,
-    out] where splits > 1.
+    chosen: replaces what `config` picks, which splits only where what follows can add up parts.
     """
-    (rows, width_in), width_out = x.shape, _width_out(weight, gated, up)
-    shape = (rows, width_out) if config.splits == 1 else (config.splits, rows, width_out)
-    y = torch.empty(shape, dtype=x.dtype if config.splits == 1 else torch.float32, device=x.device)
-    grid = ceil_div(width_out, config.TILE_OUT), config.splits, ceil_div(rows, config.TILE_ROWS)
+    rows, width_in = x.shape
+    width_out = weight.shape[0] // 2 if gated and up is None else weight.shape[0]
+    fp8 = isinstance(weight, Fp8Weight)
+    itemsize = 1 if fp8 else x.element_size()
+    chosen = chosen or config(
+        rows, width_in, width_out, gated, splittable, itemsize, chip_of(x.device)
+    )
+    shape: tuple[int, ...] = (rows, width_out)
+    dtype = x.dtype
+    if chosen.splits > 1:
+        shape, dtype = (chosen.splits, *shape), torch.float32
+    y = torch.empty(shape, dtype=dtype, device=x.device)
+    grid = ceil_div(width_out, chosen.TILE_OUT), chosen.splits, ceil_div(rows, chosen.TILE_ROWS)
     x_scale = w_scale = None
-    if isinstance(weight, Fp8Weight):
-        (x, x_scale), (weight, w_scale) = quantize_rows(x), weight
+    if fp8:
+        x, x_scale = fp8_triton.launch(x, LARGEST, SMALLEST)
+        weight, w_scale = weight
     with on_device(x):
-        linear_kernel[grid](
+        compiling.launch(
+            linear_kernel,
+            grid,
             x,
             weight,
             up,
@@ -197,90 +208,33 @@ def launch_linear(x, weight, bias, gated, config, up=None):
             width_in,
             width_out,
             x.stride(0),
-            TILE_ROWS=config.TILE_ROWS,
-            TILE_OUT=config.TILE_OUT,
-            TILE_IN=config.TILE_IN,
+            TILE_ROWS=chosen.TILE_ROWS,
+            TILE_OUT=chosen.TILE_OUT,
+            TILE_IN=chosen.TILE_IN,
             GATED=gated,
-            EVEN=width_in % (config.TILE_IN * config.splits) == 0,
-            OVERLAP=config.overlap,
-            STAGES=config.num_stages,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            EVEN=width_in % (chosen.TILE_IN * chosen.splits) == 0,
+            OVERLAP=chosen.overlap,
+            STAGES=chosen.num_stages,
+            num_warps=chosen.num_warps,
+            num_stages=chosen.num_stages,
             enable_fp_fusion=True,
-            **pdl(config.overlap),
+            **pdl(chosen.overlap),
         )
     return y
 
 
-@triton.jit
-def quantize_rows_kernel(
-    x,
-    data,
-    scale,
-    x_stride,
-    width,
-    LARGEST: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    TILE: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, TILE)
-    inside = column < width
-    value = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(value)), SMALLEST)
-    # Divided as IEEE divides, by a tensor; PyTorch multiplies by what a number divides by: every
-    # bit is the reference's.
-    value *= tl.div_rn(LARGEST, largest)
-    tl.store(data + row * width + column, value.to(data.dtype.element_ty), mask=inside)
-    tl.store(scale + row, largest * (1 / LARGEST))
-
-
-def quantize_rows(x):
-    """Launches `quantize_rows_kernel` on x [rows, in]; see linear.quantize_rows. 8 values a thread
-    where 4096 are enough.
-    """
-    x, (rows, width), overlap = rows_of(x), x.shape, chip_of(x.device).overlap
-    data = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    tile = power_of_2(width)
-    with on_device(x):
-        quantize_rows_kernel[(rows,)](
-            x,
-            data,
-            scale,
-            x.stride(0),
-            width,
-            LARGEST=LARGEST,
-            SMALLEST=SMALLEST,
-            TILE=tile,
-            OVERLAP=overlap,
-            num_warps=min(16, max(1, tile // 256)),
-            **pdl(overlap),
-        )
-    return data, scale
-
-
-def _launch(x, weight, bias=None, gated=False, splittable=False, up=None):
-    x, width_out = rows_of(x), _width_out(weight, gated, up)
-    itemsize = 1 if isinstance(weight, Fp8Weight) else x.element_size()
-    config = linear_config(*x.shape, width_out, gated, splittable, itemsize, chip_of(x.device))
-    return launch_linear(x, weight, bias, gated, config, up)
-
-
-def linear(x, weight, bias):
+def launch_linear(x, weight, bias=None):
     """See linear.linear."""
-    return _launch(x, weight, dense(bias)).view(*x.shape[:-1], -1)
+    return launch(rows_of(x), weight, dense(bias)).view(*x.shape[:-1], -1)
 
 
-def linear_swiglu(x, weight, up):
+def launch_linear_swiglu(x, weight, up=None):
     """See linear.linear_swiglu."""
-    return _launch(x, weight, gated=True, up=up).view(*x.shape[:-1], -1)
+    return launch(rows_of(x), weight, up=up, gated=True).view(*x.shape[:-1], -1)
 
 
-def linear_rms_norm(x, weight, residual, norm_weight, eps):
+def launch_linear_rms_norm(x, weight, residual, norm_weight, eps):
     """See linear.linear_rms_norm."""
-    y = _launch(x, weight, splittable=True)
-    return rms_norm(y, norm_weight, eps, residual, parts=y.shape[0] if y.ndim == 3 else 1)
+    y = launch(rows_of(x), weight, splittable=True)
+    parts = y.shape[0] if y.ndim == 3 else 1
+    return launch_rms_norm(y, norm_weight, eps, residual, parts)

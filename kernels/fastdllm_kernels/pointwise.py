@@ -1,9 +1,11 @@
 """What surrounds attention in a layer: rms_norm (+ residual), swiglu on a fused gate/up,
 rope_to_cache.
 
-rms_norm       y = (x * rsqrt(mean(x^2) + eps)) * weight, statistics in fp32; with a residual, x + residual first.
+rms_norm       y = (x * rsqrt(mean(x^2) + eps)) * weight, statistics in fp32; with a residual,
+               x + residual first.
 swiglu         silu(gate) * up for [gate | up] side by side, as one product writes them.
-rope_to_cache  rotates the queries and keys of a refresh and writes keys and values into the cache at the rows' spans.
+rope_to_cache  rotates the queries and keys of a refresh and writes keys and values into the cache
+               at the rows' spans.
 
 One launch each instead of four to eight; every tensor is read and written once. The references are
 differentiable, so inputs that need a gradient take them (training); the kernels have no backward.
@@ -11,12 +13,15 @@ Under torch.compile the references run too: its own fusion reaches across them i
 around.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from . import backend, checks
 
 
-def rotate(x, cos, sin):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-split RoPE of x [B, T, H, D] by cos and sin [B, T, D/2]: computed in cos.dtype, returned
     in x.dtype.
     """
@@ -25,15 +30,17 @@ def rotate(x, cos, sin):
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def positions_of(start, count, table):
-    """Positions [B, count] of rows that begin at `start` [B], held inside `table` (rows past their
-    length may overrun).
+def positions_of(start: Tensor, count: int, table: Tensor) -> Tensor:
+    """Positions [B, count] of rows that begin at `start` [B], held inside `table`: rows past their
+    length may overrun it.
     """
     at = start.to(torch.int64)[:, None] + torch.arange(count, device=start.device)
-    return at.clamp(max=table.shape[0] - 1)
+    return at.clamp(0, table.shape[0] - 1)
 
 
-def rms_norm_reference(x, weight, eps, residual=None):
+def rms_norm_reference(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> Any:
     """See `rms_norm`."""
     if residual is not None:
         x = x + residual
@@ -42,136 +49,159 @@ def rms_norm_reference(x, weight, eps, residual=None):
     return y if residual is None else (y, x)
 
 
-def swiglu_reference(gate_up):
+def swiglu_reference(gate_up: Tensor) -> Tensor:
     """See `swiglu`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 
 
 def rope_to_cache_reference(
-    q, k, v, cos, sin, start, k_cache=None, v_cache=None, *, length=None, page_table=None
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    start: Tensor,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    *,
+    length: Tensor | None = None,
+    page_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """See `rope_to_cache`."""
     at = positions_of(start, q.shape[1], cos)
     q, k = rotate(q, cos[at], sin[at]), rotate(k, cos[at], sin[at])
-    if k_cache is not None:
-        rows, steps = at.shape
-        slot = start.to(torch.int64)[:, None] + torch.arange(steps, device=at.device)
-        keep = slot < k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
-        if length is not None:
-            keep &= torch.arange(steps, device=at.device) < length[:, None]
-        row = torch.arange(rows, device=at.device)[:, None].expand_as(slot)
-        if page_table is not None:
-            size = k_cache.shape[1]
-            page = (slot // size).clamp(max=page_table.shape[1] - 1)
-            row, slot = page_table.to(torch.int64).gather(1, page), slot % size
-        k_cache[row[keep], slot[keep]] = k[keep]
-        v_cache[row[keep], slot[keep]] = v[keep]
+    if k_cache is None or v_cache is None:
+        return q, k
+    rows, steps = at.shape
+    step = torch.arange(steps, device=at.device)
+    slot = start.to(torch.int64)[:, None] + step
+    row = torch.arange(rows, device=at.device)[:, None].expand_as(slot)
+    size = k_cache.shape[1]
+    keep = (slot >= 0) & (slot < size * (1 if page_table is None else page_table.shape[1]))
+    if length is not None:
+        keep &= step < length[:, None]
+    if page_table is not None:
+        column = (slot // size).clamp(0, page_table.shape[1] - 1)
+        row, slot = page_table.to(torch.int64).gather(1, column), slot % size
+        keep &= (row >= 0) & (row < k_cache.shape[0])
+    k_cache[row[keep], slot[keep]] = k[keep]
+    v_cache[row[keep], slot[keep]] = v[keep]
     return q, k
 
 
-def use_kernel(op, *operands, unsupported=None):
-    """Whether `op` runs as a kernel on these operands, the first of which is a tensor; None among
-    them is absent.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    first, grad = operands[0], torch.is_grad_enabled()
-    for operand in operands:
-        if operand is None:
-            continue
-        if grad and operand.requires_grad:
-            unsupported = "an input requires a gradient and the kernel has none"
-        elif operand.dtype != first.dtype or operand.device != first.device:
-            unsupported = (
-                f"{operand.dtype} on {operand.device} stands beside {first.dtype} on {first.device}"
-            )
-    if first.dtype not in checks.FLOATS:
-        unsupported = f"it takes float16, bfloat16 or float32, not {first.dtype}"
-    return backend.use_triton(op, first, unsupported)
-
-
-def rms_norm(x, weight, eps, residual=None):
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
     """RMSNorm over the last dimension, statistics in fp32, cast back, then times the weight.
 
-    x [..., C]; weight [C]; residual [..., C] or None. Returns y [..., C], or (y, x + residual) with
-    a residual: the sum is what the next residual branch starts from. fp16, bf16, fp32. ValueError
-    for shapes that do not agree.
+    x [..., C]; weight [C]; residual [..., C] or None; eps: a finite number above 0. float16,
+    bfloat16, float32 (float64 and mixed dtypes by the reference). Returns y [..., C], or (y, x +
+    residual) with a residual: the sum is what the next residual branch starts from. Raises
+    TypeError for dtypes, ValueError for shapes and devices that do not agree.
     """
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight: expected shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"residual: expected the shape of x {tuple(x.shape)}, got {tuple(residual.shape)}"
-        )
-    if use_kernel("rms_norm", x, weight, residual):
-        from . import pointwise_triton
+    checks.tensor("x", x, checks.REALS)
+    if not x.ndim:
+        raise ValueError("x: expected [..., C], got shape ()")
+    checks.tensor("weight", weight, checks.REALS, x.shape[-1:], x.device)
+    checks.number("eps", eps, above=0)
+    if residual is not None:
+        checks.tensor("residual", residual, checks.REALS, x.shape, x.device)
+    if backend.use_kernel("rms_norm", x, weight, residual):
+        from .pointwise_triton import launch_rms_norm
 
-        return pointwise_triton.rms_norm(x, weight, eps, residual)
+        return launch_rms_norm(x, weight, eps, residual)
     return rms_norm_reference(x, weight, eps, residual)
 
 
-def swiglu(gate_up):
-    """silu(gate) * up for gate_up [..., 2 I] = [gate | up]; returns [..., I]. ValueError when the
-    width is odd.
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up for gate_up [..., 2 I] = [gate | up]; returns [..., I]. float16, bfloat16,
+    float32 (float64 by the reference). TypeError for another dtype, ValueError when the width is
+    odd.
     """
-    if gate_up.shape[-1] % 2:
+    checks.tensor("gate_up", gate_up, checks.REALS)
+    if not gate_up.ndim or gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: expected an even last dimension, got {tuple(gate_up.shape)}")
-    if use_kernel("swiglu", gate_up):
-        from . import pointwise_triton
+    if backend.use_kernel("swiglu", gate_up):
+        from .pointwise_triton import launch_swiglu
 
-        return pointwise_triton.swiglu(gate_up)
+        return launch_swiglu(gate_up)
     return swiglu_reference(gate_up)
 
 
 def rope_to_cache(
-    q, k, v, cos, sin, start, k_cache=None, v_cache=None, *, length=None, page_table=None
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    start: Tensor,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    *,
+    length: Tensor | None = None,
+    page_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Rotate q and k, and write the rotated keys and the values into the cache at the rows' spans.
 
-    q [B, T, H, D]; k, v [B, T, HK, D]; cos, sin [positions, D/2] (the rotation runs in their
-    dtype); start [B] int32: row b sits at positions start[b] .. + T - 1. k_cache, v_cache [B, S,
-    HK, D], or [num_pages, page_size, HK, D] with page_table [B, pages] int32, written in place at
-    those positions when given; length [B] int32: only a row's first length[b] positions are
-    written. Returns (q, k) rotated. Source: RoFormer (arXiv 2104.09864), half-split form. Positions
-    past the end of the cache are not written. Raises TypeError for dtypes, ValueError for shapes
+    q [B, T, H, D]; k, v [B, T, HK, D]; all of one dtype, float16, bfloat16, float32 (float64 by the
+    reference). cos, sin [positions, D/2], fp32 or of q's dtype (the rotation runs in theirs); start
+    [B] int32: row b sits at positions start[b] .. + T - 1. k_cache, v_cache [B, S, HK, D], or
+    [num_pages, page_size, HK, D] with page_table [B, pages] int32, written in place at those
+    positions when given; length [B] int32: only a row's first length[b] positions are written.
+    Returns (q, k) rotated. Source: RoFormer (arXiv 2104.09864), half-split form.
+
+    What lies on the device never makes a write outside the cache: positions below 0 or past its
+    end, and those in pages that do not exist, are not written, and are rotated as the nearest
+    position that the tables have. Raises TypeError for dtypes, ValueError for shapes and devices
     that do not agree.
     """
-    if cos.shape != sin.shape or cos.ndim != 2 or 2 * cos.shape[1] != q.shape[-1]:
-        raise ValueError(
-            f"cos, sin: expected [positions, {q.shape[-1] // 2}], got {tuple(cos.shape)}, {tuple(sin.shape)}"
-        )
-    if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[-1] != q.shape[-1]:
-        raise ValueError(
-            f"k, v: expected [B, T, HK, D] beside q {tuple(q.shape)}, got {tuple(k.shape)}, {tuple(v.shape)}"
-        )
-    if (k_cache is None) != (v_cache is None):
-        raise ValueError("k_cache, v_cache: expected both or neither")
-    if k_cache is not None:
-        shape = torch.Size(
-            (len(q) if page_table is None else len(k_cache), k_cache.shape[1], *k.shape[2:])
-        )
-        for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-            checks.tensor(name, cache, (k.dtype,), shape, q.device)
-    for name, entries in (("start", start), ("length", length)):
-        checks.tensor(
-            name, entries, (torch.int32,), q.shape[:1], q.device, optional=name == "length"
-        )
-    if checks.tensor("page_table", page_table, (torch.int32,), optional=True) is not None and len(
-        page_table
-    ) != len(q):
-        raise ValueError(
-            f"page_table: expected [B, pages] with B = {len(q)}, got {tuple(page_table.shape)}"
-        )
-    unsupported = None
-    if k_cache is not None and (k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1):
-        unsupported = "the last dimension of a cache is not contiguous"
-    if use_kernel("rope_to_cache", q, k, v, k_cache, v_cache, unsupported=unsupported):
-        from . import pointwise_triton
+    _check_rotated(q, k, v)
+    checks.rotation(cos, sin, q)
+    checks.tensor("start", start, (torch.int32,), q.shape[:1], q.device)
+    if length is not None:
+        checks.tensor("length", length, (torch.int32,), q.shape[:1], q.device)
+    unsupported = _check_caches(q, k, k_cache, v_cache, page_table)
+    if backend.use_kernel("rope_to_cache", q, k, v, k_cache, v_cache, unsupported=unsupported):
+        from .pointwise_triton import launch_rope_to_cache
 
-        return pointwise_triton.rope_to_cache(
-            q, k, v, cos, sin, start, k_cache, v_cache, length, page_table
+        return launch_rope_to_cache(
+            q, k, v, cos, sin, start, k_cache, v_cache, length=length, page_table=page_table
         )
     return rope_to_cache_reference(
         q, k, v, cos, sin, start, k_cache, v_cache, length=length, page_table=page_table
     )
+
+
+def _check_rotated(q, k, v):
+    checks.tensor("q", q, checks.REALS)
+    checks.tensor("k", k, (q.dtype,))
+    if q.ndim != 4 or not q.shape[2] or not q.shape[3]:
+        raise ValueError(f"q: expected [B, T, H, D], got {tuple(q.shape)}")
+    fits = k.ndim == 4 and k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3]
+    if not fits or not k.shape[2] or k.device != q.device:
+        raise ValueError(
+            f"k: expected [B, T, HK, D] on {q.device} beside q {tuple(q.shape)}, "
+            f"got {tuple(k.shape)} on {k.device}"
+        )
+    checks.tensor("v", v, (q.dtype,), k.shape, q.device)
+
+
+def _check_caches(q, k, k_cache, v_cache, page_table):
+    """Why the kernel cannot address the caches, or None."""
+    if (k_cache is None) != (v_cache is None):
+        raise ValueError("k_cache, v_cache: expected both or neither")
+    if k_cache is not None:
+        checks.tensor("k_cache", k_cache, (k.dtype,))
+        rows = q.shape[:1] if page_table is None else k_cache.shape[:1]
+        fits = k_cache.ndim == 4 and k_cache.shape[:1] == rows and k_cache.shape[2:] == k.shape[2:]
+        if not fits or k_cache.device != q.device:
+            layout = "[B, S, HK, D]" if page_table is None else "[num_pages, page_size, HK, D]"
+            raise ValueError(
+                f"k_cache: expected {layout} on {q.device} beside k {tuple(k.shape)}, "
+                f"got {tuple(k_cache.shape)} on {k_cache.device}"
+            )
+        checks.tensor("v_cache", v_cache, (k.dtype,), k_cache.shape, q.device)
+    if page_table is not None:
+        checks.pages(page_table, k_cache, q)
+    if k_cache is not None and (k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1):
+        return "the last dimension of a cache is not contiguous"
+    return None

@@ -97,8 +97,8 @@ class Quota:
     steps: an integer in [1, 2^24], or a [B] integer tensor. schedule "even": as evenly as possible,
     the first steps taking the remainder. "dream": Dream's published schedule, int(m (1 - t[i+1] /
     t[i])) of the m masks left with t = linspace(1, 0.001, steps + 1), the last step all of them.
-    Its first step may commit nothing where there are as many masks as steps or more; every other
-    step commits at least one, so that a block takes at most as many forwards as it has masks.
+    Where more steps are asked for than a block has masks every step commits one at least, so that
+    the block takes at most as many forwards as it has masks; elsewhere the first may commit none.
     """
 
     steps: int | torch.Tensor = per_row(dtype=torch.int64)
@@ -126,7 +126,7 @@ def quota_count(masks, steps, step, schedule):
     now, then = _dream_time(step, steps), _dream_time(step + 1, steps)
     share = (masks.to(torch.float32) * (1 - then / now)).to(torch.int64)
     # With more steps than masks most shares round to 0, forwards that would change nothing.
-    may_be_empty = (masks == 0) | ((step == 0) & (steps <= masks))
+    may_be_empty = (masks == 0) | (steps <= masks + step)
     share = torch.where(may_be_empty, share, share.clamp(min=1))
     return torch.where(left == 1, masks, share)
 

@@ -563,7 +563,7 @@ def _quota(masks, steps, step, DREAM: tl.constexpr):
     if DREAM:
         kept = tl.div_rn(_dream_time(step + 1, steps), _dream_time(step, steps))
         count = (masks.to(tl.float32) * (1.0 - kept)).to(tl.int32)
-        may_be_empty = (masks == 0) | ((step == 0) & (steps <= masks))
+        may_be_empty = (masks == 0) | (steps <= masks + step)
         count = tl.where(may_be_empty, count, tl.maximum(count, 1))
         count = tl.where(left == 1, masks, count)
     else:

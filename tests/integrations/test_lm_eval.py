@@ -2,6 +2,7 @@
 problems.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -15,16 +16,16 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench" / "quality")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench"), str(ROOT / "bench" / "quality")]
 
 import evaluate  # noqa: E402
 import tiny  # noqa: E402
-from problems import make_problem  # noqa: E402
+from tiny_models.problems import make_problem  # noqa: E402
 
 import fastdllm  # noqa: E402
-from fastdllm import Factor, Quota, Threshold, cli  # noqa: E402
+from fastdllm import Factor, Quota, Threshold, text  # noqa: E402
 from fastdllm.integrations import lm_eval as integration  # noqa: E402
-from fastdllm.integrations.lm_eval_options import read_options  # noqa: E402
+from fastdllm.integrations.lm_eval_options import READERS, Options, read_options  # noqa: E402
 
 COUNT = 20
 SETTING = {
@@ -48,7 +49,12 @@ def decoding(**given):
     options = read_options({"pretrained": "x"} | given if "model_path" not in given else given)
     gen_length = options.gen_length or 256
     block_length = options.block_length or gen_length
-    return options.cache, block_length, repr(options.rule(gen_length, block_length)), options.score
+    return (
+        options.cache,
+        block_length,
+        repr(options.commit_rule(gen_length, block_length)),
+        options.score,
+    )
 
 
 def test_our_own_names():
@@ -120,6 +126,7 @@ def test_the_published_dream_arguments():
         ({"pretrained": "x", "model_path": "x"}, "twice"),
         ({"pretrained": "x", "cache": "dual", "use_cache": True}, "use_cache"),
         ({"pretrained": "x", "alg": "origin"}, "alg"),
+        ({"pretrained": "x", "alg": "low_confidence"}, "alg"),
         ({"pretrained": "x", "batch_size": "auto"}, "batch_size"),
         ({"pretrained": "x", "alg_temp": 0.5}, "alg_temp"),
         ({"pretrained": "x", "nll_type": "ar_ftb"}, "nll_type"),
@@ -128,6 +135,109 @@ def test_the_published_dream_arguments():
 def test_what_is_refused(given, named):
     with pytest.raises(ValueError, match=named):
         read_options(given)
+
+
+NUMBERS = {
+    "batch_size": [0, -1, 1.5, True, "auto"],
+    "gen_length": [0, -4, 2.5, "many"],
+    "max_new_tokens": [0, -4.0],
+    "block_length": [0, -32, 0.5],
+    "threshold": [-0.1, math.nan, math.inf, "1e400", "high", True],
+    "factor": [0, -1, 1e-60, math.inf],
+    "steps": [0, -4, 2.5, 10**20],
+    "diffusion_steps": [0, 2.5],
+    "temperature": [-1, math.inf, "hot"],
+    "top_p": [0, 1.5, -0.5],
+    "top_k": [-2, 0.5],
+    "seed": [-1, 1.5, 2**63],
+    "max_length": [0, 1, 2, -5, 8.5],
+    "mc_num": [0, -1, 0.5],
+    "sampling_eps": [-0.1, 1],
+    "mask_id": [-1, 0.5],
+}
+WORDS = {
+    "cache": ["full", True, 1],
+    "schedule": ["odd"],
+    "score": ["sure", 3, ["entropy"]],
+    "remasking": ["none"],
+    "dtype": ["int8", 16, ["auto"]],
+    "device": ["tpu", "cuda:99", 0, "cpu:1"],
+    "stop_early": ["no", 2, 0.5],
+    "use_cache": ["prefix"],
+    "add_bos_token": ["yes"],
+    "resume": [True, ""],
+    "rule": ["Nothing(1)", "Quota(0)", 0.9],
+}
+WRONG = [(name, value) for table in (NUMBERS, WORDS) for name in table for value in table[name]]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda value: str(value))
+def test_a_wrong_value_is_refused_by_name(name, value):
+    more = {"steps": 8} if name == "schedule" else {}
+    with pytest.raises(ValueError, match=f"^{name}: .*expected .*got "):
+        read_options({"pretrained": "x", name: value} | more)
+
+
+def test_every_option_has_a_reader():
+    assert {field.name for field in dataclasses.fields(Options)} <= READERS.keys()
+
+
+@pytest.mark.parametrize(
+    ("pair", "named"),
+    [
+        ({"threshold": 0.9, "factor": 1.0}, "factor: expected one rule, but threshold is given"),
+        ({"threshold": 0.9, "steps": 8}, "steps: expected one rule"),
+        ({"factor": 1.0, "steps": 8}, "steps: expected one rule"),
+        ({"rule": "Threshold(0.9)", "threshold": 0.9}, "rule: expected one rule"),
+        ({"model_path": "x", "threshold": 0.9, "factor": 1.0}, "factor: expected one rule"),
+        ({"schedule": "dream"}, "schedule: expected steps beside it"),
+        ({"schedule": "dream", "threshold": 0.5}, "schedule: expected steps beside it"),
+    ],
+)
+def test_two_rules_are_refused(pair, named):
+    with pytest.raises(ValueError, match=named):
+        read_options({"pretrained": "x"} | pair if "model_path" not in pair else pair)
+
+
+def test_numbers_as_lm_eval_reads_them():
+    """Its parser makes floats of what is negative and of what has an exponent."""
+    options = read_options(
+        {"pretrained": 42, "top_k": -1.0, "gen_length": 1e2, "batch_size": "7", "stop_early": 0}
+    )
+    assert (options.pretrained, options.top_k, options.gen_length) == ("42", -1, 100)
+    assert (options.batch_size, options.stop_early) == (7, False)
+    assert options.asked({"do_sample": True, "top_k": 50}).top_k is None, "the option goes first"
+    assert read_options({"pretrained": "x", "score": "entropy", "threshold": -0.5}).threshold < 0
+
+
+def test_a_rule_may_be_written_out():
+    written = 'Quota(steps=4, schedule="dream")'
+    assert decoding(rule=written) == ("dual", 32, repr(Quota(4, "dream")), "confidence")
+    published = {"model_path": "x", "use_cache": True, "steps": 32}
+    assert decoding(**published, rule="Factor(0.5)")[2] == repr(Factor(0.5))
+
+
+def test_what_published_arguments_drop_is_said(caplog):
+    decoding(max_new_tokens=64, alg="entropy", threshold=0.9)
+    assert "threshold: not used" in caplog.text and "entropy" in caplog.text
+    decoding(gen_length=256, block_length=32, steps=100)
+    assert "steps: 100 do not spread evenly over 8 blocks; 12 in each" in caplog.text
+
+
+def test_what_a_request_asks_for():
+    options = read_options({"pretrained": "x", "top_p": 0.5})
+    plain = options.asked({"temperature": 2.0, "top_k": 5, "until": "\n"})
+    assert (plain.gen_length, plain.temperature, plain.until) == (256, 0.0, ("\n",))
+    assert (plain.top_p, plain.top_k) == (0.5, None)
+    sampled = options.asked(
+        {"do_sample": True, "temperature": 2.0, "top_k": 5, "top_p": 0.9, "max_tokens": 8}
+    )
+    assert (sampled.gen_length, sampled.temperature) == (8, 2.0)
+    assert (sampled.top_p, sampled.top_k, sampled.until) == (0.5, 5, ())
+    wrong = {"max_gen_toks": 0, "temperature": -1, "top_k": -5, "max_tokens": 2.5}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"generation_kwargs: {name}: expected"):
+            options.asked({"do_sample": True, name: value})
 
 
 # The log-likelihood.
@@ -153,10 +263,9 @@ def harness(tmp_path):
 
     def build(config, **options):
         made = object.__new__(integration.Harness)
-        made.model, _ = tiny.build(tmp_path, config)
-        made.tokenizer = SimpleNamespace(
-            eos_token_id=made.model.config.stop_ids[0], bos_token_id=None
-        )
+        model, _ = tiny.build(tmp_path, config)
+        tokenizer = SimpleNamespace(eos_token_id=model.config.stop_ids[0], bos_token_id=None)
+        made.text = text.TextModel(model, tokenizer)
         made.options = read_options({"pretrained": "x", **options})
         made.max_length = made.model.config.max_positions
         return made
@@ -214,6 +323,80 @@ def test_is_greedy(harness, family):
     assert not lm._loglikelihood_tokens(pairs[:1], disable_tqdm=True)[0][1]
 
 
+def letters(**options):
+    """The fields of a tokenizer of one id a letter, "a" being 2; nothing for a NUL."""
+    ids = {letter: 2 + index for index, letter in enumerate("abcdefghijklmnopqrstuvwxyz ")}
+
+    def encode(string, add_special_tokens=True):
+        return SimpleNamespace(input_ids=[ids[letter] for letter in string.replace("\0", "")])
+
+    encode.bos_token = None
+    for name, value in options.items():
+        setattr(encode, name, value)
+    return encode
+
+
+@pytest.fixture
+def scorer(harness):
+    """A Harness of LLaDA that reads letters, and the widths of the forwards that it makes."""
+    lm = harness(tiny.LLADA, mc_num=4)
+    stop = lm.model.config.stop_ids[0]
+    lm.text = text.TextModel(lm.model, letters(eos_token_id=stop, bos_token_id=None))
+    lm.widths = []
+    real = lm.model.hidden_states
+
+    def spy(tokens, *more):
+        lm.widths.append(tokens.shape[1])
+        return real(tokens, *more)
+
+    lm.model.hidden_states = spy
+    return lm
+
+
+def scored(lm, *pairs):
+    return lm.loglikelihood([SimpleNamespace(args=pair) for pair in pairs], disable_tqdm=True)
+
+
+def test_no_continuation_is_certain_and_no_context_is_the_prefix_token(scorer):
+    assert scored(scorer, ("abc", ""), ("", ""), ("ab ", ""), ("abc", "\0")) == [(0.0, True)] * 4
+    assert scorer.widths == []
+    prefix = [scorer.prefix_token_id]
+    (wanted,) = scorer._loglikelihood_tokens([("", prefix, [2, 3])], disable_tqdm=True)
+    assert scored(scorer, ("", "ab"), ("\0", "ab")) == [wanted] * 2
+    (wanted,) = scorer._loglikelihood_tokens([("", prefix, [28, 2, 3])], disable_tqdm=True)
+    assert scored(scorer, (" ", "ab"), ("", " ab")) == [wanted] * 2
+    (wanted,) = scorer._loglikelihood_tokens([("", [4], [28, 2])], disable_tqdm=True)
+    assert scored(scorer, ("c ", "a"), ("c", " a")) == [wanted] * 2
+
+
+def test_the_rolling_log_likelihood_of_no_text_is_0(scorer, offline):
+    none = [SimpleNamespace(args=("",)), SimpleNamespace(args=("\0",))]
+    assert scorer.loglikelihood_rolling(none, disable_tqdm=True) == [0.0, 0.0]
+    scorer.max_length = 3
+    (value,) = scorer.loglikelihood_rolling([SimpleNamespace(args=("abcde",))], disable_tqdm=True)
+    assert value < 0 and max(scorer.widths) <= 3
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_context_is_cut_with_a_word_and_the_limit_is_never_passed(harness, family, caplog):
+    lm = harness(tiny.FAMILIES[family], mc_num=2)
+    lm.max_length = 16
+    widths = []
+    real = lm.model.hidden_states
+    lm.model.hidden_states = lambda tokens, *more: (
+        widths.append(tokens.shape[1]) or real(tokens, *more)
+    )
+    context = [3 + index % 30 for index in range(40)]
+    both = [("", context, [5, 6, 7]), ("", context[-12:], [5, 6, 7])]
+    cut, whole = lm._loglikelihood_tokens(both, disable_tqdm=True)
+    assert cut == whole and max(widths) <= 16
+    assert "max_length 16: 1 of 2 contexts lose their beginning, 28 of 52 tokens" in caplog.text
+    widths.clear()
+    with pytest.raises(ValueError, match="max_length: expected room for a continuation of 15"):
+        lm._loglikelihood_tokens([both[1], ("", [3], [4] * 15)], disable_tqdm=True)
+    assert widths == [], "refused before any work"
+
+
 # In the harness itself.
 
 TASK = """\
@@ -227,7 +410,9 @@ doc_to_target: "{{{{final}}}}"
 generation_kwargs: {{until: ["<|endoftext|>"], do_sample: false, max_gen_toks: 999}}
 filter_list:
   - name: final
-    filter: [{{function: regex, regex_pattern: '####\\s*(-?\\d+)\\s*$', fallback: none}}, {{function: take_first}}]
+    filter:
+      - {{function: regex, regex_pattern: '####\\s*(-?\\d+)\\s*$', fallback: none}}
+      - {{function: take_first}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 metadata: {{version: 1}}
 """
@@ -253,11 +438,11 @@ def offline():
 
 @pytest.fixture(scope="module")
 def wanted():
-    """What bench/quality makes of each problem: (final number right, whole answer right, tokens)."""
-    model, _ = cli.load("tiny-llada", "cpu", "float32")
+    """What bench/quality makes of the problems: whether each is solved, and all in one batch."""
+    model = text.load("tiny-llada", "cpu", "float32").model
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(cli.ASSETS / "tiny-llada" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(text.ASSETS / "tiny-llada" / "tokenizer.json"))
     problems = [make_problem(index, "test") for index in range(COUNT)]
     each = [evaluate.measure(model, tokenizer, [problem], SETTING, rows=1) for problem in problems]
     together = evaluate.measure(model, tokenizer, problems, SETTING, rows=COUNT)
@@ -265,7 +450,8 @@ def wanted():
 
 
 def model_args(**more):
-    return ",".join(f"{name}={value}" for name, value in (ARGUMENTS | more).items())
+    given = ARGUMENTS | more
+    return ",".join(f"{name}={value}" for name, value in given.items() if value is not None)
 
 
 def fastdllm_eval(folder, task, *arguments, **more):
@@ -301,7 +487,10 @@ def test_the_accuracy_is_that_of_bench_quality_to_the_problem(offline, wanted, t
     chat = how == "chat template"
     task = write_task(tmp_path, "{{question}}") if chat else write_task(tmp_path)
     flags = ["--apply_chat_template"] * chat
-    rows, done = fastdllm_eval(tmp_path, task, "--batch_size", "7", *flags, show_speed=True)
+    device = None if chat and not torch.cuda.is_available() else "cpu"
+    more = {"show_speed": True, "device": device}
+    rows, done = fastdllm_eval(tmp_path, task, "--batch_size", "7", *flags, **more)
+    assert ("so the model runs on the CPU" in done.stderr) == (device is None)
     each, together = wanted
     assert [row["exact_match"] for row in rows] == each
     assert 0 < sum(each) < COUNT, "a setting that gets all or none right proves little"
@@ -378,6 +567,117 @@ def test_sampling_is_reproducible_and_only_when_asked_for(lm):
     )
 
 
+@pytest.fixture
+def limited(lm, monkeypatch):
+    """The model with room for 116 positions, 96 of them to generate, and what it computes."""
+    monkeypatch.setattr(lm, "max_length", 116)
+    monkeypatch.setattr(lm.options, "gen_length", 96)
+    seen = []
+    real = fastdllm.generate
+
+    def spy(model, prompts, **options):
+        seen.extend(prompts)
+        return real(model, prompts, **options)
+
+    monkeypatch.setattr(fastdllm, "generate", spy)
+    return lm, seen
+
+
+def test_a_prompt_is_cut_with_a_word(limited, caplog):
+    lm, seen = limited
+    (prompt,) = prompts(1)
+    ids = lm.tok_encode(prompt)
+    lm.generate_until(requests((prompt, {}), ("", {})), disable_tqdm=True)
+    assert seen == [ids[-20:], [lm.prefix_token_id]]
+    lost = f"{len(ids) - 20} of {len(ids) + 1} tokens"
+    assert f"max_length 116: 1 of 2 prompts lose their beginning, {lost}" in caplog.text
+    caplog.clear()
+    lm.max_length = len(ids) + 96
+    lm.generate_until(requests((prompt, {})), disable_tqdm=True)
+    assert seen[-1] == ids and not caplog.records
+
+
+def test_no_room_for_a_prompt_is_an_error(limited):
+    lm, seen = limited
+    for lm.max_length in (60, 96):
+        with pytest.raises(ValueError, match="max_length: expected room .* 96 tokens"):
+            lm.generate_until(requests((prompts(1)[0], {})), disable_tqdm=True)
+    assert seen == []
+
+
+def test_a_limit_past_the_model_is_said(offline, caplog):
+    lm = integration.register()(**ARGUMENTS, max_length=10**6)
+    assert lm.max_length == lm.model.config.max_positions
+    assert "max_length: 1000000 is more than" in caplog.text
+
+
+def test_text_that_is_none_is_refused(lm):
+    with pytest.raises(ValueError, match="expected text, got the byte 0xff at character 1"):
+        lm.generate_until(requests(("a\udcff", {})), disable_tqdm=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")
+def test_the_default_device_of_lm_eval_is_no_wish(offline, caplog):
+    made = integration.register()
+    given = {name: value for name, value in ARGUMENTS.items() if name != "device"}
+    written = ",".join(f"{name}={value}" for name, value in given.items())
+    for make, arguments in (
+        (made.create_from_arg_obj, given),
+        (made.create_from_arg_string, written),
+    ):
+        lm = make(arguments, {"device": "cuda:0", "batch_size": "3"})
+        assert lm.device.type == "cpu" and lm.options.batch_size == 3
+        assert "no GPU, so the model runs on the CPU" in caplog.text
+        caplog.clear()
+    made.create_from_arg_obj(ARGUMENTS, {"device": "cuda:0"})
+    assert not caplog.records, "a device among the arguments goes first"
+    with pytest.raises(ValueError, match="device: expected cpu"):
+        made.create_from_arg_obj(ARGUMENTS | {"device": "cuda:0"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")
+@pytest.mark.parametrize("flag", [["--device", "cuda:0"], ["--device=cuda"], ["--dev", "cuda"]])
+def test_a_device_that_is_asked_for_and_not_there_is_an_error(offline, flag):
+    with pytest.raises(ValueError, match="--device: expected cpu, since torch sees no GPU"):
+        integration.main("no_such_task", flag)
+
+
+def test_the_answers_are_only_ever_appended_to(tmp_path):
+    """Whenever a run is killed, the file holds all that it held before."""
+    options = read_options({"pretrained": "x", "resume": tmp_path})
+    file = tmp_path / "answers.jsonl"
+    store = integration.Store(options)
+    for index in range(3):
+        store.add(f"key {index}", f"answer\n{index}")
+    whole = file.read_bytes()
+    keys = dict(store.found)
+    for length in range(len(whole) + 1):
+        file.write_bytes(whole[:length])
+        again = integration.Store(options)
+        assert file.read_bytes() == whole[:length], "reading changes nothing"
+        assert again.found.items() <= keys.items()
+        assert len(again.found) >= whole[:length].count(b"\n")
+        again.add("new", "answer")
+        assert file.read_bytes().startswith(whole[:length])
+        last = integration.Store(options)
+        assert last.found == again.found
+
+
+def test_draws_are_the_request_s_own_whatever_was_found(offline, tmp_path):
+    settings = {"until": [], "do_sample": True, "temperature": 2.0}
+    pairs = [(prompt, settings) for prompt in prompts(5)]
+
+    def run(folder, pairs):
+        made = integration.register()(**ARGUMENTS, batch_size=5, resume=str(folder))
+        return made.generate_until(requests(*pairs), disable_tqdm=True)
+
+    wanted = run(tmp_path / "whole", pairs)
+    lines = (tmp_path / "whole" / "answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "answers.jsonl").write_text("".join(lines[1:3]))
+    assert run(tmp_path / "part", pairs) == wanted
+
+
 def test_a_run_goes_on_where_it_stopped(offline, tmp_path):
     pairs = [(prompt, {"until": []}) for prompt in prompts(4)]
     pairs.append(pairs[0])
@@ -431,7 +731,10 @@ def test_a_wrong_mask_id_is_refused(offline):
 
 
 def test_without_lm_eval_the_command_says_so(tmp_path):
-    code = "import sys; sys.modules['lm_eval'] = None; from fastdllm.cli import main; sys.exit(main(['eval', 'gsm8k']))"
+    code = (
+        "import sys; sys.modules['lm_eval'] = None; "
+        "from fastdllm.cli import main; sys.exit(main(['eval', 'gsm8k']))"
+    )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
@@ -444,7 +747,10 @@ def test_without_lm_eval_the_command_says_so(tmp_path):
 
 
 def test_importing_the_file_imports_no_lm_eval():
-    code = "import sys, fastdllm.integrations.lm_eval; print('lm_eval' in sys.modules, 'transformers' in sys.modules)"
+    code = (
+        "import sys, fastdllm.integrations.lm_eval; "
+        "print('lm_eval' in sys.modules, 'transformers' in sys.modules)"
+    )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120

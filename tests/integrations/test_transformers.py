@@ -11,9 +11,16 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers  # noqa: E402
-from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model  # noqa: E402
+from transformers import (  # noqa: E402
+    LlamaConfig,
+    LlamaModel,
+    Qwen2Config,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3Model,
+)
 
-from fastdllm.integrations.transformers import register  # noqa: E402
+from fastdllm.integrations.transformers import UNSUPPORTED, attend, register  # noqa: E402
 
 SIZES = dict(
     hidden_size=32,
@@ -164,6 +171,18 @@ def test_masks_that_differ_between_queries_are_refused(model):
             model(ids, attention_mask=given)
     with pytest.raises(ValueError, match="bias"):
         model(ids, attention_mask=torch.full((3, 1, 12, 12), -1.0))
+    with pytest.raises(ValueError, match="bools or floats.*int64"):
+        model(ids, attention_mask=torch.ones(3, 1, 12, 12, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_is_not_computed_is_refused_by_name(name):
+    """As the classes hand it on, whichever of them knows the argument."""
+    states, module = torch.zeros(1, 2, 3, 16), torch.nn.Module()
+    call = {"scaling": 0.25, "is_causal": False, "sliding_window": None}
+    assert attend(module, states, states, states, None, **call, **{name: None})[1] is None
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        attend(module, states, states, states, None, **call, **{name: torch.zeros(2)})
 
 
 def test_packed_sequences_are_refused_where_transformers_tells_of_them(model):

@@ -1,7 +1,7 @@
 """Train one of the two small models that ship with fastdllm, from nothing, on a GPU in some
 minutes.
 
-    python bench/quality/train.py tiny-llada --minutes 12 --out DIR [--stop-after 9] [--resume]
+    python bench/tiny_models/train.py tiny-llada --minutes 12 --out DIR [--stop-after 9] [--resume]
 
 The clock decides: the learning rate warms up, stays, and falls to 0 at `--minutes` of training
 time, compilation not counted. Every two minutes and at the end the whole state goes to
@@ -14,22 +14,30 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
 import torch
-from data import corrupt, loader, make_batch
-from optimizer import Optimizer
-from tokenizer import EOS_ID, MASK_ID, VOCAB_SIZE, write_tokenizer
 from torch.nn import functional
 
 from fastdllm import checkpoint
 from fastdllm.config import ModelConfig
 from fastdllm.model import DiffusionTransformer, initialize
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/, where it runs as a script
+
+from tiny_models.data import corrupt, loader, make_batch  # noqa: E402
+from tiny_models.optimizer import Optimizer  # noqa: E402
+from tiny_models.tokenizer import EOS_ID, MASK_ID, VOCAB_SIZE, write_tokenizer  # noqa: E402
+
 BORN = time.monotonic()
-LOG_SECONDS, TEST_SECONDS, SAVE_SECONDS = 5, 60, 120
-WARMUP, DECAY = 0.03, 0.4  # shares of the training time
+LOG_SECONDS = 5
+TEST_SECONDS = 60
+SAVE_SECONDS = 120
+# Shares of the training time in which the learning rate rises and falls.
+WARMUP = 0.03
+DECAY = 0.4
 _SHAPE = {
     "hidden_size": 256,
     "num_layers": 8,
@@ -66,16 +74,20 @@ CONFIGS = {
 }
 CARD = """# {name}
 
-A masked diffusion language model of {parameters:.1f} million parameters with the architecture of {family}, made to show
-and to test block-wise diffusion decoding. It solves arithmetic word problems of the kind it was trained on, nothing else.
+A masked diffusion language model of {parameters:.1f} million parameters with the architecture of
+{family}, made to show and to test block-wise diffusion decoding. It solves arithmetic word problems
+of the kind it was trained on, nothing else.
 
-- Trained on: {problems:,} problems made by bench/quality/problems.py, fresh ones in every batch, train split only.
+- Trained on: {problems:,} problems made by bench/tiny_models/problems.py, fresh ones in every
+  batch, train split only.
 - Start: {start}.
-- How long: {minutes:.1f} minutes on one {gpu}, {steps:,} steps, {tokens:,} tokens (canvas positions).
+- How long: {minutes:.1f} minutes on one {gpu}, {steps:,} steps, {tokens:,} tokens (canvas
+  positions).
 - Prompt: `Question: <question> Answer:` on one line; give it a gen_length of 128.
 - Accuracy: not measured yet.
 
-Made with `python bench/quality/train.py {command}`, measured with `python bench/quality/evaluate.py MODEL --out FOLDER`.
+Made with `python bench/tiny_models/train.py {command}`, measured with
+`python bench/quality/evaluate.py MODEL --out FOLDER`.
 """
 
 
@@ -95,10 +107,11 @@ def masked_loss(model, tokens, noisy, weights):
 
 @torch.no_grad()
 def test_accuracy(model, rows: int = 256) -> float:
-    """Share of the masked answer tokens of one fixed test batch that the model's first guess gets
-    right.
+    """Return the share of the masked answer tokens of one fixed test batch that the model's first
+    guess gets right.
     """
-    tokens, prompt, answer = (part.to(model.device).long() for part in make_batch(0, rows, "test"))
+    batch = make_batch(0, rows, "test")
+    tokens, prompt, answer = (part.to(model.device).long() for part in batch)
     generator = torch.Generator(device=model.device).manual_seed(0)
     noisy, weights = corrupt(tokens, prompt, answer, generator)
     asked = weights == 1
@@ -114,34 +127,37 @@ def warm_start(model: DiffusionTransformer, source: DiffusionTransformer) -> Non
     for name, parameter in model.named_parameters():
         value = given.get(name, parameter)
         if name.endswith("qkv.weight"):
-            queries, *shared = value.split(checkpoint.fused_rows(source.config, name, value))
-            pooled = [
-                part.unflatten(0, (heads, -1, source.config.head_dim)).mean(1).flatten(0, 1)
-                for part in shared
-            ]
-            value = torch.cat([queries, *pooled])
+            rows = checkpoint.fused_rows(source.config, name, value)
+            queries, keys, values = value.split(rows)
+            keys = pooled(keys, heads, source.config.head_dim)
+            values = pooled(values, heads, source.config.head_dim)
+            value = torch.cat([queries, keys, values])
         parameter.copy_(value)
 
 
+def pooled(weight, heads: int, head_dim: int):
+    """Average a projection [old heads * head_dim, width] over the old heads that now share one."""
+    by_head = weight.unflatten(0, (heads, -1, head_dim))
+    return by_head.mean(1).flatten(0, 1)
+
+
 class Run:
-    """One training run: the model, its optimiser and its clock, and how they are written to `out`
-    and read back.
+    """One training run: the model, its optimizer and how far it has come, written to `out` and read
+    back from there.
+
+    done: training seconds, steps and tokens (canvas positions) so far, of all processes together.
     """
 
     def __init__(self, name: str, config: ModelConfig, out: Path, args: argparse.Namespace):
         self.name, self.out, self.args = name, out, args
         self.device = torch.device(args.device)
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.model = initialize(DiffusionTransformer(config).to(self.device), seed=args.seed)
         if args.start_from:
-            warm_start(
-                self.model,
-                checkpoint.load(args.start_from, device=self.device, dtype=torch.float32),
-            )
-        self.optimizer = Optimizer(
-            self.model, args.muon_lr, args.adam_lr
-        )  # before the cast: masters start unrounded
-        self.model.to(dtype)
+            source = checkpoint.load(args.start_from, device=self.device, dtype=torch.float32)
+            warm_start(self.model, source)
+        # Before the cast: the master weights start unrounded.
+        self.optimizer = Optimizer(self.model, args.muon_lr, args.adam_lr)
+        self.model.to(torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         self.optimizer.write()
         self.done = {"seconds": 0.0, "steps": 0, "tokens": 0}
         out.mkdir(parents=True, exist_ok=True)
@@ -151,55 +167,58 @@ class Run:
             self.done = state["done"]
 
     def log(self, **entry) -> None:
-        entry = {
-            key: round(value, 5) if isinstance(value, float) else value
-            for key, value in entry.items()
-        }
+        """Print the entry and append it to log.jsonl, floats rounded."""
+        for key, value in entry.items():
+            if isinstance(value, float):
+                entry[key] = round(value, 5)
         print(json.dumps(entry), flush=True)
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def save_state(self) -> None:
+        """Write what `--resume` goes on from, in place of the last one."""
         fresh = self.out / "state.pt.new"
         torch.save({"optimizer": self.optimizer.state_dict(), "done": self.done}, fresh)
         os.replace(fresh, self.out / "state.pt")
 
     def save_model(self) -> None:
-        """The checkpoint in bf16, the tokenizer and the model card."""
-        config = self.model.config
-        copy = DiffusionTransformer(config).to(self.device)
+        """Write the checkpoint in bf16, the tokenizer and the model card."""
+        copy = DiffusionTransformer(self.model.config).to(self.device)
         copy.load_state_dict(self.optimizer.masters)
         checkpoint.save(copy.to(torch.bfloat16), self.out)
         write_tokenizer(self.out)
-        args = self.args
+        parameters = sum(p.numel() for p in copy.parameters())
+        (self.out / "README.md").write_text(self.card(parameters), encoding="utf-8")
+
+    def card(self, parameters: int) -> str:
+        """The model card, its accuracy yet to be measured."""
+        args, family = self.args, self.model.config.family
+        source = args.start_from
         command = f"{self.name} --out DIR --minutes {args.minutes:g} --rows {args.rows}"
         command += f" --muon-lr {args.muon_lr} --adam-lr {args.adam_lr}"
-        command += (
-            f" --start-from fastdllm/assets/{args.start_from.name}" if args.start_from else ""
-        )
-        card = CARD.format(
+        command += f" --start-from fastdllm/assets/{source.name}" if source else ""
+        on_gpu = self.device.type == "cuda"
+        return CARD.format(
             command=command,
             name=self.name,
-            family="LLaDA" if config.family == "llada" else config.family,
-            parameters=sum(p.numel() for p in copy.parameters()) / 1e6,
+            family="LLaDA" if family == "llada" else family,
+            parameters=parameters / 1e6,
             problems=self.done["steps"] * args.rows,
-            start=f"the weights of {args.start_from.name}" if args.start_from else "random weights",
+            start=f"the weights of {source.name}" if source else "random weights",
             minutes=self.done["seconds"] / 60,
             steps=self.done["steps"],
             tokens=self.done["tokens"],
-            gpu=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
+            gpu=torch.cuda.get_device_name(self.device) if on_gpu else "CPU",
         )
-        (self.out / "README.md").write_text(card, encoding="utf-8")
 
     def compiled_loss(self, batches):
-        """masked_loss, on a GPU compiled; run once for each canvas length so that the clock starts
-        on ready code.
+        """Return masked_loss, on a GPU compiled, and run once for each canvas length so that the
+        clock starts on ready code.
         """
         if self.device.type != "cuda" or not self.args.compile:
             return masked_loss
-        self.model.logits(
-            torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        )  # makes the rotary table
+        one = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        self.model.logits(one)  # makes the rotary table
         loss_of = torch.compile(masked_loss, dynamic=False)
         for batch in batches:
             self.loss(loss_of, batch).backward()
@@ -208,62 +227,76 @@ class Run:
         return loss_of
 
     def loss(self, loss_of, batch):
+        """The loss of one batch of `make_batch`, corrupted anew; fp32 scalar."""
         tokens, prompt, answer = (part.to(self.device, non_blocking=True).long() for part in batch)
-        return loss_of(self.model, tokens, *corrupt(tokens, prompt, answer))
+        noisy, weights = corrupt(tokens, prompt, answer)
+        return loss_of(self.model, tokens, noisy, weights)
 
     def train(self) -> None:
-        """Train until the minutes are over, or this run's; then save the state and the checkpoint."""
+        """Train until the time is over, all of it or this process's; then save what came of it."""
         args, done = self.args, self.done
         torch.manual_seed(args.seed + done["steps"])
         loss_of = self.compiled_loss([make_batch(number, args.rows, "train") for number in (0, 1)])
         self.log(model=self.name, startup_seconds=time.monotonic() - BORN, **done)
         begun, before = time.monotonic(), done["seconds"]
-        logged, tested, saved = begun, begun, begun
-        total, since = torch.zeros((), device=self.device), dict(done)
+        tested = saved = begun
+        meter = LossMeter(self, begun)
         for batch in loader(done["steps"], args.rows, args.workers, self.device):
             now = time.monotonic()
             done["seconds"] = before + now - begun
             progress = done["seconds"] / (60 * args.minutes)
-            if (
-                progress >= 1
-                or now - BORN >= 60 * args.stop_after
-                or done["steps"] == args.max_steps
-            ):
+            stopped = now - BORN >= 60 * args.stop_after or done["steps"] == args.max_steps
+            if progress >= 1 or stopped:
                 break
             loss = self.loss(loss_of, batch)
             loss.backward()
             self.optimizer.step(schedule(progress))
-            total += loss.detach()
             done["steps"] += 1
             done["tokens"] += batch[0].numel()
-            if now - logged >= LOG_SECONDS or done["steps"] - since["steps"] == args.log_steps:
-                logged, mean = now, total.item() / (done["steps"] - since["steps"])
-                if mean != mean:
-                    raise FloatingPointError(f"the loss is NaN at step {done['steps']}")
-                rate = (done["tokens"] - since["tokens"]) / (
-                    done["seconds"] - since["seconds"] + 1e-9
-                )
-                self.log(
-                    minutes=done["seconds"] / 60,
-                    steps=done["steps"],
-                    loss=mean,
-                    tokens_per_second=int(rate),
-                )
-                since = dict(done)
-                total.zero_()
+            meter.add(loss, now)
             if now - tested >= TEST_SECONDS:
                 tested = now
-                self.log(
-                    minutes=done["seconds"] / 60,
-                    steps=done["steps"],
-                    test_accuracy=test_accuracy(self.model),
-                )
+                accuracy = test_accuracy(self.model)
+                self.log(minutes=done["seconds"] / 60, steps=done["steps"], test_accuracy=accuracy)
             if now - saved >= SAVE_SECONDS:
                 saved = now
                 self.save_state()
         self.save_state()
         self.save_model()
         self.log(**done, finished=progress >= 1, test_accuracy=test_accuracy(self.model))
+
+
+class LossMeter:
+    """Logs a run's mean loss and tokens a second every few seconds or steps."""
+
+    def __init__(self, run: Run, now: float):
+        self.run, self.logged = run, now
+        self.since = dict(run.done)
+        self.total = torch.zeros((), device=run.device)
+
+    def add(self, loss, now: float) -> None:
+        """Count one step's loss, a scalar on the device; log where it is time."""
+        self.total += loss.detach()
+        steps = self.run.done["steps"] - self.since["steps"]
+        if now - self.logged >= LOG_SECONDS or steps == self.run.args.log_steps:
+            self.logged = now
+            self._log(steps)
+
+    def _log(self, steps: int) -> None:
+        done = self.run.done
+        mean = self.total.item() / steps
+        if mean != mean:
+            raise FloatingPointError(f"the loss is NaN at step {done['steps']}")
+        seconds = done["seconds"] - self.since["seconds"]
+        rate = (done["tokens"] - self.since["tokens"]) / (seconds + 1e-9)
+        self.run.log(
+            minutes=done["seconds"] / 60,
+            steps=done["steps"],
+            loss=mean,
+            tokens_per_second=int(rate),
+        )
+        self.since = dict(done)
+        self.total.zero_()
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -296,7 +329,6 @@ def arguments(argv=None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     parsed = arguments()
-    os.environ["FASTDLLM_BACKEND"] = (
-        "reference"  # training takes gradients, which the kernels have not
-    )
+    # Training takes gradients, which the kernels have not.
+    os.environ["FASTDLLM_BACKEND"] = "reference"
     Run(parsed.name, CONFIGS[parsed.name], parsed.out, parsed).train()

@@ -12,7 +12,8 @@ import torch
 
 from fastdllm.checkpoint import fused_rows
 
-MOMENTUM, WEIGHT_DECAY = 0.95, 0.05
+MOMENTUM = 0.95
+WEIGHT_DECAY = 0.05
 # At the full rate the biases of q, k and v grew to 14 and names in a problem were never copied into
 # its answer; at this share of it they were (one run of each).
 BIAS_SHARE = 0.03
@@ -53,10 +54,11 @@ class Optimizer:
         self.rest = [name for name in self.masters if name not in matrices]
         biases = [self.masters[name] for name in self.rest if name.endswith("bias")]
         others = [self.masters[name] for name in self.rest if not name.endswith("bias")]
+        groups = [{"params": others, "share": 1.0}]
+        if biases:
+            groups.append({"params": biases, "share": BIAS_SHARE})
         self.adam = torch.optim.AdamW(
-            [{"params": others, "share": 1.0}, {"params": biases, "share": BIAS_SHARE}][
-                : 1 + bool(biases)
-            ],
+            groups,
             lr=adam_lr,
             betas=(0.9, 0.95),
             weight_decay=0.0,
@@ -69,18 +71,16 @@ class Optimizer:
             grads = [
                 self.parameters[name].grad.split(self.rows[name])[index] for name, index, _ in group
             ]
-            grad, momentum, masters = (
-                torch.stack(grads).float(),
-                self.momentum[shape],
-                [part for _, _, part in group],
-            )
+            grad = torch.stack(grads).float()
+            momentum = self.momentum[shape]
             momentum.lerp_(grad, 1 - MOMENTUM)
-            update = orthogonalize(grad.lerp_(momentum, MOMENTUM)).float()  # Nesterov's look ahead
+            ahead = grad.lerp_(momentum, MOMENTUM)  # Nesterov's look ahead
+            update = orthogonalize(ahead).float()
             lr = self.muon_lr * scale
+            masters = [part for _, _, part in group]
             torch._foreach_mul_(masters, 1 - lr * WEIGHT_DECAY)
-            torch._foreach_add_(
-                masters, update.unbind(), alpha=-lr * max(1.0, shape[0] / shape[1]) ** 0.5
-            )
+            stretch = max(1.0, shape[0] / shape[1]) ** 0.5
+            torch._foreach_add_(masters, update.unbind(), alpha=-lr * stretch)
         for name in self.rest:
             self.masters[name].grad = self.parameters[name].grad.float()
         for group in self.adam.param_groups:

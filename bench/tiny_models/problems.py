@@ -21,9 +21,13 @@ from dataclasses import dataclass
 SPLITS = ("train", "test")
 
 NAMES = (
-    "Mia Ben Ana Tom Lily Omar Nina Sam Zoe Raj Eva Max Ivy Leo Aisha Dan Kim Paul Rosa Yuki Noah Emma Carlos Ling"
+    "Mia Ben Ana Tom Lily Omar Nina Sam Zoe Raj Eva Max Ivy Leo Aisha Dan Kim Paul Rosa Yuki Noah "
+    "Emma Carlos Ling"
 ).split()
-THINGS = "apples pears plums lemons books pens coins stickers marbles shells cards stamps beads buttons toys".split()
+THINGS = (
+    "apples pears plums lemons books pens coins stickers "
+    "marbles shells cards stamps beads buttons toys"
+).split()
 CONTAINERS = "boxes bags baskets crates jars trays".split()
 ITEMS = "bike phone guitar camera desk lamp tent coat".split()
 
@@ -153,8 +157,10 @@ TEMPLATES = (
         "abcd",
         _boxes,
         (
-            "{n} has {a} {k} of {b} {o} and {c} more {o}. {n} gives {d} {o} to {m}. How many {o} does {n} have left?",
-            "There are {b} {o} in each of {a} {k}. {n} adds {c} {o}, and then {m} takes {d} {o}. How many {o} are left?",
+            "{n} has {a} {k} of {b} {o} and {c} more {o}. {n} gives {d} {o} to {m}. "
+            "How many {o} does {n} have left?",
+            "There are {b} {o} in each of {a} {k}. {n} adds {c} {o}, and then {m} takes {d} {o}. "
+            "How many {o} are left?",
         ),
         "The {a} {k} hold {a} * {b} = {p} {o}.\nWith {c} more there are {p} + {c} = {q} {o}.\n"
         "After {m} takes {d} there are {q} - {d} = {f} {o} left.",
@@ -164,8 +170,10 @@ TEMPLATES = (
         "abcde",
         _change,
         (
-            "{n} buys {a} {o} at ${b} each and {c} {u} at ${d} each. {n} pays ${e}. How many dollars does {n} get back?",
-            "{n} has ${e} and buys {a} {o} for ${b} each and {c} {u} for ${d} each. How many dollars are left?",
+            "{n} buys {a} {o} at ${b} each and {c} {u} at ${d} each. {n} pays ${e}. "
+            "How many dollars does {n} get back?",
+            "{n} has ${e} and buys {a} {o} for ${b} each and {c} {u} for ${d} each. "
+            "How many dollars are left?",
         ),
         "The {o} cost {a} * {b} = {p} dollars.\nThe {u} cost {c} * {d} = {q} dollars.\n"
         "Together that makes {p} + {q} = {s} dollars.\nSo {n} keeps {e} - {s} = {f} dollars.",
@@ -175,10 +183,13 @@ TEMPLATES = (
         "abcd",
         _savings,
         (
-            "{n} has ${c} and saves ${a} a week for {b} weeks. A {i} costs ${d}. How many dollars does {n} still need?",
-            "A {i} costs ${d}. {n} has ${c} and saves ${a} a week. After {b} weeks, how many dollars does {n} still need?",
+            "{n} has ${c} and saves ${a} a week for {b} weeks. A {i} costs ${d}. "
+            "How many dollars does {n} still need?",
+            "A {i} costs ${d}. {n} has ${c} and saves ${a} a week. "
+            "After {b} weeks, how many dollars does {n} still need?",
         ),
-        "In {b} weeks {n} saves {b} * {a} = {p} dollars.\nWith the first {c} that makes {p} + {c} = {q} dollars.\n"
+        "In {b} weeks {n} saves {b} * {a} = {p} dollars.\n"
+        "With the first {c} that makes {p} + {c} = {q} dollars.\n"
         "For the {i} {n} still needs {d} - {q} = {f} dollars.",
     ),
     Template(
@@ -186,12 +197,13 @@ TEMPLATES = (
         "abcd",
         _share,
         (
-            "{n} has {a} {o} and {m} has {b} {o}. They sell {c} of them and put the rest evenly into {d} {k}. "
-            "How many {o} are in each of the {k}?",
-            "{n} and {m} bring {a} and {b} {o}. They sell {c} {o} and share the rest equally among {d} {k}. "
-            "How many {o} does each get?",
+            "{n} has {a} {o} and {m} has {b} {o}. They sell {c} of them and put the rest evenly "
+            "into {d} {k}. How many {o} are in each of the {k}?",
+            "{n} and {m} bring {a} and {b} {o}. They sell {c} {o} and share the rest equally "
+            "among {d} {k}. How many {o} does each get?",
         ),
-        "Together {n} and {m} have {a} + {b} = {s} {o}.\nAfter they sell {c} there are {s} - {c} = {t} {o} left.\n"
+        "Together {n} and {m} have {a} + {b} = {s} {o}.\n"
+        "After they sell {c} there are {s} - {c} = {t} {o} left.\n"
         "Each of the {d} {k} gets {t} / {d} = {f} {o}.",
     ),
     Template(
@@ -199,12 +211,13 @@ TEMPLATES = (
         "abcde",
         _change,
         (
-            "{n} reads {b} pages a day for {a} days and then {d} pages a day for {c} days. The book has {e} pages. "
-            "How many pages are left?",
-            "A book has {e} pages. For {a} days {n} reads {b} pages a day, and for the next {c} days {d} pages a day. "
-            "How many pages does {n} still need to read?",
+            "{n} reads {b} pages a day for {a} days and then {d} pages a day for {c} days. "
+            "The book has {e} pages. How many pages are left?",
+            "A book has {e} pages. For {a} days {n} reads {b} pages a day, and for the next {c} "
+            "days {d} pages a day. How many pages does {n} still need to read?",
         ),
-        "In the first {a} days {n} reads {a} * {b} = {p} pages.\nIn the next {c} days {n} reads {c} * {d} = {q} pages.\n"
+        "In the first {a} days {n} reads {a} * {b} = {p} pages.\n"
+        "In the next {c} days {n} reads {c} * {d} = {q} pages.\n"
         "Together that makes {p} + {q} = {s} pages.\nSo {e} - {s} = {f} pages are left.",
     ),
     Template(
@@ -212,10 +225,11 @@ TEMPLATES = (
         "abcde",
         _pay,
         (
-            "{n} works {a} hours a day for {b} days at ${c} an hour. {m} adds ${d}, and then {n} pays ${e} for a {i}. "
-            "How many dollars are left?",
-            "At ${c} an hour, {n} works {b} days of {a} hours each. {n} also gets ${d} from {m} and buys a {i} for ${e}. "
-            "How many dollars does {n} have left?",
+            "{n} works {a} hours a day for {b} days at ${c} an hour. "
+            "{m} adds ${d}, and then {n} pays ${e} for a {i}. How many dollars are left?",
+            "At ${c} an hour, {n} works {b} days of {a} hours each. "
+            "{n} also gets ${d} from {m} and buys a {i} for ${e}. How many dollars does {n} have "
+            "left?",
         ),
         "{n} works {a} * {b} = {h} hours.\nFor this {n} gets {h} * {c} = {p} dollars.\n"
         "With the {d} dollars from {m} that makes {p} + {d} = {q} dollars.\n"
@@ -226,12 +240,13 @@ TEMPLATES = (
         "abc",
         _times,
         (
-            "{n} has {a} {o}. {m} has {b} times as many {o} as {n}, and {w} has {c} fewer than {m}. "
-            "How many {o} do they have together?",
-            "{m} has {b} times as many {o} as {n}. {w} has {c} fewer {o} than {m}. If {n} has {a} {o}, "
-            "how many {o} do all of them have?",
+            "{n} has {a} {o}. {m} has {b} times as many {o} as {n}, and {w} has {c} fewer than "
+            "{m}. How many {o} do they have together?",
+            "{m} has {b} times as many {o} as {n}. {w} has {c} fewer {o} than {m}. "
+            "If {n} has {a} {o}, how many {o} do all of them have?",
         ),
-        "{m} has {b} * {a} = {p} {o}.\n{w} has {p} - {c} = {q} {o}.\n{n} and {m} have {a} + {p} = {s} {o}.\n"
+        "{m} has {b} * {a} = {p} {o}.\n{w} has {p} - {c} = {q} {o}.\n"
+        "{n} and {m} have {a} + {p} = {s} {o}.\n"
         "With {w} that makes {s} + {q} = {f} {o}.",
     ),
     Template(
@@ -239,10 +254,10 @@ TEMPLATES = (
         "abc",
         _harvest,
         (
-            "{n} picks {a} {o} on Monday, {b} more on Tuesday than on Monday, and {c} fewer on Friday than on Tuesday. "
-            "How many {o} does {n} pick in all?",
-            "On Monday {n} finds {a} {o}. On Tuesday {n} finds {b} more than on Monday, and on Friday {c} fewer than on "
-            "Tuesday. How many {o} are there in all?",
+            "{n} picks {a} {o} on Monday, {b} more on Tuesday than on Monday, and {c} fewer on "
+            "Friday than on Tuesday. How many {o} does {n} pick in all?",
+            "On Monday {n} finds {a} {o}. On Tuesday {n} finds {b} more than on Monday, and on "
+            "Friday {c} fewer than on Tuesday. How many {o} are there in all?",
         ),
         "On Tuesday there are {a} + {b} = {q} {o}.\nOn Friday there are {q} - {c} = {t} {o}.\n"
         "Monday and Tuesday make {a} + {q} = {s} {o}.\nWith Friday that makes {s} + {t} = {f} {o}.",
@@ -252,25 +267,28 @@ TEMPLATES = (
         "abcde",
         _train,
         (
-            "A train has {a} people. At the first stop {b} get off and {c} get on. At the next {d} get off and {e} get on. "
-            "How many people are on the train now?",
-            "There are {a} people on a train. Then {b} leave and {c} get on at the first stop, and {d} leave and {e} get "
-            "on at the next stop. How many people does the train have now?",
+            "A train has {a} people. At the first stop {b} get off and {c} get on. "
+            "At the next {d} get off and {e} get on. How many people are on the train now?",
+            "There are {a} people on a train. Then {b} leave and {c} get on at the first stop, "
+            "and {d} leave and {e} get on at the next stop. How many people does the train have "
+            "now?",
         ),
         "At the first stop {a} - {b} = {p} people stay.\nThen there are {p} + {c} = {q} people.\n"
-        "At the next stop {q} - {d} = {s} people stay.\nNow there are {s} + {e} = {f} people on the train.",
+        "At the next stop {q} - {d} = {s} people stay.\n"
+        "Now there are {s} + {e} = {f} people on the train.",
     ),
     Template(
         "bakery",
         "abcde",
         _bakery,
         (
-            "{n} bakes {a} trays of {b} cookies and keeps {c}. The rest go into bags of {d} cookies, at ${e} a bag. "
-            "How many dollars does {n} get for all of the bags?",
-            "There are {b} cookies on each of {a} trays. {n} keeps {c} cookies and puts the rest into bags of {d}. "
-            "{n} sells the bags at ${e} each. How many dollars does {n} get?",
+            "{n} bakes {a} trays of {b} cookies and keeps {c}. The rest go into bags of {d} "
+            "cookies, at ${e} a bag. How many dollars does {n} get for all of the bags?",
+            "There are {b} cookies on each of {a} trays. {n} keeps {c} cookies and puts the rest "
+            "into bags of {d}. {n} sells the bags at ${e} each. How many dollars does {n} get?",
         ),
-        "On the trays there are {a} * {b} = {p} cookies.\nAfter {n} keeps {c} there are {p} - {c} = {q} cookies.\n"
+        "On the trays there are {a} * {b} = {p} cookies.\n"
+        "After {n} keeps {c} there are {p} - {c} = {q} cookies.\n"
         "They go into {q} / {d} = {r} bags.\nFor the bags {n} gets {r} * {e} = {f} dollars.",
     ),
     Template(
@@ -278,8 +296,10 @@ TEMPLATES = (
         "abc",
         _spend,
         (
-            "{n} has ${a} and buys a {i} for ${b} and a {j} for ${c}. How many dollars does {n} have left?",
-            "A {i} costs ${b} and a {j} ${c}. {n} pays for one of each with ${a}. How many dollars does {n} get back?",
+            "{n} has ${a} and buys a {i} for ${b} and a {j} for ${c}. "
+            "How many dollars does {n} have left?",
+            "A {i} costs ${b} and a {j} ${c}. {n} pays for one of each with ${a}. "
+            "How many dollars does {n} get back?",
         ),
         "The {i} and the {j} together cost {b} + {c} = {s} dollars.\n"
         "Of the first {a} dollars {n} still keeps {a} - {s} = {f} dollars after that.",
@@ -289,13 +309,16 @@ TEMPLATES = (
         "abcdeg",
         _stall,
         (
-            "{n} sells {a} {o} at ${b} each and {c} {u} at ${d} each. {n} pays ${e} for the table, and {g} friends share "
-            "the rest equally. How many dollars does each get?",
-            "{g} friends sell {a} {o} for ${b} each and {c} {u} for ${d} each. The table costs ${e}, and they share the "
-            "rest equally. How many dollars does each get?",
+            "{n} sells {a} {o} at ${b} each and {c} {u} at ${d} each. "
+            "{n} pays ${e} for the table, and {g} friends share the rest equally. "
+            "How many dollars does each get?",
+            "{g} friends sell {a} {o} for ${b} each and {c} {u} for ${d} each. "
+            "The table costs ${e}, and they share the rest equally. "
+            "How many dollars does each get?",
         ),
         "The {o} make {a} * {b} = {p} dollars.\nThe {u} make {c} * {d} = {q} dollars.\n"
-        "Together that makes {p} + {q} = {s} dollars.\nAfter the table there are {s} - {e} = {t} dollars.\n"
+        "Together that makes {p} + {q} = {s} dollars.\n"
+        "After the table there are {s} - {e} = {t} dollars.\n"
         "Each of the friends gets {t} / {g} = {f} dollars.",
     ),
 )
@@ -304,9 +327,8 @@ TEMPLATES = (
 def split_of(template: str, given: tuple[int, ...]) -> str:
     """The split, for good, of every problem of this template that states these numbers."""
     key = zlib.crc32(f"{template} {given}".encode())
-    return (
-        "test" if (key * 0x9E3779B1 & 0xFFFFFFFF) >> 26 == 0 else "train"
-    )  # the product breaks CRC's linearity
+    mixed = key * 0x9E3779B1 & 0xFFFFFFFF  # the product breaks CRC's linearity
+    return "test" if mixed >> 26 == 0 else "train"
 
 
 def draw_numbers(index: int, split: str) -> tuple[Template, dict[str, int], random.Random]:
@@ -340,11 +362,9 @@ def make_problem(index: int, split: str) -> Problem:
     def others(pool: list[str], first: int, step: int) -> str:
         return pool[(first + step) % len(pool)]
 
-    name, thing, item = (
-        int(uniform() * len(NAMES)),
-        int(uniform() * len(THINGS)),
-        int(uniform() * len(ITEMS)),
-    )
+    name = int(uniform() * len(NAMES))
+    thing = int(uniform() * len(THINGS))
+    item = int(uniform() * len(ITEMS))
     second = 1 + int(uniform() * (len(NAMES) - 2))
     words = {
         "n": NAMES[name],

@@ -17,7 +17,16 @@ import re
 import sys
 from pathlib import Path
 
-from problems import CONTAINERS, ITEMS, NAMES, TEMPLATES, THINGS, Problem
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/, where it runs as a script
+
+from tiny_models.problems import (  # noqa: E402
+    CONTAINERS,
+    ITEMS,
+    NAMES,
+    TEMPLATES,
+    THINGS,
+    Problem,
+)
 
 EOS, MASK = "<|endoftext|>", "<|mask|>"
 EOS_ID, MASK_ID = 0, 1

@@ -1,0 +1,299 @@
+"""From the logits of an active block to committed tokens: how one request proposes, scores, filters
+and commits (arXiv 2505.22618, section 3.3), and which rows share a launch of that.
+"""
+
+import math
+import struct
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from fastdllm_kernels import (
+    SCORES,
+    Selection,
+    Threshold,
+    commit_proposals,
+    confidence_select,
+    token_confidence,
+)
+from fastdllm_kernels.rules import (
+    branch_of,
+    fixed_values,
+    per_row_fields,
+    row_values,
+    with_row_values,
+)
+
+from . import arguments
+from .config import ModelConfig
+from .families import FAMILIES
+
+# Spreads consecutive seeds over the 64-bit keys; as a signed number.
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+BEST_ONE = Threshold(math.inf)
+# So that logits divided by a temperature are numbers, and tell one from another.
+COLDEST, HOTTEST = 1e-30, 1e30
+
+
+class Commits(Protocol):
+    """A rule that is a frozen dataclass: see fastdllm_kernels.rules."""
+
+    def commit(
+        self, scores: torch.Tensor, candidates: torch.Tensor, step: torch.Tensor, /
+    ) -> torch.Tensor: ...
+
+
+Rule = Commits | Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""A rule of either kind: a dataclass, or a function of commit's arguments."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sampling:
+    """How the rows of one request are proposed, scored and committed.
+
+    rule: what is committed, a rule's dataclass or a function. score: one of SCORES. temperature: 0
+    takes the best token. top_p, top_k: filters of the proposals, or None. filtered_score: the
+    family scores after temperature and filters (Dream), not by the clean softmax (LLaDA).
+    """
+
+    rule: Rule
+    score: str = "confidence"
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    filtered_score: bool = False
+
+    @property
+    def draws(self) -> bool:
+        """Whether chance decides anything, so that a seed is needed."""
+        return self.temperature > 0 or self.score == "random"
+
+    def kind(self) -> Hashable:
+        """What a launch depends on beside numbers that may differ from row to row."""
+        branch = branch_of(self.rule)
+        rule = (branch, fixed_values(self.rule)) if branch else id(self.rule)
+        filters = self.top_p, self.top_k
+        return rule, self.score, self.temperature, filters, self.filtered_score
+
+
+class RowSampling(NamedTuple):
+    """One row's Sampling: its values of the rule's per-row fields, and the seed of its draws."""
+
+    sampling: Sampling
+    values: tuple[float, ...]
+    seed: int
+
+    def first_alone(self) -> "RowSampling":
+        """The same where a forward commits one position, whatever its score."""
+        return RowSampling(replace(self.sampling, rule=BEST_ONE), (math.inf,), self.seed)
+
+    def seed_of(self, forwards: int) -> int:
+        """The key of the draws in a row's forward number `forwards`, as int64 holds it."""
+        return _signed(self.seed * GOLDEN + forwards)
+
+
+def sampling_of(
+    config: ModelConfig,
+    rule: Rule,
+    score: str,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+) -> Sampling:
+    """The Sampling that these arguments of `generate` ask for. TypeError and ValueError, naming the
+    argument.
+    """
+    arguments.choice("score", score, SCORES)
+    temperature = arguments.number("temperature", temperature, at_least=0)
+    if temperature:
+        temperature = min(max(temperature, COLDEST), HOTTEST)
+    if top_p is not None:
+        top_p = arguments.number("top_p", top_p, above=0, at_most=1)
+    return Sampling(
+        rule,
+        score,
+        temperature,
+        top_p,
+        arguments.top_k(top_k),
+        FAMILIES[config.family].filtered_score,
+    )
+
+
+def sampling_of_rows(sampling: Sampling, rows: int, seed: int | None) -> list[RowSampling]:
+    """The RowSampling of each of `rows` rows: row b draws as a single row with seed + b would.
+
+    seed: None takes one from torch's global generator, where chance decides anything.
+    """
+    if seed is not None:
+        arguments.integer("seed", seed, -math.inf)
+    elif sampling.draws:
+        seed = int(torch.randint(2**62, (), device="cpu"))
+    values: Iterable[tuple] = [()] * rows
+    if not _is_function(sampling.rule) and per_row_fields(sampling.rule):
+        values = zip(*row_values(sampling.rule, rows), strict=True)
+    return [
+        RowSampling(sampling, tuple(of_row), (seed or 0) + row) for row, of_row in enumerate(values)
+    ]
+
+
+def _is_function(rule):
+    return not hasattr(rule, "commit")
+
+
+def _signed(number):
+    """A number's low 64 bits, as int64 holds them."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def device_columns(
+    upload: Callable[[torch.Tensor], torch.Tensor], **columns: list
+) -> dict[str, torch.Tensor]:
+    """Lists of one number a row as [R] tensors on the device, in one copy: int64 where the list
+    holds ints, float64 where it holds floats.
+    """
+    rows = len(next(iter(columns.values())))
+    padding = rows % 2  # to whole 16 bytes: kernels are compiled for the alignment of pointers
+    floats = {name: isinstance(column[0], float) for name, column in columns.items()}
+    table = [
+        [*(map(_bits, column) if floats[name] else column), *[0] * padding]
+        for name, column in columns.items()
+    ]
+    device = upload(torch.tensor(table, dtype=torch.int64, device="cpu"))
+    return {
+        name: (column.view(torch.float64) if floats[name] else column)[:rows]
+        for name, column in zip(columns, device, strict=True)
+    }
+
+
+def _bits(number):
+    """The bits of a float64, as int64 holds them."""
+    return struct.unpack("<q", struct.pack("<d", number))[0]
+
+
+def row_columns(rows: list[RowSampling], forwards: list[int]) -> dict[str, list]:
+    """What `select` wants of rows of one kind on the device: the seeds of their draws, counted by
+    the forwards each has made, and of other numbers those in which the rows differ.
+    """
+    first = rows[0].sampling
+    columns = {}
+    if first.draws:
+        pairs = zip(rows, forwards, strict=True)
+        columns["seed"] = [row.seed_of(forward) for row, forward in pairs]
+    for name in ("temperature", "top_p", "top_k"):
+        values = [getattr(row.sampling, name) for row in rows]
+        if any(value != values[0] for value in values):
+            columns[name] = values
+    if not _shares_rule(rows):
+        for index, of_field in enumerate(zip(*(row.values for row in rows), strict=True)):
+            columns[f"rule{index}"] = list(of_field)
+    return columns
+
+
+def select(
+    rows: list[RowSampling],
+    columns: dict[str, torch.Tensor],
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    mask_id: int,
+) -> Selection:
+    """Propose, score and commit for rows of one kind: logits [R, T, V]; tokens [R, T] int64 is
+    updated where masks were committed.
+
+    columns: of `row_columns`, on the device, and "step" [R] int64, the forwards in the row's block.
+    A rule that is a function is called with these rows; TypeError and ValueError say what is wrong
+    with what it commits.
+    """
+    sampling = rows[0].sampling
+    rule = sampling.rule
+    if not _shares_rule(rows):
+        rule = with_row_values(
+            rule, [columns[f"rule{index}"] for index in range(len(rows[0].values))]
+        )
+    temperature, offered = sampling.temperature, logits
+    if sampling.filtered_score and temperature > 0:
+        logits = offered = logits.float() / temperature
+        temperature = 1.0
+    if sampling.top_p is not None or sampling.top_k is not None:
+        top_p, top_k = sampling.top_p, sampling.top_k
+        offered = filter_logits(logits, temperature or 1.0, top_p, top_k, mask_id)
+        logits = offered if sampling.filtered_score else logits
+    options: dict[str, Any] = {
+        "mask_id": mask_id,
+        "score": sampling.score,
+        "temperature": temperature,
+        "seed": columns.get("seed"),
+    }
+    if offered is not logits:
+        step = columns["step"]
+        masks = tokens == mask_id
+        return select_in_parts(rule, logits, offered, tokens, masks, step, **options)
+    return confidence_select(logits, tokens, rule=rule, step=columns["step"], **options)
+
+
+def _shares_rule(rows):
+    """Whether one rule, without numbers that differ from row to row, serves all rows."""
+    rule = rows[0].sampling.rule
+    if any(row.sampling.rule is not rule for row in rows):
+        return False
+    if _is_function(rule):
+        return True
+    fields = (getattr(rule, field.name) for field in per_row_fields(rule))
+    return not any(isinstance(value, torch.Tensor) for value in fields)
+
+
+def select_in_parts(
+    rule: Rule,
+    logits: torch.Tensor,
+    offered: torch.Tensor,
+    tokens: torch.Tensor,
+    candidates: torch.Tensor,
+    step: torch.Tensor,
+    *,
+    mask_id: int,
+    score: str,
+    temperature: float,
+    seed: torch.Tensor | None,
+) -> Selection:
+    """confidence_select for proposals drawn from `offered` logits but scored by the clean ones."""
+    rows, width, vocab = logits.shape
+    position = torch.arange(width, device=tokens.device).repeat(rows)
+    options = {"mask_id": mask_id, "score": score, "position": position}
+    if seed is not None:
+        options["seed"] = seed.repeat_interleave(width)
+    proposal = token_confidence(offered.reshape(-1, vocab), temperature=temperature, **options)
+    clean = token_confidence(logits.reshape(-1, vocab), return_logsumexp=True, **options)
+    chosen = logits.reshape(-1, vocab).gather(1, proposal.token_ids[:, None])[:, 0].float()
+    value = torch.exp(chosen - clean.logsumexp) if score == "confidence" else clean.score
+    commit = rule.commit if hasattr(rule, "commit") else rule
+    return commit_proposals(commit, proposal.token_ids, value, tokens, candidates, step)
+
+
+def filter_logits(
+    logits: torch.Tensor,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+    mask_id: int,
+) -> torch.Tensor:
+    """Logits [B, T, V] with -inf outside the top-p nucleus and the top k of softmax(logits /
+    temperature).
+
+    The mask id takes no part: it is never proposed, so it must not use the nucleus up; its own
+    logit stays for the sum. Sorts the vocabulary: this is the slow path, taken only when a filter
+    is asked for.
+    """
+    offered = logits.float() / temperature
+    offered[..., mask_id] = -math.inf
+    keep = torch.ones_like(offered, dtype=torch.bool)
+    if top_p is not None:
+        ordered, order = offered.sort(dim=-1, descending=True, stable=True)
+        p = ordered.softmax(-1)
+        # A token stays if what stands before it has not passed top_p yet: the first always does.
+        keep.scatter_(-1, order, p.cumsum(-1) - p <= top_p)
+        offered = offered.masked_fill(~keep, -math.inf)
+    if top_k is not None and top_k < logits.shape[-1]:
+        keep &= offered >= offered.topk(top_k, dim=-1).values[..., -1:]
+    keep[..., mask_id] = True
+    return logits.masked_fill(~keep & ~logits.isnan(), -math.inf)
