@@ -29,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import compiling
 from .backend import Chip, ceil_div, chip_of, dense, pdl, power_of_2
 from .noise import inverse
 
@@ -505,9 +506,11 @@ def launch(scoring, strides, tokens=None, candidates=None, chosen=None):
     }
     options = {"OVERLAP": chosen.overlap, "enable_fp_fusion": True, **pdl(chosen.overlap)}
     grid = (rows, chosen.parts)
-    peak_kernel[grid](*place, space.maxima, *shape, **cut, **options)
+    compiling.launch(peak_kernel, grid, *place, space.maxima, *shape, **cut, **options)
     for level in range(chosen.passes):
-        narrow_kernel[grid](
+        compiling.launch(
+            narrow_kernel,
+            grid,
             *place,
             *limits,
             *space,
@@ -523,7 +526,9 @@ def launch(scoring, strides, tokens=None, candidates=None, chosen=None):
         )
     cuts = torch.empty_like(space.maxima[:, 0], memory_format=torch.contiguous_format)
     lasts = torch.empty_like(cuts, dtype=torch.int32)
-    cut_kernel[(rows,)](
+    compiling.launch(
+        cut_kernel,
+        (rows,),
         *place,
         *limits,
         *space,

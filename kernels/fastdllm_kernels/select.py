@@ -196,7 +196,7 @@ def token_confidence_reference(
 
 
 def kept_tokens(offered, scale, top_p, top_k):
-    """Which entries of `offered` [N, V] fp32 top-p and top-k keep, by their definition: bool [N, V].
+    """Which entries of `offered` [N, V] fp32 top-p and top-k keep, by definition: bool [N, V].
 
     Of the tokens in descending order of softmax(offered * scale), equals by id, top_p keeps those
     before which there is no more mass than top_p, the first always; of these top_k keeps the k
@@ -777,7 +777,7 @@ def _sampling(logits, score, temperature, top_p, top_k, filtered_score, seed):
 
 
 def _for_rows(name, value, dtype, logits, low, high):
-    """A tensor with an entry for each row, its values checked where they can be read for nothing."""
+    """A tensor with an entry for each row, its values checked where reading them is free."""
     checks.tensor(name, value, (dtype,), logits.shape[:1], logits.device)
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         if not bool(((value >= low) & (value <= high)).all()):

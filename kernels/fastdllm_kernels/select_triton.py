@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import filter_triton
+from . import compiling, filter_triton
 from .backend import Chip, ceil_div, chip_of, dense, on_device, pdl, power_of_2
 from .filter_triton import INFINITY, LOG2E, NOTHING, inverse_of_row, is_candidate
 from .noise import inverse
@@ -782,7 +782,9 @@ def launch_select(scoring, commit, chosen=None, chosen_filter=None):
             candidates=candidates,
         )
         # Fused multiply-adds would round the rules' arithmetic unlike the reference.
-        commit_kernel[(rows,)](
+        compiling.launch(
+            commit_kernel,
+            (rows,),
             tokens,
             candidates,
             seed,
@@ -842,7 +844,9 @@ def launch_confidence(scoring, rows, chosen=None, chosen_filter=None):
             position=position,
             vocab_start=rows.vocab_start,
         )
-        merge_kernel[(ceil_div(count, tile_rows),)](
+        compiling.launch(
+            merge_kernel,
+            (ceil_div(count, tile_rows),),
             records,
             seed,
             position,
@@ -911,7 +915,9 @@ def _launch_scan(
     records = torch.empty(shape, dtype=torch.float32, device=logits.device)
     filtered_score = scoring.filtered_score and (scoring.draws or scoring.filters)
     many = scoring.filters or filtered_score or scoring.temperatures is not None
-    scan_kernel[(rows, chosen.parts)](
+    compiling.launch(
+        scan_kernel,
+        (rows, chosen.parts),
         logits,
         tokens,
         candidates,
