@@ -36,8 +36,9 @@ from .noise import inverse
 NOTHING, INFINITY, LOG2E = map(tl.constexpr, (2**31 - 1, float("inf"), 1.4426950408889634))
 BINS = 16  # a pass leaves one of so many bins
 STEPS: tl.constexpr = tl.constexpr(BINS)
-# Left alone, the assembler spills a few bytes of a pass to fit one program more on an SM.
-REGISTERS = {"maxnreg": 168} if torch.version.hip is None else {}
+# Of a thread of four warps: four programs on an SM. Left alone the assembler takes more for a pass,
+# and spills a few bytes of some scans with filters to fit a fifth.
+REGISTERS = {"maxnreg": 128} if torch.version.hip is None else {}
 
 
 @dataclass(frozen=True)
@@ -241,12 +242,11 @@ def _sums_of_part(
         z = tl.load(source + start + lane, mask=lane < end - start, other=-INFINITY)
         z = tl.where(start + lane == barred, -INFINITY, z)
         key = _key(z)
-        power = z
-        if TOP_P:
+        if TOP_P and FIRST:
             power = _power(z.to(tl.float32), maximum, scale)
-            if FIRST:
-                total += tl.sum(tl.reshape(power, [TILE // GROUP, GROUP]), 1)
+            total += tl.sum(tl.reshape(power, [TILE // GROUP, GROUP]), 1)
         if tl.max(key) >= low:  # else the tile adds to no threshold
+            power = _power(z.to(tl.float32), maximum, scale)
             more_masses, more_counts = (), ()
             for j in tl.static_range(STEPS - 1):
                 over = tl.reshape(key, [TILE // GROUP, GROUP]) >= thresholds[j]
