@@ -124,11 +124,13 @@ def launches(arch):
     for dtype, changes in filters():
         count, vocab = changes.pop("rows", 32), changes.pop("vocab", V)
         logits = empty(count, vocab, dtype=dtype)
+        asked = scoring(logits, 5, vocab, changes.pop("score", "confidence"), **changes)
+        both = asked.by_mass and asked.by_count
         launch_confidence(
-            scoring(logits, 5, vocab, changes.pop("score", "confidence"), **changes),
+            asked,
             Rows(position=None, vocab_start=0, entropy=False, margin=False),
             config(count, vocab, chip, draw=True),
-            filter_triton.config(count, vocab, dtype.itemsize, chip),
+            filter_triton.config(count, vocab, dtype.itemsize, chip, both),
         )
     for score in (None, "confidence", "random"):
         launch_confidence(

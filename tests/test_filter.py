@@ -434,13 +434,21 @@ H200 = backend.Chip(132, 232448, overlap=True)
 
 @pytest.mark.parametrize("rows", [1, 32, 256, 1024, 100_000])
 @pytest.mark.parametrize("vocab", [2, 257, 126464, 152064])
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_the_passes_cover_the_vocabulary(rows, vocab, itemsize):
-    config = filter_triton.config(rows, vocab, itemsize, H200)
+@pytest.mark.parametrize("itemsize, both", [(2, False), (2, True), (4, False)])
+def test_the_passes_cover_the_vocabulary(rows, vocab, itemsize, both):
+    config = filter_triton.config(rows, vocab, itemsize, H200, both)
     covered = config.tile_vocab * config.tiles
     assert covered * (config.parts - 1) < vocab <= covered * config.parts
     keys = 2 ** (8 * itemsize)
     assert filter_triton.BINS**config.passes >= keys
+
+
+def nearly_top_p(z, mask_id, temperature, top_p):
+    """Before which tokens the mass is top_p up to the rounding of sums in fp32, bool [N, V]."""
+    ordered, order = select._offered(z.float(), mask_id).sort(-1, descending=True, stable=True)
+    p = (ordered.double() / temperature).softmax(-1)
+    near = (p.cumsum(-1) - p - top_p).abs() < 2e-6
+    return torch.zeros_like(near).scatter(1, order, near)
 
 
 @pytest.mark.gpu
@@ -454,8 +462,7 @@ def test_real_shapes(triton_backend, device, vocab, temperature, top_p, top_k, f
         got = kept_by_the_kernel(asked)
         wanted = kept_by_the_reference(z, 5, temperature, top_p, top_k)
         got[:, 5] = wanted[:, 5]
-        # Masses are added up in fp32: one near tie in a thousand rows may fall the other way.
-        assert (got != wanted).any(1).sum() <= 1 and (got != wanted).sum() <= 1
+        assert not ((got != wanted) & ~nearly_top_p(z, 5, temperature, top_p)).any()
         tokens = torch.full((1, 32), 5, device=device)
         options = dict(mask_id=5, rule=Threshold(0.3), temperature=temperature, seed=7)
         options |= dict(top_p=top_p, top_k=top_k, filtered_score=filtered_score)

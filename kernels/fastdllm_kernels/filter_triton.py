@@ -36,38 +36,47 @@ from .noise import inverse
 NOTHING, INFINITY, LOG2E = map(tl.constexpr, (2**31 - 1, float("inf"), 1.4426950408889634))
 BINS = 16  # a pass leaves one of so many bins
 STEPS: tl.constexpr = tl.constexpr(BINS)
-# Of a thread of four warps: four programs on an SM. Left alone the assembler takes more for a pass,
-# and spills a few bytes of some scans with filters to fit a fifth.
-REGISTERS = {"maxnreg": 128} if torch.version.hip is None else {}
 
 
 @dataclass(frozen=True)
 class Config:
     """How a pass is cut: `parts` programs to a row, each `tiles` tiles of tile_vocab logits.
 
-    overlap: a launch may begin while the one before it drains, and waits on the device.
+    resident: the programs that an SM is to hold at once. overlap: a launch may begin while the one
+    before it drains, and waits on the device.
     """
 
     tile_vocab: int
     tiles: int
     parts: int
     passes: int
+    resident: int = 4
     num_warps: int = 4
     overlap: bool = False
 
 
 @lru_cache(maxsize=4096)
-def config(rows: int, vocab: int, itemsize: int, chip: Chip) -> Config:
-    """The cut for `rows` rows of `vocab` logits of `itemsize` bytes. Pure."""
+def config(rows: int, vocab: int, itemsize: int, chip: Chip, both: bool = False) -> Config:
+    """The cut for `rows` rows of `vocab` logits of `itemsize` bytes; both: by top_p and by top_k.
+    Pure.
+    """
     # One load of 16 bytes for each thread of four warps, so that it holds one sum a threshold.
     tile = min(2048 // itemsize, max(64, power_of_2(vocab)))
     count = ceil_div(vocab, tile)
-    # Bound by arithmetic, three instructions for each logit and threshold: four programs of four
-    # warps on each SM, and no more than 16 parts, which every program of the next pass merges.
-    parts = min(count, 16, ceil_div(4 * chip.multiprocessors, rows))
+    # Bound by arithmetic, three instructions for each logit and threshold: as many programs of four
+    # warps as all SMs hold at once, which is four where a thread takes 128 registers. Masses and
+    # counts together spill then. No more than 16 parts: every program of the next pass merges them.
+    resident = 3 if both else 4
+    parts = min(count, 16, max(1, resident * chip.multiprocessors // rows))
     tiles = ceil_div(count, parts)
     passes = 4 if itemsize == 2 else 8
-    return Config(tile, tiles, ceil_div(count, tiles), passes, overlap=chip.overlap)
+    return Config(tile, tiles, ceil_div(count, tiles), passes, resident, overlap=chip.overlap)
+
+
+def _registers(chosen: Config) -> dict:
+    """The launch option that bounds a thread's registers, so that `resident` programs fit."""
+    most = 65536 // (32 * chosen.num_warps * chosen.resident) // 8 * 8
+    return {"maxnreg": most} if torch.version.hip is None else {}
 
 
 @triton.jit
@@ -491,7 +500,8 @@ def launch(scoring, strides, tokens=None, candidates=None, chosen=None):
     if tokens is not None:
         rows, width, token_strides = tokens.numel(), tokens.shape[1], tokens.stride()
     chip = chip_of(logits.device)
-    chosen = chosen or config(rows, scoring.vocab_size, logits.element_size(), chip)
+    both = scoring.by_mass and scoring.by_count
+    chosen = chosen or config(rows, scoring.vocab_size, logits.element_size(), chip, both)
     mask_id = -1 if scoring.mask_id is None else scoring.mask_id
     space = _workspace(scoring, rows, chosen.parts)
     place = (logits, tokens, candidates)
@@ -500,8 +510,8 @@ def launch(scoring, strides, tokens=None, candidates=None, chosen=None):
     numbers = (inverse(scoring.temperature), scoring.top_p, scoring.top_k)
     cut = {"TILE_VOCAB": chosen.tile_vocab, "TILES": chosen.tiles, "num_warps": chosen.num_warps}
     flags = {
-        "TOP_P": space.masses is not None,
-        "TOP_K": space.counts is not None,
+        "TOP_P": scoring.by_mass,
+        "TOP_K": scoring.by_count,
         "PARTS": power_of_2(chosen.parts),
     }
     options = {"OVERLAP": chosen.overlap, "enable_fp_fusion": True, **pdl(chosen.overlap)}
@@ -522,7 +532,7 @@ def launch(scoring, strides, tokens=None, candidates=None, chosen=None):
             **flags,
             **cut,
             **options,
-            **REGISTERS,
+            **_registers(chosen),
         )
     cuts = torch.empty_like(space.maxima[:, 0], memory_format=torch.contiguous_format)
     lasts = torch.empty_like(cuts, dtype=torch.int32)
@@ -566,12 +576,10 @@ def _workspace(scoring, rows, parts) -> _Workspace:
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=scoring.logits.device)
 
-    by_mass = scoring.top_ps is not None or scoring.top_p < 1
-    by_count = scoring.top_ks is not None or scoring.top_k > 0
     return _Workspace(
         empty(rows, parts),
         empty(2, 2, rows, dtype=torch.int64),
         empty(2, 2, rows),
-        empty(2, rows, parts, BINS) if by_mass else None,
-        empty(2, rows, parts, BINS, dtype=torch.int32) if by_count else None,
+        empty(2, rows, parts, BINS) if scoring.by_mass else None,
+        empty(2, rows, parts, BINS, dtype=torch.int32) if scoring.by_count else None,
     )

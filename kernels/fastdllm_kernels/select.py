@@ -110,11 +110,19 @@ class Scoring(NamedTuple):
         return self.temperatures is not None or self.temperature > 0
 
     @property
+    def by_mass(self) -> bool:
+        """Whether some row may filter by top_p."""
+        return self.top_ps is not None or self.top_p < 1
+
+    @property
+    def by_count(self) -> bool:
+        """Whether some row may filter by top_k."""
+        return self.top_ks is not None or self.top_k > 0
+
+    @property
     def filters(self) -> bool:
         """Whether a filter may change a result: the argmax and its clean score none can."""
-        by_mass = self.top_ps is not None or self.top_p < 1
-        by_count = self.top_ks is not None or self.top_k > 0
-        return (by_mass or by_count) and (self.draws or self.filtered_score)
+        return (self.by_mass or self.by_count) and (self.draws or self.filtered_score)
 
 
 class Commit(NamedTuple):
