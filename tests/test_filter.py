@@ -445,7 +445,7 @@ def test_the_passes_cover_the_vocabulary(rows, vocab, itemsize, both):
 
 def nearly_top_p(z, mask_id, temperature, top_p):
     """Before which tokens the mass is top_p up to the rounding of sums in fp32, bool [N, V]."""
-    ordered, order = select._offered(z.float(), mask_id).sort(-1, descending=True, stable=True)
+    ordered, order = select._offered(z.float(), mask_id).sort(dim=-1, descending=True, stable=True)
     p = (ordered.double() / temperature).softmax(-1)
     near = (p.cumsum(-1) - p - top_p).abs() < 2e-6
     return torch.zeros_like(near).scatter(1, order, near)
