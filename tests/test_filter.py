@@ -241,7 +241,7 @@ def test_a_temperature_alone_scores_what_is_drawn_from(triton_backend, device):
 def test_each_row_may_have_its_own_temperature_and_filters(either_backend, device, filtered_score):
     logits = random_logits(device, HALF, 5, 1, 200)
     tokens = torch.full((5, 1), 3, device=device)
-    temperature = torch.tensor([0.25, 0, 1.5, 0.5, 0], device=device)
+    temperature = torch.tensor([0.3, 0, 1.7, 0.6, 0], device=device)
     top_p = torch.tensor([0.75, 1, 0.5, 1, 0.25], device=device)
     top_k = torch.tensor([0, 2, 3, 0, 0], dtype=torch.int32, device=device)
     options = dict(mask_id=3, rule=Threshold(0.3), filtered_score=filtered_score)
