@@ -198,7 +198,7 @@ def _next_interval(
             mass = tl.sum(tl.load(masses + slot, mask=part < parts, other=0.0), 0)
             if level == 0:
                 total = tl.sum(tl.where(bin == STEPS - 1, mass, 0.0))
-            holds = mass <= tl.where(share < 1, share * total, INFINITY)
+            holds = tl.where(share < 1, mass <= share * total, holds)
         if TOP_K:
             holds &= tl.sum(tl.load(counts + slot, mask=part < parts, other=0), 0) < most
         holds |= bin == STEPS - 1
