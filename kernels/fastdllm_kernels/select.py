@@ -15,7 +15,6 @@ What it saves: the logits are read once, in their own dtype, and nothing of size
 softmax in float64 over [32, 126464] alone moves 40 times the bytes.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -459,19 +458,13 @@ def _unsupported(logits):
     return None
 
 
-@functools.cache
-def _kernels():
-    """The file of the kernels, imported where they first run: there may be no triton."""
-    from . import select_triton
-
-    return select_triton
-
-
 def _run_select(*arguments):
     scoring = Scoring(*arguments[:_SCORING_FIELDS])
     commit = Commit(*arguments[_SCORING_FIELDS:])
     if backend.use_triton("confidence_select", scoring.logits, _unsupported(scoring.logits)):
-        _kernels().launch_select(scoring, commit)
+        from .select_triton import launch_select
+
+        launch_select(scoring, commit)
         return
     selection = confidence_select_reference(
         scoring.logits,
@@ -499,7 +492,9 @@ def _run_confidence(*arguments):
     scoring = Scoring(*arguments[:_SCORING_FIELDS])
     rows = Rows(*arguments[_SCORING_FIELDS:])
     if backend.use_triton("token_confidence", scoring.logits, _unsupported(scoring.logits)):
-        return _kernels().launch_confidence(scoring, rows)
+        from .select_triton import launch_confidence
+
+        return launch_confidence(scoring, rows)
     if scoring.score is None:
         *values, token_ids, has_nan = token_confidence_partials_reference(
             scoring.logits,
