@@ -130,8 +130,8 @@ def test_the_search_keeps_what_the_reference_keeps(device, dtype, mask_id, shift
 
 @pytest.mark.parametrize("vocab", [2, 3, 100, 1030])
 @pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 0.9, None), (2.0, 0.51, 40)])
-def test_vocabularies_of_other_sizes(device, dtype, vocab, temperature, top_p, top_k):
-    z = with_ties(device, dtype, 6, vocab)[[1, 5]]
+def test_vocabularies_of_other_sizes(device, vocab, temperature, top_p, top_k):
+    z = with_ties(device, HALF, 6, vocab)[[1, 5]]
     assert_keeps_the_same(z, 1, temperature, top_p, top_k)
 
 
@@ -320,7 +320,7 @@ def test_a_nucleus_of_one_token_is_the_argmax(either_backend, device):
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
 def test_a_filtered_score_is_of_what_is_drawn_from(either_backend, device, score, temperature):
     """The softmax of the kept logits / temperature and the mask's own; else of all as they are."""
-    z = random_logits(device, torch.float32, 2, 80, spread=2.0)
+    z = random_logits(device, HALF, 2, 80, spread=2.0)
     z[0, 11] = z[0].max() + 1  # the mask inside of the nucleus
     options = dict(mask_id=11, temperature=temperature, top_p=0.8, top_k=20, seed=8, score=score)
     kept = kept_by_the_reference(z, 11, temperature, 0.8, 20)
@@ -369,9 +369,9 @@ def test_a_rule_without_a_branch_filters_alike(either_backend, device):
 
 @pytest.mark.parametrize("filtered_score", [False, True])
 def test_a_nan_is_reported_and_infinities_are_as_in_the_reference(
-    either_backend, device, dtype, filtered_score
+    either_backend, device, filtered_score
 ):
-    z = random_logits(device, dtype, 2, 3, 70)
+    z = random_logits(device, HALF, 2, 3, 70)
     z[0, 1, 4], z[0, 2, 69], z[1, 0] = NAN, NAN, -INF
     z[1, 1, :69] = -INF  # the mask alone
     z[1, 2, 30] = INF
