@@ -117,7 +117,7 @@ def attention_module():
 
 KERNELS = {
     "block_attention": Kernel(attention_module(), "config", attention.build, attention_variants),
-    "confidence_select": Kernel(select_triton, "select_config", select.build, select_variants),
+    "confidence_select": Kernel(select_triton, "config", select.build, select_variants),
 }
 
 

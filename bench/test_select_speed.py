@@ -1,5 +1,6 @@
-"""confidence_select: from the logits of blocks to proposals, scores and commits. Only ours applies
-a rule and commits.
+"""confidence_select: from the logits of blocks to proposals, scores and commits; and the same with
+the sampling that Dream publishes, temperature 0.2 and top_p 0.95. Only ours applies a rule and
+commits.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from fastdllm_kernels import (
     confidence_select_reference,
     token_confidence,
 )
+from fastdllm_kernels.select import kept_tokens
 
 NAMES = ["ours", "token_confidence", "published, float64", "float32 softmax", "reference"] + [
     "torch.compile"
@@ -125,3 +127,78 @@ def build(case: Case) -> Contest:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_select(case, name, compete):
     compete(build, case, name)
+
+
+FILTERED_NAMES = ["ours", "greedy", "sorted", "reference"] + ["sorted, torch.compile"] * ON_GPU
+FILTERED_CASES = [Case(126464, 32, 108), Case(152064, 32, 110)] if ON_GPU else [Case(257, 32)]
+TEMPERATURE, TOP_P = 0.2, 0.95
+
+
+def select_filtered(op, **sampling):
+    def call(buffer):
+        logits, tokens, candidates = buffer
+        blocks = logits.view(*tokens.shape, -1)
+        options = {"mask_id": MASK_ID, "rule": Threshold(0.9), "candidates": candidates}
+        result = op(blocks, tokens, seed=1, **options, **sampling)
+        return result.token_ids.flatten(), result.score.flatten()
+
+    return call
+
+
+def sorted_filter(logits):
+    """What decoders do: sort, cut, softmax, draw."""
+    scaled = logits.float() / TEMPERATURE
+    ordered, order = scaled.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(-1)
+    dropped = probabilities.cumsum(-1) - probabilities > TOP_P
+    dropped = torch.zeros_like(dropped).scatter(-1, order, dropped)
+    probabilities = scaled.masked_fill(dropped, -torch.inf).softmax(-1)
+    token_ids = (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+    return token_ids, probabilities.gather(-1, token_ids[:, None])[:, 0]
+
+
+@cache
+def compiled_filter():
+    return torch.compile(sorted_filter, dynamic=False)
+
+
+def check_filtered(result, buffer):
+    """The proposal is one of the nucleus, and its score its probability there."""
+    token_ids, score = result
+    z = buffer[0].float()
+    kept = kept_tokens(z, torch.tensor(1 / TEMPERATURE, device=z.device), TOP_P, None)
+    chosen = token_ids[:, None]
+    assert kept.gather(-1, chosen).all(), "a proposal lies outside of the nucleus"
+    scaled = (z.double() / TEMPERATURE).masked_fill(~kept, -torch.inf)
+    expected = scaled.softmax(-1).gather(-1, chosen)[:, 0]
+    if score is not None:
+        torch.testing.assert_close(score.double(), expected, rtol=1e-3, atol=0)
+
+
+def build_filtered(case: Case) -> Contest:
+    sampling = {"temperature": TEMPERATURE, "top_p": TOP_P, "filtered_score": True}
+    greedy = select(confidence_select)
+    competitors = {
+        "ours": Competitor(select_filtered(confidence_select, **sampling), theirs=False),
+        # What the filters and the draw add to: the argmax, whose score is another.
+        "greedy": Competitor(lambda b: (greedy(b)[0], None), theirs=False),
+        "reference": Competitor(select_filtered(confidence_select_reference, **sampling)),
+        "sorted": Competitor(lambda b: sorted_filter(b[0])),
+    }
+    if ON_GPU:
+        competitors["sorted, torch.compile"] = Competitor(lambda b: compiled_filter()(b[0]))
+    return Contest(
+        "confidence_select, top_p",
+        str(case),
+        competitors,
+        lambda i: inputs(case, i),
+        check_filtered,
+        case.positions * case.vocab * DTYPE.itemsize,
+        reach=case.reach,
+    )
+
+
+@pytest.mark.parametrize("name", FILTERED_NAMES)
+@pytest.mark.parametrize("case", FILTERED_CASES, ids=str)
+def test_select_filtered(case, name, compete):
+    compete(build_filtered, case, name)

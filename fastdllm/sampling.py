@@ -6,21 +6,13 @@ import math
 import struct
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from fastdllm_kernels import (
-    SCORES,
-    Selection,
-    Threshold,
-    commit_proposals,
-    confidence_select,
-    token_confidence,
-)
+from fastdllm_kernels import SCORES, Selection, Threshold, confidence_select
 from fastdllm_kernels.rules import (
     branch_of,
-    commit_of,
     fixed_values,
     per_row_fields,
     row_values,
@@ -36,6 +28,10 @@ GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 BEST_ONE = Threshold(math.inf)
 # So that logits divided by a temperature are numbers, and tell one from another.
 COLDEST, HOTTEST = 1e-30, 1e30
+# float32 holds it, and the largest of any vocabulary passes it alone.
+SMALLEST_TOP_P = 1e-30
+# The numbers of a Sampling that may differ between rows of a launch, and what the kernel takes.
+NUMBERS = {"temperature": torch.float32, "top_p": torch.float32, "top_k": torch.int32}
 
 
 class Commits(Protocol):
@@ -75,8 +71,8 @@ class Sampling:
         """What a launch depends on beside numbers that may differ from row to row."""
         branch = branch_of(self.rule)
         rule = (branch, fixed_values(self.rule)) if branch else id(self.rule)
-        filters = self.top_p, self.top_k
-        return rule, self.score, self.temperature, filters, self.filtered_score
+        filters = self.top_p is not None, self.top_k is not None
+        return rule, self.score, self.temperature > 0, filters, self.filtered_score
 
 
 class RowSampling(NamedTuple):
@@ -109,15 +105,19 @@ def sampling_of(
     arguments.choice("score", score, SCORES)
     temperature = arguments.number("temperature", temperature, at_least=0)
     if temperature:
-        temperature = min(max(temperature, COLDEST), HOTTEST)
+        temperature = float(min(max(temperature, COLDEST), HOTTEST))
     if top_p is not None:
-        top_p = arguments.number("top_p", top_p, above=0, at_most=1)
+        arguments.number("top_p", top_p, above=0, at_most=1)
+        top_p = float(max(top_p, SMALLEST_TOP_P))
+    top_k = arguments.top_k(top_k)
+    if top_k is not None:
+        top_k = min(top_k, config.vocab_size)
     return Sampling(
         rule,
         score,
         temperature,
         top_p,
-        arguments.top_k(top_k),
+        top_k,
         FAMILIES[config.family].filtered_score,
     )
 
@@ -175,17 +175,20 @@ def _bits(number):
 
 def row_columns(rows: list[RowSampling], forwards: list[int]) -> dict[str, list]:
     """What `select` wants of rows of one kind on the device: the seeds of their draws, counted by
-    the forwards each has made, and of other numbers those in which the rows differ.
+    the forwards each has made, and where the rows differ in a number those of its sort: the rule's,
+    or temperature and filters.
     """
     first = rows[0].sampling
     columns = {}
     if first.draws:
         pairs = zip(rows, forwards, strict=True)
         columns["seed"] = [row.seed_of(forward) for row, forward in pairs]
-    for name in ("temperature", "top_p", "top_k"):
-        values = [getattr(row.sampling, name) for row in rows]
-        if any(value != values[0] for value in values):
-            columns[name] = values
+    numbers = [[getattr(row.sampling, name) for name in NUMBERS] for row in rows]
+    if any(of_row != numbers[0] for of_row in numbers):
+        # All of them or none: kernels are compiled for either.
+        for name, values in zip(NUMBERS, zip(*numbers, strict=True), strict=True):
+            if values[0]:
+                columns[name] = list(values)
     if not _shares_rule(rows):
         for index, of_field in enumerate(zip(*(row.values for row in rows), strict=True)):
             columns[f"rule{index}"] = list(of_field)
@@ -212,25 +215,21 @@ def select(
         rule = with_row_values(
             rule, [columns[f"rule{index}"] for index in range(len(rows[0].values))]
         )
-    temperature, offered = sampling.temperature, logits
-    if sampling.filtered_score and temperature > 0:
-        logits = offered = logits.float() / temperature
-        temperature = 1.0
-    if sampling.top_p is not None or sampling.top_k is not None:
-        top_p, top_k = sampling.top_p, sampling.top_k
-        offered = filter_logits(logits, temperature or 1.0, top_p, top_k, mask_id)
-        logits = offered if sampling.filtered_score else logits
-    options: dict[str, Any] = {
-        "mask_id": mask_id,
-        "score": sampling.score,
-        "temperature": temperature,
-        "seed": columns.get("seed"),
+    numbers = {
+        name: columns[name].to(dtype) if name in columns else getattr(sampling, name)
+        for name, dtype in NUMBERS.items()
     }
-    if offered is not logits:
-        step = columns["step"]
-        masks = tokens == mask_id
-        return select_in_parts(rule, logits, offered, tokens, masks, step, **options)
-    return confidence_select(logits, tokens, rule=rule, step=columns["step"], **options)
+    return confidence_select(
+        logits,
+        tokens,
+        mask_id=mask_id,
+        rule=rule,
+        score=sampling.score,
+        filtered_score=sampling.filtered_score,
+        seed=columns.get("seed"),
+        step=columns["step"],
+        **numbers,
+    )
 
 
 def _shares_rule(rows):
@@ -242,58 +241,3 @@ def _shares_rule(rows):
         return True
     fields = (getattr(rule, field.name) for field in per_row_fields(rule))
     return not any(isinstance(value, torch.Tensor) for value in fields)
-
-
-def select_in_parts(
-    rule: Rule,
-    logits: torch.Tensor,
-    offered: torch.Tensor,
-    tokens: torch.Tensor,
-    candidates: torch.Tensor,
-    step: torch.Tensor,
-    *,
-    mask_id: int,
-    score: str,
-    temperature: float,
-    seed: torch.Tensor | None,
-) -> Selection:
-    """confidence_select for proposals drawn from `offered` logits but scored by the clean ones."""
-    rows, width, vocab = logits.shape
-    position = torch.arange(width, device=tokens.device).repeat(rows)
-    options = {"mask_id": mask_id, "score": score, "position": position}
-    if seed is not None:
-        options["seed"] = seed.repeat_interleave(width)
-    proposal = token_confidence(offered.reshape(-1, vocab), temperature=temperature, **options)
-    clean = token_confidence(logits.reshape(-1, vocab), return_logsumexp=True, **options)
-    chosen = logits.reshape(-1, vocab).gather(1, proposal.token_ids[:, None])[:, 0].float()
-    value = torch.exp(chosen - clean.logsumexp) if score == "confidence" else clean.score
-    return commit_proposals(commit_of(rule), proposal.token_ids, value, tokens, candidates, step)
-
-
-def filter_logits(
-    logits: torch.Tensor,
-    temperature: float,
-    top_p: float | None,
-    top_k: int | None,
-    mask_id: int,
-) -> torch.Tensor:
-    """Logits [B, T, V] with -inf outside the top-p nucleus and the top k of softmax(logits /
-    temperature).
-
-    The mask id takes no part: it is never proposed, so it must not use the nucleus up; its own
-    logit stays for the sum. Sorts the vocabulary: this is the slow path, taken only when a filter
-    is asked for.
-    """
-    offered = logits.float() / temperature
-    offered[..., mask_id] = -math.inf
-    keep = torch.ones_like(offered, dtype=torch.bool)
-    if top_p is not None:
-        ordered, order = offered.sort(dim=-1, descending=True, stable=True)
-        p = ordered.softmax(-1)
-        # A token stays if what stands before it has not passed top_p yet: the first always does.
-        keep.scatter_(-1, order, p.cumsum(-1) - p <= top_p)
-        offered = offered.masked_fill(~keep, -math.inf)
-    if top_k is not None and top_k < logits.shape[-1]:
-        keep &= offered >= offered.topk(top_k, dim=-1).values[..., -1:]
-    keep[..., mask_id] = True
-    return logits.masked_fill(~keep & ~logits.isnan(), -math.inf)

@@ -146,8 +146,15 @@ def _warm_selection(
     config = forward.config
     sampling = sampling_of(config, rule, score, temperature, top_p, top_k)
     (of_row,) = sampling_of_rows(sampling, 1, 0)
-    # Of two requests each brings a rule of its own, whose numbers then lie on the device.
-    (of_another,) = sampling_of_rows(replace(sampling, rule=copy.copy(rule)), 1, 0)
+    # Two requests differ in all their numbers, which then lie on the device.
+    another = replace(
+        sampling,
+        rule=copy.copy(rule),
+        temperature=sampling.temperature / 2,
+        top_p=sampling.top_p and sampling.top_p / 2,
+        top_k=sampling.top_k and sampling.top_k + 1,
+    )
+    (of_another,) = sampling_of_rows(another, 1, 0)
     logits = torch.zeros(
         slots, width, config.vocab_size, dtype=forward.model.dtype, device=forward.model.device
     )

@@ -401,7 +401,7 @@ def judge_proposals(x, outcome, got, wanted, counts, options):
     differ = counts & (got.token_ids != wanted.token_ids)
     for place in map(tuple, differ.nonzero().tolist()):
         where = f"{place}: token {got.token_ids[place]}, not {wanted.token_ids[place]}"
-        require(options["temperature"] > 0 and drawn_alike(x, got, wanted, place, options), where)
+        require(drawn_alike(x, got, wanted, place, options), where)
         outcome.near_ties += 1
     same = counts & ~differ
     judge_numbers("score", got.score[same], wanted.score[same])
@@ -411,9 +411,13 @@ def drawn_alike(x, got, wanted, place, options):
     """Whether both tokens were compared by nearly the same number, logit / temperature + noise."""
     row, position = place if len(place) == 2 else (place[0], None)
     logits = x.values["logits"][place]
-    seed, at = options["seed"], options.get("position")
+    seed, at, temperature = (options.get(name) for name in ("seed", "position", "temperature"))
     if isinstance(seed, torch.Tensor):
         seed = seed[row : row + 1]
+    if isinstance(temperature, torch.Tensor):
+        temperature = float(temperature[row])
+    if temperature == 0:
+        return False
     if position is None:
         position = row if at is None else int(at[row])
     best = []
@@ -422,7 +426,7 @@ def drawn_alike(x, got, wanted, place, options):
         alone[token] = logits[token]
         partials = ops.token_confidence_partials_reference(
             alone[None],
-            temperature=options["temperature"],
+            temperature=temperature,
             seed=seed,
             position=torch.tensor([position], device=logits.device),
         )
@@ -480,6 +484,69 @@ def merged(x, starts, options, **merging):
         x.views = {"logits": part}
         partials.append(x.run(ops.token_confidence_partials, vocab_start=start, **options))
     return ops.merge_confidence_partials(partials, **merging)
+
+
+# Top-p, top-k and temperatures of rows, against the sorted vocabulary.
+
+
+def filter_sizes(random):
+    return dict(
+        rows=random.choice([1, 2, 5]),
+        vocab=random.choice([2, 3, 17, 100, 257, 300]),
+        kind=random.choice(["normal", "normal", *KINDS_OF_LOGITS]),
+        score=random.choice(ops.SCORES),
+    )
+
+
+def filter_check(x, outcome, *, rows, vocab, kind, score):
+    """token_confidence with filters, in the rows where no sum of masses nearly is top_p."""
+    random = x.random
+    mask_id = random.choice([None, 0, vocab - 1, random.randrange(vocab)])
+    vocab_size, logits = padded(x, random_logits(x, kind, rows, vocab), max(2, (mask_id or 0) + 1))
+    x.add("logits", logits)
+    temperature = of_rows(x, [random.choice([0.0, 0.2, 0.7, 1.0, 3.0]) for _ in range(rows)])
+    top_p = of_rows(x, [random.choice([1e-30, 0.3, 0.9, 0.95, 1.0]) for _ in range(rows)])
+    top_k = of_rows(x, [random.choice([1, 2, 7, 50, 10**6]) for _ in range(rows)], torch.int32)
+    options = dict(
+        mask_id=mask_id,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        top_p=random.choice([None, top_p]),
+        top_k=random.choice([None, top_k]),
+        filtered_score=random.random() < 0.5,
+        seed=random_seeds(x, rows),
+    )
+    asked = dict(score=score, return_logsumexp=True, return_entropy=True, return_margin=True)
+    got = x.run(ops.token_confidence, **options, **asked)
+    wanted = ops.token_confidence_reference(x.values["logits"], **options, **asked)
+    counts = ~wanted.logsumexp.isnan() & ~near_top_p(x.values["logits"], options)
+    require((got.score.isnan() | ~wanted.logsumexp.isnan()).all(), "a NaN in a row was not told")
+    judge_proposals(x, outcome, got, wanted, counts, options)
+    for name in ("logsumexp", "entropy", "margin"):
+        judge_numbers(name, getattr(got, name)[counts], getattr(wanted, name)[counts])
+
+
+def of_rows(x, each, dtype=torch.float32):
+    """The numbers of all rows as a tensor, or one of them for all."""
+    as_tensor = torch.tensor(each, dtype=dtype, device=x.device)
+    return each[0] if x.random.random() < 0.5 else as_tensor
+
+
+def near_top_p(logits, options):
+    """The rows in which the masses before some token are top_p but for the rounding of fp32."""
+    offered = logits[:, : options["vocab_size"]].double()
+    if options["mask_id"] is not None:
+        offered[:, options["mask_id"]] = -math.inf
+    temperature, share = (
+        torch.as_tensor(options[name] or 1.0, dtype=torch.float64, device=logits.device)
+        if not isinstance(options[name], torch.Tensor)
+        else options[name].double()[:, None]
+        for name in ("temperature", "top_p")
+    )
+    scaled = offered / torch.where(temperature > 0, temperature, 1)
+    p = scaled.sort(dim=-1, descending=True).values.softmax(-1)
+    before = p.cumsum(-1) - p
+    return ((before - share).abs() < 2e-6).logical_and(before > 0).any(-1)
 
 
 # rope_to_cache, to the bit.
@@ -620,6 +687,7 @@ OPS = {
     "block_attention": (attention_sizes, attention_check, 4),
     "confidence_select": (select_sizes, select_check, 4),
     "token_confidence": (confidence_sizes, confidence_check, 2),
+    "filters": (filter_sizes, filter_check, 2),
     "rope_to_cache": (rope_sizes, rope_check, 2),
     "rms_norm": (row_sizes, rms_norm_check, 1),
     "swiglu": (row_sizes, swiglu_check, 1),

@@ -79,6 +79,19 @@ def selection():
         logits.flatten(0, 1), return_logsumexp=True, return_entropy=True, return_margin=True
     )
     ops.token_confidence_partials(logits.flatten(0, 1), vocab_start=2)
+    for dtype in (logits.dtype, torch.float32):
+        each = torch.tensor([0.2, 1.0], device=DEVICE)
+        ops.confidence_select(
+            logits.to(dtype),
+            tokens.clone(),
+            mask_id=7,
+            rule=rules[0],
+            temperature=each,
+            top_p=1 - each / 4,
+            top_k=numbers(0, 40),
+            filtered_score=True,
+            seed=1,
+        )
 
 
 def layers():

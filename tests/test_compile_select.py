@@ -40,11 +40,55 @@ def cases():
                         yield *shape, dtype, RULES[SCORES.index(score)], score, temperature
 
 
+def filters():
+    """(dtype, changes of a Scoring of 32 rows of V): each body of the search and of a filtered scan
+    once, and its corners.
+    """
+
+    def each(dtype):
+        return torch.empty(32, dtype=dtype, device="meta")
+
+    bf16, fp32 = torch.bfloat16, torch.float32
+    yield bf16, {"temperature": 0.2, "top_p": 0.95}
+    yield bf16, {"temperature": 0.2, "top_p": 0.95, "filtered_score": True, "score": "entropy"}
+    yield bf16, {"temperature": 0.2, "top_k": 50, "score": "margin"}
+    yield fp32, {"temperature": 0.2, "top_p": 0.95, "top_k": 50, "filtered_score": True}
+    yield torch.float16, {"temperature": 0.2, "top_p": 0.95, "rows": 3, "vocab": 257}
+    yield bf16, {"temperature": 0.2, "top_p": 0.95, "top_k": 50, "rows": 1024}
+    yield (
+        bf16,
+        {
+            "temperatures": each(fp32),
+            "top_ps": each(fp32),
+            "top_ks": each(torch.int32),
+            "filtered_score": True,
+        },
+    )
+    yield bf16, {"temperatures": each(fp32), "score": "margin"}
+
+
+def scoring(logits, mask_id, vocab_size, score, temperature=0.0, **changes):
+    """A select.Scoring without filters, with changes."""
+    from fastdllm_kernels.select import Scoring
+
+    none = dict.fromkeys(Scoring._fields)
+    plain = none | {"top_p": 1.0, "top_k": 0, "filtered_score": False, "seed_number": 7}
+    asked = {
+        "logits": logits,
+        "mask_id": mask_id,
+        "vocab_size": vocab_size,
+        "score": score,
+        "temperature": temperature,
+    }
+    return Scoring(**plain | asked | changes)
+
+
 def launches(arch):
     """Launch both ops as they would on that chip."""
+    from fastdllm_kernels import filter_triton
     from fastdllm_kernels.backend import Chip
     from fastdllm_kernels.rules import flatten, with_row_values
-    from fastdllm_kernels.select import Commit, Rows, Scoring
+    from fastdllm_kernels.select import Commit, Rows
     from fastdllm_kernels.select_triton import config, launch_confidence, launch_select
 
     chip = Chip(
@@ -64,7 +108,7 @@ def launches(arch):
             vector = empty(rows, dtype=torch.int64)
             rule = with_row_values(rule, [empty(rows, dtype=torch.float64)])
         launch_select(
-            Scoring(logits, 5, vocab, score, temperature, seed=vector, seed_number=7),
+            scoring(logits, 5, vocab, score, temperature, seed=vector),
             Commit(
                 tokens,
                 None if vector is None else flags,
@@ -77,9 +121,20 @@ def launches(arch):
             ),
             config(rows * width, vocab, chip, temperature > 0),
         )
+    for dtype, changes in filters():
+        count, vocab = changes.pop("rows", 32), changes.pop("vocab", V)
+        logits = empty(count, vocab, dtype=dtype)
+        asked = scoring(logits, 5, vocab, changes.pop("score", "confidence"), **changes)
+        both = asked.by_mass and asked.by_count
+        launch_confidence(
+            asked,
+            Rows(position=None, vocab_start=0, entropy=False, margin=False),
+            config(count, vocab, chip, draw=True),
+            filter_triton.config(count, vocab, dtype.itemsize, chip, both),
+        )
     for score in (None, "confidence", "random"):
         launch_confidence(
-            Scoring(empty(64, V, dtype=torch.bfloat16), 5, V, score, 0.0, seed=None, seed_number=7),
+            scoring(empty(64, V, dtype=torch.bfloat16), 5, V, score),
             Rows(position=None, vocab_start=0, entropy=False, margin=False),
             config(64, V, chip),
         )

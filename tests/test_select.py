@@ -754,7 +754,7 @@ def test_token_confidence_scores_as_confidence_select(either_backend, device, dt
 def test_ops_are_registered_with_shapes_for_the_compiler(device):
     z = torch.zeros(3, 8, device=device)
     for score in ("confidence", None):  # None: the numbers of the partials
-        scoring = select.Scoring(z, 7, 8, score, 0.0, None, 0)
+        scoring = select.Scoring(z, 7, 8, score, 0.0, None, 1.0, None, 0, None, False, 0, None)
         arguments = (*scoring, *select.Rows(None, 0, entropy=False, margin=False))
         tests = ["test_schema", "test_faketensor"]
         torch.library.opcheck(

@@ -8,14 +8,31 @@ a 32-bit uniform cuts that tail off and distorts rare tokens (arXiv 2409.02908).
 The kernels compute the same words and the same logarithms (select_triton.py).
 """
 
+import struct
+
 import torch
 
 _M0, _M1, _W0, _W1, _U32 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
 
 
 def inverse(temperature: float) -> float:
-    """1 / temperature, which both backends multiply by; 0 for 0. Bounded: fp32 holds it too."""
-    return min(1 / temperature, 1e30) if temperature else 0.0
+    """1 / temperature, which both backends multiply by; 0 for 0. Bounded: fp32 holds it too.
+
+    Of the temperature as fp32 holds it: a row draws alike whether it comes as a number or a tensor.
+    """
+    if temperature == 0:
+        return 0.0
+    bounded = min(max(temperature, 1e-30), 1e38)
+    (held,) = struct.unpack("f", struct.pack("f", bounded))
+    return min(1 / held, 1e30)
+
+
+def inverse_of_rows(temperature, like):
+    """`inverse` for each row of `like`, [N] fp32; temperature: a number, or a tensor [N] fp32."""
+    if isinstance(temperature, torch.Tensor):
+        bounded = (1 / temperature).clamp(max=1e30)
+        return torch.where(temperature > 0, bounded, 0)
+    return torch.full((len(like),), inverse(temperature), dtype=torch.float32, device=like.device)
 
 
 def philox(seed, x0, x1):

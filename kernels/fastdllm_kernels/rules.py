@@ -395,7 +395,7 @@ class FlatRule(NamedTuple):
     """A rule with a branch, flat.
 
     For each per-row field: a tensor [B] of the field's dtype in `tensors`, or None and its value in
-    `numbers`. fixed: the values of the other fields, as Python writes their tuple.
+    `numbers`. fixed: the values of the other fields, as Python writes their list.
     """
 
     branch: str
@@ -426,13 +426,15 @@ def flatten(rule, device) -> FlatRule:
             )
         tensors.append(None)
         numbers.append(float(value))
-    fixed = tuple([getattr(rule, name) for name in layout.fixed])
-    for name, value in zip(layout.fixed, fixed, strict=True):
+    fixed = []
+    for name in layout.fixed:
+        value = getattr(rule, name)
         if type(value) not in (str, int, bool, type(None)):
             raise TypeError(
                 f"rule: expected {kind.__name__}.{name} to be a str, int, bool or None, which a "
                 f"kernel can be compiled for, got {type(value).__name__}"
             )
+        fixed.append(value)
     return FlatRule(layout.branch, tensors, numbers, repr(fixed))
 
 
@@ -453,4 +455,4 @@ def unflatten(branch, tensors, numbers, fixed):
 @functools.cache
 def constants(fixed: str) -> tuple:
     """The values of FlatRule.fixed."""
-    return ast.literal_eval(fixed)
+    return tuple(ast.literal_eval(fixed))

@@ -21,11 +21,12 @@ from typing import NamedTuple
 import torch
 
 from . import backend, checks
-from .noise import gumbel_noise, inverse, uniform
+from .noise import gumbel_noise, inverse_of_rows, uniform
 from .rules import branch_of, check_rule, commit_of, flatten, unflatten
 
 MOST_IDS = 2**31 - 1  # kernels count columns in int32
 SCORES = ("confidence", "margin", "entropy", "random")
+FINITE, TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).smallest_normal
 
 
 class Selection(NamedTuple):
@@ -81,8 +82,12 @@ class Scoring(NamedTuple):
     """What rows of logits are to be asked: the first arguments of both torch ops, in their order.
 
     logits [B, T, V] or [N, V]. mask_id: never proposed; None where there is none. vocab_size: the
-    entries that count. score: one of SCORES; None asks token_confidence for Partials. temperature:
-    0 takes the argmax. seed: a tensor [B] or [N] int64, or None where seed_number serves all rows.
+    entries that count. score: one of SCORES; None asks token_confidence for Partials.
+
+    What may differ between rows comes as a number and a tensor, which counts where it is not None:
+    temperature and temperatures [B] or [N] fp32, 0 takes the argmax; top_p and top_ps fp32, 1 keeps
+    all; top_k and top_ks int32, 0 keeps all; seed_number and seed int64. filtered_score: the score
+    is that of the distribution that proposals are drawn from, not of the clean softmax.
     """
 
     logits: torch.Tensor
@@ -90,8 +95,34 @@ class Scoring(NamedTuple):
     vocab_size: int
     score: str | None
     temperature: float
-    seed: torch.Tensor | None
+    temperatures: torch.Tensor | None
+    top_p: float
+    top_ps: torch.Tensor | None
+    top_k: int
+    top_ks: torch.Tensor | None
+    filtered_score: bool
     seed_number: int
+    seed: torch.Tensor | None
+
+    @property
+    def draws(self) -> bool:
+        """Whether some row may draw."""
+        return self.temperatures is not None or self.temperature > 0
+
+    @property
+    def by_mass(self) -> bool:
+        """Whether some row may filter by top_p."""
+        return self.top_ps is not None or self.top_p < 1
+
+    @property
+    def by_count(self) -> bool:
+        """Whether some row may filter by top_k."""
+        return self.top_ks is not None or self.top_k > 0
+
+    @property
+    def filters(self) -> bool:
+        """Whether a filter may change a result: the argmax and its clean score none can."""
+        return (self.by_mass or self.by_count) and (self.draws or self.filtered_score)
 
 
 class Commit(NamedTuple):
@@ -134,6 +165,9 @@ def token_confidence_reference(
     mask_id=None,
     score="confidence",
     temperature=0.0,
+    top_p=None,
+    top_k=None,
+    filtered_score=False,
     seed=None,
     position=None,
     vocab_size=None,
@@ -142,16 +176,59 @@ def token_confidence_reference(
     return_margin=False,
 ):
     """See `token_confidence`."""
-    draw = dict(seed=seed, position=position)
-    returned = dict(
+    z = logits[:, :vocab_size].float()
+    barred = z.shape[1] if mask_id is None else mask_id
+    inverse = inverse_of_rows(temperature, z)
+    scale = torch.where(inverse > 0, inverse, 1)[:, None]
+    kept = None
+    if top_p is not None or top_k is not None:
+        kept = kept_tokens(_offered(z, barred), scale, top_p, top_k)
+    if filtered_score:
+        z = z * scale
+        inverse = (inverse > 0).float()
+        if kept is not None:
+            # The mask's logit stays in the sum, and a NaN is not hidden.
+            is_mask = torch.arange(z.shape[1], device=z.device) == barred
+            z = z.masked_fill(~(kept | is_mask | z.isnan()), -math.inf)
+    drawn_by = seed if _draws(temperature) else None
+    partials = _partials(z, kept, barred, inverse, drawn_by, position)
+    return merge_confidence_partials(
+        [partials],
+        score=score,
+        seed=seed,
+        position=position,
         return_logsumexp=return_logsumexp,
         return_entropy=return_entropy,
         return_margin=return_margin,
     )
-    part = dict(mask_id=mask_id, temperature=temperature, vocab_size=vocab_size, **draw)
-    return merge_confidence_partials(
-        [token_confidence_partials_reference(logits, **part)], score=score, **draw, **returned
-    )
+
+
+def kept_tokens(offered, scale, top_p, top_k):
+    """Which entries of `offered` [N, V] fp32 top-p and top-k keep, by definition: bool [N, V].
+
+    Of the tokens in descending order of softmax(offered * scale), equals by id, top_p keeps those
+    before which there is no more mass than top_p, the first always; of these top_k keeps the k
+    largest, and what equals the last of them. top_p: None, a number, or [N]; 1 keeps all. top_k:
+    None, a number, or [N]; 0 keeps all. Masses are added up in float64.
+    """
+    rows, vocab = offered.shape
+    ordered, order = offered.sort(dim=-1, descending=True, stable=True)
+    power = torch.exp(((ordered - ordered[:, :1]) * scale).double())
+    power = power.masked_fill(ordered == -math.inf, 0)
+    keep = torch.ones_like(offered, dtype=torch.bool)
+    if top_p is not None:
+        # As fp32 holds it: the same as a number and as a tensor.
+        share = torch.as_tensor(top_p, dtype=torch.float32, device=offered.device).double()
+        share = share.expand(rows)[:, None]
+        before = power.cumsum(-1) - power
+        keep = (before <= share * power.sum(-1, keepdim=True)) | (share >= 1)
+        keep[:, 0] = True
+    if top_k is not None:
+        most = torch.as_tensor(top_k, device=offered.device).to(torch.int64).expand(rows)[:, None]
+        left = keep.sum(-1, keepdim=True)
+        least = ordered.gather(1, torch.where(most > 0, torch.minimum(most, left), left) - 1)
+        keep &= ordered >= least
+    return torch.zeros_like(keep).scatter(1, order, keep)
 
 
 def token_confidence_partials_reference(
@@ -166,19 +243,40 @@ def token_confidence_partials_reference(
 ):
     """See `token_confidence_partials`."""
     z = logits[:, :vocab_size].float()
+    barred = z.shape[1] if mask_id is None else mask_id - vocab_start
+    inverse = inverse_of_rows(temperature, z)
+    drawn_by = seed if _draws(temperature) else None
+    return _partials(z, None, barred, inverse, drawn_by, position, vocab_start)
+
+
+def _draws(temperature) -> bool:
+    """Whether some row may draw."""
+    return isinstance(temperature, torch.Tensor) or temperature > 0
+
+
+def _offered(z, barred):
+    """The logits z [N, V] without the mask's, which may lie outside of this part."""
+    offered = z.clone()
+    if 0 <= barred < z.shape[1]:
+        offered[:, barred] = -math.inf
+    return offered
+
+
+def _partials(z, kept, barred, inverse, seed, position, vocab_start=0) -> Partials:
+    """Partials of the logits z [N, V] fp32, drawn where inverse [N], 1 / temperature, is above 0.
+
+    kept [N, V]: what may be proposed, None for all but the mask. seed: None where no row draws.
+    """
     vocab = z.shape[1]
     rows = torch.arange(len(z), device=z.device)
     position = rows if position is None else position.to(torch.int64)
-    barred = vocab if mask_id is None else mask_id - vocab_start
-    offered = z.clone()
-    if 0 <= barred < vocab:
-        offered[:, barred] = -math.inf
-    compared = offered
-    if temperature > 0:
+    offered = _offered(z, barred)
+    compared = offered if kept is None else offered.masked_fill(~kept & ~z.isnan(), -math.inf)
+    if seed is not None:
         noise = gumbel_noise(_seeds(seed, position), position, vocab, vocab_start)
-        compared = torch.where(
-            offered == -math.inf, offered, offered * inverse(temperature) + noise
-        )
+        drawn = compared * inverse[:, None] + noise
+        draws = (inverse > 0)[:, None] & (compared != -math.inf)
+        compared = torch.where(draws, drawn, compared)
     # The lowest id of the largest; of a row of -inf the lowest that is not the mask.
     spare = int(barred == 0 and vocab > 1)
     token_ids = torch.where((compared == -math.inf).all(-1), spare, compared.argmax(-1))
@@ -225,7 +323,7 @@ def merge_confidence_partials(
     for name, want in returned.items():
         checks.flag(f"return_{name}", want)
     like = partials[0].maximum
-    _seed_arguments(seed, like, score == "random")
+    _seed(seed, like, score == "random")
     checks.tensor("position", position, (torch.int64,), like.shape, like.device, optional=True)
     part = Partials(*(torch.stack(field) for field in zip(*partials, strict=True)))
     maximum, has_nan = part.maximum.amax(0), part.has_nan.any(0)
@@ -293,6 +391,9 @@ def confidence_select_reference(
     candidates=None,
     score="confidence",
     temperature=0.0,
+    top_p=None,
+    top_k=None,
+    filtered_score=False,
     seed=None,
     vocab_size=None,
     step=None,
@@ -304,25 +405,30 @@ def confidence_select_reference(
         tokens,
         rule,
         candidates,
-        seed,
         step,
         mask_id=mask_id,
         score=score,
         temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        filtered_score=filtered_score,
+        seed=seed,
         vocab_size=vocab_size,
     )
 
 
-def _select_with(propose, logits, tokens, rule, candidates, seed, step, **options) -> Selection:
+def _select_with(propose, logits, tokens, rule, candidates, step, **options) -> Selection:
     """confidence_select in two parts: `propose` (token_confidence or its reference), then the rule
     in PyTorch.
     """
     rows, width, vocab = logits.shape
     candidates = tokens == options["mask_id"] if candidates is None else candidates
     step = torch.zeros(rows, dtype=torch.int64, device=tokens.device) if step is None else step
+    for name in ("temperature", "top_p", "top_k", "seed"):
+        if isinstance(options[name], torch.Tensor):
+            options[name] = options[name].repeat_interleave(width)
     position = torch.arange(width, device=tokens.device).repeat(rows)
-    seeds = None if seed is None else _seeds(seed, tokens[:, 0]).repeat_interleave(width)
-    best = propose(logits.reshape(-1, vocab), seed=seeds, position=position, **options)
+    best = propose(logits.reshape(-1, vocab), position=position, **options)
     return commit_proposals(commit_of(rule), best.token_ids, best.score, tokens, candidates, step)
 
 
@@ -376,17 +482,19 @@ def _seeds(seed, like):
 
 LIBRARY = torch.library.Library("fastdllm", "FRAGMENT")
 # The fields of Scoring, then those of Commit or of Rows.
-SCORING = (
+_SCORING_FIELDS = len(Scoring._fields)
+_SCORING = (
     "Tensor logits, int? mask_id, int vocab_size, str? score, float temperature, "
-    "Tensor? seed, int seed_number"
+    "Tensor? temperatures, float top_p, Tensor? top_ps, int top_k, Tensor? top_ks, "
+    "bool filtered_score, int seed_number, Tensor? seed"
 )
 LIBRARY.define(
-    f"confidence_select({SCORING}, Tensor(a!) tokens, Tensor? candidates, Tensor? step, "
+    f"confidence_select({_SCORING}, Tensor(a!) tokens, Tensor? candidates, Tensor? step, "
     "str rule, Tensor?[] tensors, float[] numbers, str fixed, Tensor(b!) token_ids, "
     "Tensor(c!) value, Tensor(d!) committed, Tensor(e!) remaining) -> ()"
 )
 LIBRARY.define(
-    f"token_confidence({SCORING}, Tensor? position, int vocab_start, bool entropy, bool margin) "
+    f"token_confidence({_SCORING}, Tensor? position, int vocab_start, bool entropy, bool margin) "
     "-> (Tensor token_ids, Tensor has_nan, Tensor values)"
 )
 # One program ranks a row's block, its work growing with the square of the length; past this the
@@ -404,8 +512,8 @@ def _unsupported(logits):
 
 
 def _run_select(*arguments):
-    scoring = Scoring(*arguments[: len(Scoring._fields)])
-    commit = Commit(*arguments[len(Scoring._fields) :])
+    scoring = Scoring(*arguments[:_SCORING_FIELDS])
+    commit = Commit(*arguments[_SCORING_FIELDS:])
     if backend.use_triton("confidence_select", scoring.logits, _unsupported(scoring.logits)):
         from .select_triton import launch_select
 
@@ -418,10 +526,9 @@ def _run_select(*arguments):
         rule=unflatten(commit.rule, commit.tensors, commit.numbers, commit.fixed),
         candidates=commit.candidates,
         score=scoring.score,
-        temperature=scoring.temperature,
-        seed=_seed_of(scoring),
         vocab_size=scoring.vocab_size,
         step=commit.step,
+        **_sampling_of(scoring),
     )
     commit.token_ids.copy_(selection.token_ids)
     commit.value.copy_(selection.score)
@@ -435,36 +542,53 @@ def _run_confidence(*arguments):
     The values are score, log-sum-exp, entropy and margin; where the score is None they are the
     numbers of Partials.
     """
-    scoring = Scoring(*arguments[: len(Scoring._fields)])
-    rows = Rows(*arguments[len(Scoring._fields) :])
+    scoring = Scoring(*arguments[:_SCORING_FIELDS])
+    rows = Rows(*arguments[_SCORING_FIELDS:])
     if backend.use_triton("token_confidence", scoring.logits, _unsupported(scoring.logits)):
         from .select_triton import launch_confidence
 
         return launch_confidence(scoring, rows)
-    draw = {"seed": _seed_of(scoring), "position": rows.position}
-    partials = token_confidence_partials_reference(
-        scoring.logits,
-        vocab_start=rows.vocab_start,
-        mask_id=scoring.mask_id,
-        temperature=scoring.temperature,
-        vocab_size=scoring.vocab_size,
-        **draw,
-    )
-    *values, token_ids, has_nan = partials
-    if scoring.score is not None:
-        token_ids, *values = merge_confidence_partials(
-            [partials],
-            score=scoring.score,
-            **draw,
-            return_logsumexp=True,
-            return_entropy=True,
-            return_margin=True,
+    if scoring.score is None:
+        *values, token_ids, has_nan = token_confidence_partials_reference(
+            scoring.logits,
+            vocab_start=rows.vocab_start,
+            mask_id=scoring.mask_id,
+            temperature=scoring.temperature,
+            seed=scoring.seed_number if scoring.seed is None else scoring.seed,
+            position=rows.position,
+            vocab_size=scoring.vocab_size,
         )
+        return token_ids, has_nan, torch.stack(values)
+    token_ids, *values = token_confidence_reference(
+        scoring.logits,
+        mask_id=scoring.mask_id,
+        score=scoring.score,
+        position=rows.position,
+        vocab_size=scoring.vocab_size,
+        **_sampling_of(scoring),
+        return_logsumexp=True,
+        return_entropy=True,
+        return_margin=True,
+    )
+    # Not the score: it is NaN of an infinity as well.
+    has_nan = values[1].isnan()
     return token_ids, has_nan, torch.stack(values)
 
 
-def _seed_of(scoring):
-    return scoring.seed_number if scoring.seed is None else scoring.seed
+def _sampling_of(scoring):
+    """How a reference is to sample, as keyword arguments."""
+    seed = scoring.seed_number if scoring.seed is None else scoring.seed
+    top_p = scoring.top_p if scoring.top_ps is None else scoring.top_ps
+    top_k = scoring.top_k if scoring.top_ks is None else scoring.top_ks
+    return {
+        "temperature": scoring.temperature
+        if scoring.temperatures is None
+        else scoring.temperatures,
+        "top_p": top_p if scoring.filters else None,
+        "top_k": top_k if scoring.filters else None,
+        "filtered_score": scoring.filtered_score,
+        "seed": seed if scoring.draws or scoring.score == "random" else None,
+    }
 
 
 def _fake_confidence(logits, mask_id, vocab_size, score, *arguments):
@@ -492,6 +616,9 @@ def confidence_select(
     candidates=None,
     score="confidence",
     temperature=0.0,
+    top_p=None,
+    top_k=None,
+    filtered_score=False,
     seed=None,
     vocab_size=None,
     step=None,
@@ -504,23 +631,35 @@ def confidence_select(
     is never proposed. rule: a frozen dataclass with `commit`, or a function like it (see rules.py);
     parameters may be [B] tensors. A rule without a branch in the kernel commits in PyTorch, after
     the kernels that propose and score, and its mask is checked. candidates [B, T] bool: default
-    tokens == mask_id. score: "confidence", "margin", "entropy" or "random". temperature 0 proposes
-    the argmax, above 0 draws from softmax(logits / temperature); the score is that of the clean
-    softmax. seed: an int, or [B] int64, the key of a row's draws; needed with a temperature or
-    "random". vocab_size: entries past it are padding. step [B] int64 or int32: the row's step in
-    its block, from 0, which Quota counts by (default 0).
+    tokens == mask_id. score: "confidence", "margin", "entropy" or "random". vocab_size: entries
+    past it are padding. step [B] int64 or int32: the row's step in its block, from 0, which Quota
+    counts by (default 0).
+
+    temperature: a number, or [B] float32; 0 proposes the argmax, above 0 draws from softmax(logits
+    / temperature). seed: an int, or [B] int64, the key of a row's draws; needed with a temperature
+    or "random".
+
+    top_p: a number in (0, 1], or [B] float32; top_k: an int >= 1, or [B] int32 whose 0 keeps all;
+    None keeps all. In the order of softmax(logits / temperature), the mask left out and equals by
+    id, a token may be proposed if those before it have no more mass than top_p, and then if it is
+    one of the top_k largest that are left, or equals the last of them. A temperature of 0 counts as
+    1 here.
+
+    filtered_score: False scores by the softmax of the logits as they are (LLaDA); True by that of
+    the filtered logits / temperature (Dream), in which a temperature of 0 counts as 1. The mask's
+    logit is in either sum.
 
     Returns a Selection. Nothing is read back to the host, but to check a mask. Raises TypeError for
     dtypes, ValueError for shapes and values.
     """
-    vocab_size = _check_logits(logits, 3, mask_id, score, temperature, vocab_size)
+    vocab_size = _check_logits(logits, 3, mask_id, score, vocab_size)
     checks.tensor("tokens", tokens, (torch.int64,), logits.shape[:2], logits.device)
     checks.written("tokens", tokens)
     check_rule(rule, len(tokens), tokens.device)
     checks.tensor(
         "candidates", candidates, (torch.bool,), tokens.shape, tokens.device, optional=True
     )
-    key, seed_number = _seed_arguments(seed, tokens, temperature > 0 or score == "random")
+    sampling = _sampling(logits, score, temperature, top_p, top_k, filtered_score, seed)
     checks.tensor(
         "step", step, (torch.int64, torch.int32), tokens.shape[:1], tokens.device, optional=True
     )
@@ -531,17 +670,19 @@ def confidence_select(
             tokens,
             rule,
             candidates,
-            seed,
             step,
             mask_id=mask_id,
             score=score,
             temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            filtered_score=filtered_score,
+            seed=seed,
             vocab_size=vocab_size,
         )
+    scoring = Scoring(logits, mask_id, vocab_size, score, *sampling)
     selection = _empty_selection(tokens)
-    scoring = Scoring(logits, mask_id, vocab_size, score, float(temperature), key, seed_number)
-    flat_rule = flatten(rule, tokens.device)
-    commit = Commit(tokens, candidates, step, *flat_rule, *selection)
+    commit = Commit(tokens, candidates, step, *flatten(rule, tokens.device), *selection)
     torch.ops.fastdllm.confidence_select(*scoring, *commit)
     return selection
 
@@ -563,6 +704,9 @@ def token_confidence(
     mask_id=None,
     score="confidence",
     temperature=0.0,
+    top_p=None,
+    top_k=None,
+    filtered_score=False,
     seed=None,
     position=None,
     vocab_size=None,
@@ -573,20 +717,21 @@ def token_confidence(
     """The proposal and score of each row of logits [N, V], without a rule: for engines that bring
     their own.
 
-    mask_id (optional) is never proposed; score, temperature and vocab_size as in
-    `confidence_select`; seed an int or [N] int64, position [N] int64 what a row's draws are counted
-    by (default its index). Returns a Confidence: token_ids [N] int64, score [N] fp32 (NaN where the
-    row holds a NaN), and on request the log-sum-exp, the negative entropy and the top-2 margin.
+    mask_id (optional) is never proposed. score, temperature, top_p, top_k, filtered_score, seed and
+    vocab_size as in `confidence_select`, tensors [N]. position [N] int64: what a row's draws are
+    counted by (default its index).
 
-    Where nothing but the mask is above -inf the lowest other id is proposed, with confidence and
-    margin 0; where nothing is, the log-sum-exp is -inf and the entropy 0 as well. ValueError for a
-    vocabulary of the mask alone.
+    Returns a Confidence: token_ids [N] int64, score [N] fp32 (NaN where the row holds a NaN), and
+    on request the log-sum-exp, the negative entropy and the top-2 margin, all of the distribution
+    that is scored. Where nothing but the mask is above -inf the lowest other id is proposed, with
+    confidence and margin 0; where nothing is, the log-sum-exp is -inf and the entropy 0 as well.
+    Raises as `confidence_select` does; ValueError for a vocabulary of the mask alone.
     """
-    vocab_size = _check_logits(logits, 2, mask_id, score, temperature, vocab_size)
+    vocab_size = _check_logits(logits, 2, mask_id, score, vocab_size)
     checks.flag("return_logsumexp", return_logsumexp)
     checks.flag("return_entropy", return_entropy)
     checks.flag("return_margin", return_margin)
-    seed, seed_number = _seed_arguments(seed, logits, temperature > 0 or score == "random")
+    sampling = _sampling(logits, score, temperature, top_p, top_k, filtered_score, seed)
     checks.tensor(
         "position", position, (torch.int64,), logits.shape[:1], logits.device, optional=True
     )
@@ -596,14 +741,17 @@ def token_confidence(
             mask_id=mask_id,
             score=score,
             temperature=temperature,
-            seed=seed_number if seed is None else seed,
+            top_p=top_p,
+            top_k=top_k,
+            filtered_score=filtered_score,
+            seed=seed,
             position=position,
             vocab_size=vocab_size,
             return_logsumexp=return_logsumexp,
             return_entropy=return_entropy,
             return_margin=return_margin,
         )
-    scoring = Scoring(logits, mask_id, vocab_size, score, float(temperature), seed, seed_number)
+    scoring = Scoring(logits, mask_id, vocab_size, score, *sampling)
     rows = Rows(position, 0, return_entropy, return_margin)
     token_ids, _, values = torch.ops.fastdllm.token_confidence(*scoring, *rows)
     return Confidence(
@@ -634,14 +782,15 @@ def token_confidence_partials(
     `token_confidence` on the whole. vocab_size: this part's entries past it are padding. Returns
     Partials. Raises as `token_confidence` does.
     """
-    vocab_size = _check_logits(logits, 2, None, "confidence", temperature, vocab_size)
+    vocab_size = _check_logits(logits, 2, None, "confidence", vocab_size)
     if checks.integer("vocab_start", vocab_start, 0, MOST_IDS - logits.shape[1]) % 2:
         raise ValueError(f"vocab_start: expected an even number, got {vocab_start}")
     if mask_id is not None:
         checks.integer("mask_id", mask_id, 0, MOST_IDS - 1)
         if mask_id == vocab_start:  # as in the whole, another must be there to propose
             checks.integer("vocab_size", vocab_size, 2)
-    seed, seed_number = _seed_arguments(seed, logits, temperature > 0)
+    checks.number("temperature", temperature, at_least=0)
+    sampling = _sampling(logits, "confidence", temperature, None, None, False, seed)
     checks.tensor(
         "position", position, (torch.int64,), logits.shape[:1], logits.device, optional=True
     )
@@ -651,17 +800,17 @@ def token_confidence_partials(
             vocab_start=vocab_start,
             mask_id=mask_id,
             temperature=temperature,
-            seed=seed_number if seed is None else seed,
+            seed=seed,
             position=position,
             vocab_size=vocab_size,
         )
-    scoring = Scoring(logits, mask_id, vocab_size, None, float(temperature), seed, seed_number)
+    scoring = Scoring(logits, mask_id, vocab_size, None, *sampling)
     rows = Rows(position, vocab_start, entropy=True, margin=True)
     token_ids, has_nan, values = torch.ops.fastdllm.token_confidence(*scoring, *rows)
     return Partials(*values, token_ids, has_nan)
 
 
-def _check_logits(logits, ndim, mask_id, score, temperature, vocab_size):
+def _check_logits(logits, ndim, mask_id, score, vocab_size):
     """Checks that the ops share; returns the vocabulary's size."""
     checks.tensor("logits", logits, checks.FLOATS)
     if logits.ndim != ndim or not logits.numel():
@@ -678,12 +827,54 @@ def _check_logits(logits, ndim, mask_id, score, temperature, vocab_size):
         # The mask id, which is never proposed, and another.
         checks.integer("vocab_size", vocab_size, 2)
     checks.choice("score", score, SCORES)
-    checks.number("temperature", temperature, at_least=0)
     return vocab_size
 
 
-def _seed_arguments(seed, rows, needed):
-    """(tensor or None, number): the seed as the ops take it. The number stands where there is no
+def _sampling(logits, score, temperature, top_p, top_k, filtered_score, seed):
+    """The checked fields of Scoring from the temperature on, for rows of these logits."""
+    temperatures = top_ps = top_ks = None
+    if isinstance(temperature, torch.Tensor):
+        temperatures = _for_rows("temperature", temperature, torch.float32, logits, 0, FINITE)
+        temperature = 0.0
+    else:
+        checks.number("temperature", temperature, at_least=0)
+    if isinstance(top_p, torch.Tensor):
+        top_ps = _for_rows("top_p", top_p, torch.float32, logits, TINY, 1)
+        top_p = None
+    elif top_p is not None:
+        checks.number("top_p", top_p, above=0, at_most=1)
+    if isinstance(top_k, torch.Tensor):
+        top_ks = _for_rows("top_k", top_k, torch.int32, logits, 0, 2**31 - 1)
+        top_k = None
+    elif top_k is not None:
+        checks.integer("top_k", top_k, 1)
+    checks.flag("filtered_score", filtered_score)
+    draws = temperatures is not None or temperature > 0
+    seed_number, seed = _seed(seed, logits, draws or score == "random")
+    return (
+        float(temperature),
+        temperatures,
+        1.0 if top_p is None else float(top_p),
+        top_ps,
+        0 if top_k is None or top_k >= logits.shape[-1] else top_k,
+        top_ks,
+        filtered_score,
+        seed_number,
+        seed,
+    )
+
+
+def _for_rows(name, value, dtype, logits, low, high):
+    """A tensor with an entry for each row, its values checked where reading them is free."""
+    checks.tensor(name, value, (dtype,), logits.shape[:1], logits.device)
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool(((value >= low) & (value <= high)).all()):
+            raise ValueError(f"{name}: expected entries in [{low}, {high}], got {value.tolist()}")
+    return value
+
+
+def _seed(seed, logits, needed):
+    """(number, tensor or None): the seed as the ops take it. The number stands where there is no
     tensor.
     """
     if seed is None:
@@ -692,7 +883,7 @@ def _seed_arguments(seed, rows, needed):
                 "seed: expected an int or a tensor where temperature > 0 or score is 'random', "
                 "got None"
             )
-        return None, 0
+        return 0, None
     if isinstance(seed, torch.Tensor):
-        return checks.tensor("seed", seed, (torch.int64,), rows.shape[:1], rows.device), 0
-    return None, checks.integer("seed", seed, -(2**63), 2**63 - 1)
+        return 0, checks.tensor("seed", seed, (torch.int64,), logits.shape[:1], logits.device)
+    return checks.integer("seed", seed, -(2**63), 2**63 - 1), None

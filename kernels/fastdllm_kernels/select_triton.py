@@ -7,7 +7,7 @@ commit_kernel   one program for each batch row: merges the records of its positi
                 asks the rule and commits in place
 merge_kernel    the same merge without a rule, for token_confidence and its partials
 
-A record is FIELDS fp32 numbers and two int32 in a workspace [fields, rows, parts]: nothing of size
+A record is FIELDS fp32 numbers and two int32, in a workspace [fields, rows, parts]: nothing of size
 V is written. What a program decides depends on no order of execution, so equal inputs give equal
 bits. Only candidates are read.
 """
@@ -19,7 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
+from . import compiling, filter_triton
 from .backend import Chip, ceil_div, chip_of, dense, on_device, pdl, power_of_2
+from .filter_triton import INFINITY, LOG2E, NOTHING, inverse_of_row, is_candidate
 from .noise import inverse
 from .rules import constants
 
@@ -28,11 +30,14 @@ from .rules import constants
 # largest logits among what may be proposed.
 FIELDS = 7
 MAXIMUM, TOTAL, WEIGHTED, BEST, LOGIT, TOP, SECOND = map(tl.constexpr, range(FIELDS))
-# The int32 ones: the proposal's id (NOTHING when no logit is above -inf), and 1 where a logit is
+# Then two as int32: the proposal's id (NOTHING when no logit is above -inf), and 1 where a logit is
 # NaN.
-TOKEN, NAN = map(tl.constexpr, range(2))
+INTEGERS = 2
+TOKEN, NAN = map(tl.constexpr, range(FIELDS, FIELDS + INTEGERS))
 
-NOTHING, INFINITY, LOG2E = map(tl.constexpr, (2**31 - 1, float("inf"), 1.4426950408889634))
+# Left alone, the assembler spills a few bytes of a scan with filters or mixed temperatures to fit
+# more programs on an SM.
+REGISTERS = {"maxnreg": 128} if torch.version.hip is None else {}
 # More than the largest noise there is: -ln E of the smallest E, 2^-65, is 45.06.
 NOISE_BOUND = tl.constexpr(45.25)
 
@@ -181,27 +186,24 @@ def _top_two(z, ids, start, barred, top, second, TILE: tl.constexpr, GROUP: tl.c
 
 
 @triton.jit
-def _store_fields(floats, size, at, mask, fields, TWO: tl.constexpr, ENTROPY: tl.constexpr):
-    """The fp32 fields of records (a tuple in their order), at `at` of [FIELDS, size]."""
-    maximum, total, weighted, best, logit, top, second = fields
-    tl.store(floats + MAXIMUM * size + at, maximum, mask=mask)
-    tl.store(floats + TOTAL * size + at, total, mask=mask)
-    tl.store(floats + BEST * size + at, best, mask=mask)
-    tl.store(floats + LOGIT * size + at, logit, mask=mask)
-    if ENTROPY:
-        tl.store(floats + WEIGHTED * size + at, weighted, mask=mask)
-    if TWO:
-        tl.store(floats + TOP * size + at, top, mask=mask)
-        tl.store(floats + SECOND * size + at, second, mask=mask)
+def _as_integers(records):
+    """The records' workspace as int32, for the fields that are."""
+    return records.to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit
-def _is_candidate(tokens, candidates, row, b, t, mask_id, token_b, token_t):
-    """Whether position t of row b is to be decided."""
-    if candidates is None:
-        return tl.load(tokens + b * token_b + t * token_t) == mask_id
-    else:
-        return tl.load(candidates + row) != 0
+def _store_fields(records, size, at, mask, fields, TWO: tl.constexpr, ENTROPY: tl.constexpr):
+    """The fp32 fields of records (a tuple in their order), at `at` of [FIELDS, size]."""
+    maximum, total, weighted, best, logit, top, second = fields
+    tl.store(records + MAXIMUM * size + at, maximum, mask=mask)
+    tl.store(records + TOTAL * size + at, total, mask=mask)
+    tl.store(records + BEST * size + at, best, mask=mask)
+    tl.store(records + LOGIT * size + at, logit, mask=mask)
+    if ENTROPY:
+        tl.store(records + WEIGHTED * size + at, weighted, mask=mask)
+    if TWO:
+        tl.store(records + TOP * size + at, top, mask=mask)
+        tl.store(records + SECOND * size + at, second, mask=mask)
 
 
 @triton.jit
@@ -221,20 +223,19 @@ def _drawn(
     barred,
     position,
     seed,
-    inverse_temperature,
-    best,
-    logit,
-    token,
+    inverse,
+    found,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """The running best draw (best, logit, token), with a tile's: its noise is drawn only where the
-    largest logit could win.
+    """found, the running best draw (best, logit, token), with a tile's: its noise is drawn only
+    where the largest logit could win.
     """
-    if largest * inverse_temperature + NOISE_BOUND > best:
+    best, logit, token = found
+    if largest * inverse + NOISE_BOUND > best:
         ids = start + tl.arange(0, TILE)
         noise = _gumbel(vocab_start + start, position, seed, TILE)
-        compared = z * inverse_temperature + noise
+        compared = z * inverse + noise
         compared = tl.where((ids == barred) | (z == -INFINITY), -INFINITY, compared)
         peak = tl.max(compared)
         if peak > best:
@@ -244,10 +245,9 @@ def _drawn(
 
 
 @triton.jit
-def _largest(
-    z, largest, start, barred, best, logit, token, TILE: tl.constexpr, GROUP: tl.constexpr
-):
-    """The running best logit (best, logit, token), with a tile's."""
+def _largest(z, largest, start, barred, found, TILE: tl.constexpr, GROUP: tl.constexpr):
+    """found, the running best logit (best, logit, token), with a tile's."""
+    best, logit, token = found
     if largest > best:
         peak, at = _best_of_tile(z, largest, start, barred, TILE, GROUP)
         if peak > best:
@@ -267,6 +267,32 @@ def _any_nan(source, first, end, TILE: tl.constexpr):
 
 
 @triton.jit
+def _scored_and_offered(
+    z,
+    ids,
+    barred,
+    scale,
+    cut,
+    last,
+    FILTER: tl.constexpr,
+    FILTERED_SCORE: tl.constexpr,
+):
+    """(logits whose softmax scores, logits that proposals are taken from) of a tile.
+
+    The filters keep what is above the cut, and of what equals it the ids up to last. A NaN is kept.
+    """
+    offered = z
+    if FILTER:
+        dropped = (z < cut) | ((z == cut) & (ids > last))
+        offered = tl.where(dropped, -INFINITY, z)
+    if FILTERED_SCORE:
+        # The mask's logit stays in the sum.
+        z = tl.where(ids == barred, z, offered) * scale
+        offered = z
+    return z, offered
+
+
+@triton.jit
 def _read_part(
     source,
     first,
@@ -276,8 +302,14 @@ def _read_part(
     barred,
     position,
     seed,
-    inverse_temperature,
+    inverse,
+    scale,
+    cut,
+    last,
     DRAW: tl.constexpr,
+    MIXED: tl.constexpr,
+    FILTER: tl.constexpr,
+    FILTERED_SCORE: tl.constexpr,
     TWO: tl.constexpr,
     ENTROPY: tl.constexpr,
     TILE: tl.constexpr,
@@ -293,7 +325,9 @@ def _read_part(
     for start in range(first, end, TILE):
         # One moving address and fixed offsets: no 64-bit arithmetic for each load.
         z = tl.load(source + start + lane, mask=lane < vocab - start, other=-INFINITY)
-        z = z.to(tl.float32)
+        z, offered = _scored_and_offered(
+            z.to(tl.float32), start + lane, barred, scale, cut, last, FILTER, FILTERED_SCORE
+        )
         largest = tl.max(z)
         maximum, total, weighted = _add_tile(z, largest, maximum, total, weighted, ENTROPY)
         # From here on, what few tiles reach: those with a logit that can win.
@@ -301,26 +335,43 @@ def _read_part(
             if largest > second:
                 ids = start + lane
                 top, second = _top_two(z, ids, start, barred, top, second, TILE, GROUP)
-        if DRAW:
-            best, logit, token = _drawn(
-                z,
+        if FILTER and not FILTERED_SCORE:
+            largest = tl.max(offered)
+        found = best, logit, token
+        if not DRAW:
+            found = _largest(offered, largest, start, barred, found, TILE, GROUP)
+        elif MIXED:
+            if inverse > 0:
+                found = _drawn(
+                    offered,
+                    largest,
+                    start,
+                    vocab_start,
+                    barred,
+                    position,
+                    seed,
+                    inverse,
+                    found,
+                    TILE,
+                    GROUP,
+                )
+            else:
+                found = _largest(offered, largest, start, barred, found, TILE, GROUP)
+        else:
+            found = _drawn(
+                offered,
                 largest,
                 start,
                 vocab_start,
                 barred,
                 position,
                 seed,
-                inverse_temperature,
-                best,
-                logit,
-                token,
+                inverse,
+                found,
                 TILE,
                 GROUP,
             )
-        else:
-            best, logit, token = _largest(
-                z, largest, start, barred, best, logit, token, TILE, GROUP
-            )
+        best, logit, token = found
     return (maximum, total, weighted, best, logit, top, second), token
 
 
@@ -333,8 +384,10 @@ def scan_kernel(
     candidates,
     seeds,
     positions,
-    floats,
-    integers,
+    temperatures,
+    cuts,
+    lasts,
+    records,
     stride_b,
     stride_t,
     vocab,
@@ -346,6 +399,7 @@ def scan_kernel(
     token_b,
     token_t,
     DRAW: tl.constexpr,
+    FILTERED_SCORE: tl.constexpr,
     TWO: tl.constexpr,
     ENTROPY: tl.constexpr,
     TILE_VOCAB: tl.constexpr,
@@ -354,8 +408,9 @@ def scan_kernel(
 ):
     """The record of one row's logits in one part of the vocabulary. Grid (rows, parts).
 
-    DRAW: the temperature is above 0. TWO: the two largest logits are wanted. ENTROPY: so is the sum
-    that it takes.
+    DRAW: some temperature is above 0. cuts, lasts [rows]: filter_triton's, where a filter is on.
+    FILTERED_SCORE: the score is that of the filtered logits / temperature. TWO: the two largest
+    logits are wanted. ENTROPY: so is the sum that it takes.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -363,13 +418,19 @@ def scan_kernel(
     row, part = tl.program_id(0), tl.program_id(1)
     b, t = (row // width).to(tl.int64), (row % width).to(tl.int64)
     if tokens is not None:
-        if not _is_candidate(tokens, candidates, row, b, t, mask_id, token_b, token_t):
+        if not is_candidate(tokens, candidates, row, b, t, mask_id, token_b, token_t):
             return
-    seed, position = None, None
+    seed, position, cut, last = None, None, None, None
     if DRAW:
         # What a row's draws are counted by: its place in the block, or else its number.
         place = row.to(tl.int64) if tokens is None else t
         seed, position = _draw_key(seeds, seed_value, positions, row, b, place)
+    if cuts is not None:
+        cut, last = tl.load(cuts + row), tl.load(lasts + row)
+    inverse = inverse_of_row(temperatures, inverse_temperature, b)
+    scale = tl.where(inverse > 0, inverse, 1.0)
+    if FILTERED_SCORE:  # the logits are divided before all else
+        inverse = tl.where(inverse > 0, 1.0, 0.0)
     source = logits + b * stride_b + t * stride_t
     first = part * (TILES * TILE_VOCAB)
     end = tl.minimum(first + TILES * TILE_VOCAB, vocab)
@@ -382,8 +443,14 @@ def scan_kernel(
         _barred(mask_id, vocab_start),
         position,
         seed,
-        inverse_temperature,
+        inverse,
+        scale,
+        cut,
+        last,
         DRAW,
+        temperatures is not None,
+        cuts is not None,
+        FILTERED_SCORE,
         TWO,
         ENTROPY,
         TILE_VOCAB,
@@ -394,22 +461,21 @@ def scan_kernel(
         nan = _any_nan(source, first, end, TILE_VOCAB)
     size = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
     at = row.to(tl.int64) * tl.num_programs(1) + part
-    _store_fields(floats, size, at, None, fields, TWO, ENTROPY)
-    tl.store(integers + TOKEN * size + at, token)
-    tl.store(integers + NAN * size + at, nan)
+    _store_fields(records, size, at, None, fields, TWO, ENTROPY)
+    tl.store(_as_integers(records) + TOKEN * size + at, token)
+    tl.store(_as_integers(records) + NAN * size + at, nan)
 
 
 @triton.jit
-def _merge(
-    floats, integers, at, mask, size, barred, vocab, TWO: tl.constexpr, ENTROPY: tl.constexpr
-):
+def _merge(records, at, mask, size, barred, vocab, TWO: tl.constexpr, ENTROPY: tl.constexpr):
     """A record's fields, token and nan for rows, from their records at [rows, parts]; equal bests:
     the lowest id.
     """
-    maxima = tl.load(floats + MAXIMUM * size + at, mask=mask, other=-INFINITY)
-    totals = tl.load(floats + TOTAL * size + at, mask=mask, other=0.0)
-    bests = tl.load(floats + BEST * size + at, mask=mask, other=-INFINITY)
-    logits = tl.load(floats + LOGIT * size + at, mask=mask, other=-INFINITY)
+    integers = _as_integers(records)
+    maxima = tl.load(records + MAXIMUM * size + at, mask=mask, other=-INFINITY)
+    totals = tl.load(records + TOTAL * size + at, mask=mask, other=0.0)
+    bests = tl.load(records + BEST * size + at, mask=mask, other=-INFINITY)
+    logits = tl.load(records + LOGIT * size + at, mask=mask, other=-INFINITY)
     tokens = tl.load(integers + TOKEN * size + at, mask=mask, other=NOTHING)
     nan = tl.max(tl.load(integers + NAN * size + at, mask=mask, other=0), 1) > 0
     maximum, best = tl.max(maxima, 1), tl.max(bests, 1)
@@ -418,7 +484,7 @@ def _merge(
     total = tl.sum(totals * scale, 1)
     weighted, top, second = tl.zeros_like(total), best, best
     if ENTROPY:
-        sums = tl.load(floats + WEIGHTED * size + at, mask=mask, other=0.0)
+        sums = tl.load(records + WEIGHTED * size + at, mask=mask, other=0.0)
         moved = tl.where(maxima == -INFINITY, 0.0, maxima - shift[:, None])
         weighted = tl.sum((sums + moved * totals) * scale, 1)
     token = tl.min(tl.where(bests == best[:, None], tokens, NOTHING), 1)
@@ -426,8 +492,8 @@ def _merge(
     # Nothing above -inf: the lowest id that is not the mask.
     token = tl.where(token == NOTHING, tl.where((barred == 0) & (vocab > 1), 1, 0), token)
     if TWO:
-        tops = tl.load(floats + TOP * size + at, mask=mask, other=-INFINITY)
-        seconds = tl.load(floats + SECOND * size + at, mask=mask, other=-INFINITY)
+        tops = tl.load(records + TOP * size + at, mask=mask, other=-INFINITY)
+        seconds = tl.load(records + SECOND * size + at, mask=mask, other=-INFINITY)
         top = tl.max(tops, 1)
         largest_record = tl.min(tl.where(tops == top[:, None], at, 2**62), 1)
         others = tl.where(at == largest_record[:, None], -INFINITY, tops)
@@ -573,8 +639,7 @@ def commit_kernel(
     seeds,
     steps,
     parameters,
-    floats,
-    integers,
+    records,
     token_ids,
     values,
     committed,
@@ -613,7 +678,7 @@ def commit_kernel(
     mask = part[None, :] < tl.where(candidate, parts, 0)[:, None]
     size = tl.num_programs(0).to(tl.int64) * width * parts
     maximum, total, weighted, _, logit, top, second, token, nan = _merge(
-        floats, integers, at, mask, size, mask_id, vocab, SCORE == "margin", SCORE == "entropy"
+        records, at, mask, size, mask_id, vocab, SCORE == "margin", SCORE == "entropy"
     )
     score, _, _, _ = _scores(maximum, total, weighted, logit, top, second, SCORE)
     if SCORE == "random":
@@ -636,8 +701,7 @@ def commit_kernel(
 
 @triton.jit(do_not_specialize=["rows", "parts", "vocab", "vocab_start", "mask_id", "seed_value"])
 def merge_kernel(
-    floats,
-    integers,
+    records,
     seeds,
     positions,
     token_ids,
@@ -671,7 +735,7 @@ def merge_kernel(
     size = parts * tl.cast(rows, tl.int64)
     barred = _barred(mask_id, vocab_start)
     maximum, total, weighted, best, logit, top, second, token, nan = _merge(
-        floats, integers, at, mask, size, barred, vocab, TWO, ENTROPY
+        records, at, mask, size, barred, vocab, TWO, ENTROPY
     )
     tl.store(token_ids + row, token.to(tl.int64) + vocab_start, mask=inside)
     tl.store(has_nan + row, nan, mask=inside)
@@ -691,10 +755,11 @@ def merge_kernel(
         tl.store(values + 3 * rows + row, tl.where(nan, lost, margin), mask=inside)
 
 
-def launch_select(scoring, commit, chosen=None):
+def launch_select(scoring, commit, chosen=None, chosen_filter=None):
     """Run confidence_select: `select.Scoring` and `select.Commit`, whose results it fills.
 
-    chosen: a Config to run in place of the one that `config` picks.
+    chosen, chosen_filter: a Config and a filter_triton.Config to run in place of those that their
+    `config` picks.
     """
     logits, tokens = scoring.logits, commit.tokens
     rows, width = tokens.shape
@@ -706,9 +771,10 @@ def launch_select(scoring, commit, chosen=None):
     )
     tile_width = power_of_2(width)
     with on_device(logits):
-        floats, integers = _launch_scan(
+        records = _launch_scan(
             scoring,
             chosen,
+            chosen_filter,
             seed,
             two=scoring.score == "margin",
             entropy=scoring.score == "entropy",
@@ -716,14 +782,15 @@ def launch_select(scoring, commit, chosen=None):
             candidates=candidates,
         )
         # Fused multiply-adds would round the rules' arithmetic unlike the reference.
-        commit_kernel[(rows,)](
+        compiling.launch(
+            commit_kernel,
+            (rows,),
             tokens,
             candidates,
             seed,
             step,
             parameters,
-            floats,
-            integers,
+            records,
             commit.token_ids,
             commit.value,
             commit.committed,
@@ -747,12 +814,12 @@ def launch_select(scoring, commit, chosen=None):
         )
 
 
-def launch_confidence(scoring, rows, chosen=None):
+def launch_confidence(scoring, rows, chosen=None, chosen_filter=None):
     """Run token_confidence on `select.Scoring` and `select.Rows`.
 
     Returns (token_ids [N], has_nan [N], values [4, N]), the values score, log-sum-exp, entropy and
-    margin; where the score is None, values [FIELDS, N] of merged records. chosen: a Config to run
-    in place of the one that `config` picks.
+    margin; where the score is None, values [FIELDS, N] of merged records. chosen, chosen_filter: as
+    in launch_select.
     """
     logits, score = scoring.logits, scoring.score
     count = len(logits)
@@ -767,18 +834,20 @@ def launch_confidence(scoring, rows, chosen=None):
     tile_parts = power_of_2(chosen.parts)
     tile_rows = max(1, min(power_of_2(count), 512 // tile_parts))
     with on_device(logits):
-        floats, integers = _launch_scan(
+        records = _launch_scan(
             scoring,
             chosen,
+            chosen_filter,
             seed,
             two=two,
             entropy=entropy,
             position=position,
             vocab_start=rows.vocab_start,
         )
-        merge_kernel[(ceil_div(count, tile_rows),)](
-            floats,
-            integers,
+        compiling.launch(
+            merge_kernel,
+            (ceil_div(count, tile_rows),),
+            records,
             seed,
             position,
             token_ids,
@@ -805,7 +874,7 @@ def launch_confidence(scoring, rows, chosen=None):
 
 def _config_for(scoring, rows):
     chip = chip_of(scoring.logits.device)
-    return config(rows, scoring.vocab_size, chip, scoring.temperature > 0)
+    return config(rows, scoring.vocab_size, chip, scoring.draws)
 
 
 def _mask_number(scoring):
@@ -816,6 +885,7 @@ def _mask_number(scoring):
 def _launch_scan(
     scoring,
     chosen,
+    chosen_filter,
     seed,
     *,
     two,
@@ -825,10 +895,10 @@ def _launch_scan(
     position=None,
     vocab_start=0,
 ):
-    """Launch the scan; returns its records, floats [FIELDS, rows, parts] and integers [2, rows,
-    parts].
+    """Launch the search for the filters' cuts, where one is on, and the scan.
 
     With tokens [B, T] the rows are those of logits [B, T, V], and only candidates are scanned.
+    Returns the records [FIELDS + INTEGERS, rows, parts].
     """
     logits = scoring.logits
     if tokens is None:
@@ -837,18 +907,26 @@ def _launch_scan(
     else:
         rows, width = tokens.numel(), tokens.shape[1]
         strides, token_strides = logits.stride()[:2], tokens.stride()
+    cuts, lasts = None, None
+    if scoring.filters:
+        cuts, lasts = filter_triton.launch(scoring, strides, tokens, candidates, chosen_filter)
     # From PyTorch's allocator, which keeps apart what streams and captured graphs still use.
-    device = logits.device
-    floats = torch.empty(FIELDS, rows, chosen.parts, dtype=torch.float32, device=device)
-    integers = torch.empty(2, rows, chosen.parts, dtype=torch.int32, device=device)
-    scan_kernel[(rows, chosen.parts)](
+    shape = (FIELDS + INTEGERS, rows, chosen.parts)
+    records = torch.empty(shape, dtype=torch.float32, device=logits.device)
+    filtered_score = scoring.filtered_score and (scoring.draws or scoring.filters)
+    many = scoring.filters or filtered_score or scoring.temperatures is not None
+    compiling.launch(
+        scan_kernel,
+        (rows, chosen.parts),
         logits,
         tokens,
         candidates,
         seed,
         position,
-        floats,
-        integers,
+        dense(scoring.temperatures),
+        cuts,
+        lasts,
+        records,
         *strides,
         scoring.vocab_size,
         vocab_start,
@@ -857,7 +935,8 @@ def _launch_scan(
         inverse(scoring.temperature),
         width,
         *token_strides,
-        DRAW=scoring.temperature > 0,
+        DRAW=scoring.draws,
+        FILTERED_SCORE=filtered_score,
         TWO=two,
         ENTROPY=entropy,
         TILE_VOCAB=chosen.tile_vocab,
@@ -866,5 +945,6 @@ def _launch_scan(
         num_warps=chosen.num_warps,
         enable_fp_fusion=True,
         **pdl(chosen.overlap),
+        **(REGISTERS if many else {}),
     )
-    return floats, integers
+    return records
