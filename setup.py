@@ -15,6 +15,14 @@ TEST = [
     "matplotlib>=3.8",
 ]
 
+SERVE = [
+    "fastapi>=0.115",
+    "jinja2>=3.1",
+    "prometheus-client>=0.20",
+    "sse-starlette>=3.3",
+    "uvicorn>=0.30",
+]
+
 setup(
     name="fastdllm",
     version="0.1.0",
@@ -44,6 +52,8 @@ setup(
         "test": TEST,
         "bench": ["matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=5"],
         "eval": ["lm-eval>=0.4.13"],
+        "serve": SERVE,
+        "serve-test": [*SERVE, "openai>=1.60"],
         "flash-attn": ["flash-attn"],
     },
     entry_points={"console_scripts": ["fastdllm = fastdllm.__main__:main"]},

@@ -1,22 +1,21 @@
-"""The command line: `fastdllm generate`, `fastdllm eval` and `fastdllm info`.
+"""The command line: `fastdllm generate`, `fastdllm serve`, `fastdllm eval` and `fastdllm info`.
 
 Exit codes: 0; 1 when something fails (a model that cannot be loaded); 2 when the call is wrong; 130
 when interrupted. An error is one line on standard error, with a traceback only under --debug.
 """
 
-import argparse
 import io
 import json
 import os
 import platform
 import sys
 import traceback
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -24,20 +23,11 @@ import fastdllm
 from fastdllm_kernels import backend
 
 from . import display, text
-from .arguments import CACHES
-from .checkpoint import AUTO, DTYPE_NAMES
 from .families import FAMILIES
-from .options import (
-    NUMBERS,
-    RULES,
-    UsageError,
-    choose_rule,
-    read_device,
-)
+from .options import UsageError, choose_rule
+from .parser import parser
 
 INTERRUPTED = 130
-
-DTYPES = (AUTO, *DTYPE_NAMES)
 
 
 @dataclass(frozen=True)
@@ -54,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = Namespace(debug=False)
     with _streams():
         try:
-            _parser().parse_args(argv, namespace=args)
+            parser(COMMANDS).parse_args(argv, namespace=args)
             args.command(args)
             sys.stdout.flush()
             return 0
@@ -102,6 +92,44 @@ def evaluate(args: Namespace) -> None:
     lm_eval.main(args.task, args.arguments)
 
 
+def serve(args: Namespace) -> None:
+    """Answer OpenAI's API over HTTP until told to end."""
+    from .serve import server
+    from .serve.settings import Settings
+
+    rule = choose_rule(vars(args)).rule
+    key = _key(args.api_key_env)
+    loaded = text.load(args.model, args.device, args.dtype)
+    settings = Settings(
+        model=args.name or args.model,
+        positions=min(args.positions, loaded.model.config.max_positions),
+        rule=rule,
+        gen_length=args.gen_length,
+        body_bytes=args.body_bytes,
+        key=key,
+        origins=tuple(args.allow_origin),
+        drain_seconds=args.drain_seconds,
+    )
+    service = server.service_of(
+        loaded,
+        settings,
+        rows=args.rows,
+        cache=args.cache,
+        block_length=args.block_length,
+        queue=args.queue,
+    )
+    server.run(service, args.host, args.port)
+
+
+def _key(name: str | None) -> str | None:
+    """The key in a variable of the environment, where one is named."""
+    if name is None:
+        return None
+    if not os.environ.get(name):
+        raise UsageError(f"--api-key-env: expected a variable with the key, got {name}, not set")
+    return os.environ[name]
+
+
 def info(args: Namespace) -> None:
     """Print versions, device, backend and families."""
     versions: dict[str, str | None] = {
@@ -122,133 +150,12 @@ def info(args: Namespace) -> None:
         print(f"{name:<13} {value or 'not installed'}")
 
 
-class _Parser(ArgumentParser):
-    """An argument parser whose errors are one line, and which takes no abbreviated options."""
-
-    def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
-
-
-def _parser() -> ArgumentParser:
-    parser = _Parser(prog="fastdllm", description=fastdllm.__doc__)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    about = commands.add_parser("info", help="show versions, device and backend")
-    task = commands.add_parser("eval", help="run lm-eval on a task")
-    command = commands.add_parser("generate", help="decode a prompt and show how")
-    for made, run in ((about, info), (task, evaluate), (command, generate)):
-        made.set_defaults(command=run)
-        made.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    for made in (about, command):
-        made.add_argument(
-            "--json", action="store_true", help="print JSON objects and nothing else, one a prompt"
-        )
-    task.add_argument(
-        "task", metavar="TASK", help="a task of lm-eval, several with commas, or a task's YAML file"
-    )
-    task.add_argument(
-        "arguments",
-        nargs=argparse.REMAINDER,
-        metavar="...",
-        help="lm-eval's arguments: --model_args ...",
-    )
-    _add_prompt(command)
-    _add_model(command)
-    _add_decoding(command)
-    _add_sampling(command)
-    _add_display(command)
-    return parser
-
-
-def _add_prompt(command: ArgumentParser) -> None:
-    add = command.add_argument
-    add("prompt", nargs="?", metavar="PROMPT", help="the prompt; absent or '-': standard input")
-    add("--demo", action="store_true", help="decode the embedded problems")
-    add("--raw", action="store_true", help="do not apply the tokenizer's chat template")
-
-
-def _add_model(command: ArgumentParser) -> None:
-    embedded = " or ".join(text.EMBEDDED)
-    command.add_argument(
-        "--model",
-        default=text.EMBEDDED[0],
-        help=f"{embedded} (embedded), a folder or a hub id (%(default)s)",
-    )
-    command.add_argument(
-        "--device",
-        type=_option(read_device),
-        help="cpu, cuda or cuda:N; default: a GPU where there is one",
-    )
-    command.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        metavar="DTYPE",
-        help=f"{', '.join(DTYPES)} (auto: as stored); default: float32 on a CPU, bfloat16 on a GPU",
-    )
-
-
-def _add_decoding(command: ArgumentParser) -> None:
-    add = command.add_argument
-    add("--cache", choices=CACHES, default="dual", help="keys and values to reuse (%(default)s)")
-    add_rule = command.add_mutually_exclusive_group().add_argument
-    for name, option in RULES.items():
-        add_rule(f"--{name}", type=_option(NUMBERS[name].read), help=option.help)
-    add_rule("--rule", help="any rule as Python would call it: 'Quota(8, \"dream\")', module:name")
-    block, length = NUMBERS["block_length"], NUMBERS["gen_length"]
-    add(
-        "--block-length",
-        type=_option(block.read),
-        default=32,
-        help="tokens per block (%(default)s)",
-    )
-    add(
-        "--gen-length",
-        type=_option(length.read),
-        default=128,
-        help="tokens to decode (%(default)s)",
-    )
-
-
-def _add_sampling(command: ArgumentParser) -> None:
-    def add(name: str, **options: Any) -> None:
-        read = NUMBERS[name.replace("-", "_")].read
-        command.add_argument(f"--{name}", type=_option(read), **options)
-
-    add(
-        "temperature",
-        default=0.0,
-        help="0 takes the best token, above samples (%(default)s)",
-    )
-    add("top-p", help="sample from this much of the probability")
-    add("top-k", help="sample from so many tokens; 0 or -1: from all")
-    add("seed", help="of the sampling: same seed, same tokens")
-
-
-def _add_display(command: ArgumentParser) -> None:
-    command.add_argument(
-        "--compare",
-        action="store_true",
-        help="decode one token a step without a cache first, and compare",
-    )
-    command.add_argument(
-        "--no-color",
-        action="store_true",
-        help="plain text, no frames (also: NO_COLOR, or no terminal)",
-    )
-
-
-def _option(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """An argparse type of a reader from options.py, whose errors argparse shows as they are."""
-
-    def parse(written: str) -> Any:
-        try:
-            return read(written)
-        except UsageError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse
+COMMANDS: dict[str, Callable[[Namespace], None]] = {
+    "info": info,
+    "eval": evaluate,
+    "generate": generate,
+    "serve": serve,
+}
 
 
 @contextmanager

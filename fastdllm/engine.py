@@ -429,6 +429,11 @@ class Engine:
                 "bytes": sum(tensor.numel() * tensor.element_size() for tensor in held),
             }
 
+    @property
+    def closed(self) -> bool:
+        """Whether no more requests are taken: it was closed, or its device has failed."""
+        return self._closed is not None
+
     def close(self, *, drain: bool = True) -> None:
         """Take no more requests, and return when the loop's thread has ended.
 

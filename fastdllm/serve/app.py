@@ -1,0 +1,265 @@
+"""The HTTP application: routes, keys, limits and errors around a Service."""
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+from ..engine import EngineClosed, RequestCancelled
+from ..text import one_line
+from .asked import parsed, read_chat, read_completion
+from .errors import Refused, wrong
+from .metrics import Counted, Metrics
+from .service import Piece, Service
+from .shapes import Shape
+
+log = logging.getLogger(__name__)
+READERS = {"/v1/chat/completions": read_chat, "/v1/completions": read_completion}
+GONE = 499  # as web servers log a client that went away; nobody reads it
+
+
+def app_of(service: Service) -> Any:
+    """The FastAPI application of a service: it warms it up when it starts, and closes it."""
+    from fastapi import Depends, FastAPI
+    from starlette.exceptions import HTTPException
+    from starlette.middleware.cors import CORSMiddleware
+    from starlette.requests import ClientDisconnect
+
+    # It writes every chunk, which is somebody's text, into the log where that says everything.
+    logging.getLogger("sse_starlette").setLevel(logging.INFO)
+    settings, metrics = service.settings, Metrics(service.engine)
+    service.first_token = metrics.first_token.observe
+    app = FastAPI(
+        title="fastdllm",
+        lifespan=_lifespan(service),
+        docs_url=None,  # they are pages that fetch scripts from elsewhere
+        redoc_url=None,
+        exception_handlers={
+            Refused: _refused,
+            HTTPException: _no_such,
+            ClientDisconnect: _gone,
+            Exception: _failed,
+        },
+    )
+    guarded = [Depends(_key_check(settings.key))]
+    for path, reader in READERS.items():
+        answer = _answering(service, reader, metrics)
+        app.add_api_route(path, answer, methods=["POST"], dependencies=guarded)
+    for path, tell in _facts(service, metrics).items():
+        app.add_api_route(path, tell, methods=["GET"], dependencies=guarded)
+    for path, tell in _probes(service).items():
+        app.add_api_route(path, tell, methods=["GET"])
+    paths = frozenset(route.path for route in app.routes)
+    app.add_middleware(Counted, metrics=metrics, paths=paths)
+    if settings.origins:
+        origins = list(settings.origins)
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
+
+
+def _lifespan(service):
+    @asynccontextmanager
+    async def lifespan(app):
+        warming = asyncio.create_task(asyncio.to_thread(_warm_up, service))
+        yield
+        await asyncio.to_thread(service.close)
+        await warming
+
+    return lifespan
+
+
+def _warm_up(service):
+    try:
+        service.warm_up()
+        log.info("ready")
+    except (EngineClosed, RequestCancelled):
+        log.info("the warm-up was ended")
+    except Exception as error:
+        log.error("the warm-up has failed: %s", one_line(error))
+
+
+def _key_check(key):
+    """A dependency that refuses requests without the key, comparing in constant time."""
+    from fastapi import Request
+
+    def check(request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if key and not hmac.compare_digest(given.encode(), key.encode()):
+            headers = {"WWW-Authenticate": "Bearer"}
+            raise Refused(401, "the key is wrong", code="invalid_api_key", headers=headers)
+
+    return check
+
+
+def _answering(service, reader, metrics):
+    """The route that answers requests of one kind."""
+    from fastapi import Request
+    from fastapi.responses import JSONResponse, Response
+    from sse_starlette import EventSourceResponse
+
+    async def answer(request: Request) -> Response:
+        began = time.perf_counter()
+        body = parsed(await _body(request, service.settings.body_bytes))
+        asked = await service.read(reader, body)
+        shape = Shape(asked, service.loaded, service.settings)
+        pieces = service.answers(asked)
+        if not asked.stream:
+            whole = await _while_connected(request, _all(pieces))
+            metrics.seconds.observe(time.perf_counter() - began)
+            return JSONResponse(shape.whole(whole))
+        # What fails before the first token is told by the status.
+        first = await _while_connected(request, anext(pieces))
+        ending = metrics.seconds.observe
+        return EventSourceResponse(
+            _chunks(shape, first, pieces, lambda: ending(time.perf_counter() - began)),
+            sep="\n",
+            # It would end streams at once where the server is told to end.
+            shutdown_grace_period=service.settings.drain_seconds,
+        )
+
+    return answer
+
+
+async def _body(request, most: int) -> bytes:
+    """A request's body; 400 where it is larger than `most` bytes or not said to be JSON."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # a page of another origin may send others unasked
+        raise wrong(None, "expected the header Content-Type: application/json")
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > most:
+            raise wrong(None, f"expected a body of at most {most} bytes", "body_too_large")
+    return bytes(body)
+
+
+async def _all(pieces: AsyncIterator[Piece]) -> list[Piece]:
+    async with aclosing(pieces):  # type: ignore[type-var]
+        return [piece async for piece in pieces]
+
+
+async def _while_connected(request, work: Coroutine) -> Any:
+    """What the work returns; it is cancelled, and ClientDisconnect raised, when the client goes."""
+    from starlette.requests import ClientDisconnect
+
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        gone.cancel()
+        working.cancel()
+        await asyncio.wait({working})
+
+
+async def _disconnected(request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _chunks(shape: Shape, first: Piece, pieces: Any, ended: Any) -> AsyncIterator[str]:
+    """The data of a stream's events; an error after the first token is one of them."""
+    answers = []
+    async with aclosing(pieces):
+        try:
+            async for piece in _again(first, pieces):
+                yield json.dumps(shape.chunk(piece))
+                if piece.last:
+                    answers.append(piece.answer)
+        except Refused as error:
+            yield json.dumps(error.body())
+            return
+    ended()
+    if shape.asked.usage:
+        yield json.dumps(shape.last_chunk(answers))
+    yield "[DONE]"
+
+
+async def _again(first, others):
+    yield first
+    async for other in others:
+        yield other
+
+
+def _facts(service, metrics):
+    """Routes that tell what the server is and does."""
+    from fastapi import Request
+    from fastapi.responses import Response
+
+    settings = service.settings
+    model = {
+        "id": settings.model,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "fastdllm",
+        "max_model_len": settings.positions,
+    }
+
+    async def models() -> dict:
+        return {"object": "list", "data": [model]}
+
+    async def one_model(request: Request) -> dict:
+        if request.path_params["name"] != settings.model:
+            raise Refused(404, f"expected {settings.model!r}", param="model", code="not_found")
+        return model
+
+    async def prometheus() -> Response:
+        body, kind = metrics.text()
+        return Response(body, headers={"content-type": kind})
+
+    return {"/v1/models": models, "/v1/models/{name:path}": one_model, "/metrics": prometheus}
+
+
+def _probes(service):
+    """Routes that say whether the server lives, and whether it is ready to be asked."""
+
+    async def health() -> dict:
+        if service.engine.closed:
+            raise Refused(503, "the engine has ended", code="ended")
+        return {"status": "ok"}
+
+    async def ready() -> dict:
+        if service.engine.closed or not service.ready:
+            raise Refused(503, "not ready yet", code="not_ready")
+        return {"status": "ready"}
+
+    return {"/health": health, "/ready": ready}
+
+
+# What went wrong, as responses.
+
+
+async def _refused(request, error):
+    from fastapi.responses import JSONResponse
+
+    if error.status == 500:
+        log.error("%s", error)
+    return JSONResponse(error.body(), error.status, headers=error.headers)
+
+
+async def _no_such(request, error):
+    from fastapi.responses import JSONResponse
+
+    refused = Refused(error.status_code, f"{error.detail}: {request.method} {request.url.path}")
+    return JSONResponse(refused.body(), error.status_code, headers=error.headers)
+
+
+async def _gone(request, error):
+    from fastapi.responses import Response
+
+    return Response(status_code=GONE)
+
+
+async def _failed(request, error):
+    from fastapi.responses import JSONResponse
+
+    return JSONResponse(Refused(500, "the server has failed").body(), 500)
