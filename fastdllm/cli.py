@@ -1,4 +1,4 @@
-"""The command line: `fastdllm generate`, `fastdllm serve`, `fastdllm eval` and `fastdllm info`.
+"""The command line: `fastdllm generate`, `chat`, `serve`, `batch`, `eval` and `info`.
 
 Exit codes: 0; 1 when something fails (a model that cannot be loaded); 2 when the call is wrong; 130
 when interrupted. An error is one line on standard error, with a traceback only under --debug.
@@ -95,30 +95,49 @@ def evaluate(args: Namespace) -> None:
 def serve(args: Namespace) -> None:
     """Answer OpenAI's API over HTTP until told to end."""
     from .serve import server
-    from .serve.settings import Settings
 
-    rule = choose_rule(vars(args)).rule
-    key = _key(args.api_key_env)
-    loaded = text.load(args.model, args.device, args.dtype)
-    settings = Settings(
+    service = _service(
+        args,
         model=args.name or args.model,
-        positions=min(args.positions, loaded.model.config.max_positions),
-        rule=rule,
-        gen_length=args.gen_length,
         body_bytes=args.body_bytes,
-        key=key,
+        key=_key(args.api_key_env),
         origins=tuple(args.allow_origin),
         drain_seconds=args.drain_seconds,
     )
-    service = server.service_of(
+    server.run(service, args.host, args.port)
+
+
+def batch(args: Namespace) -> None:
+    """Answer the records of a file, going on where an earlier run ended."""
+    from . import batch
+
+    def warm_service():
+        service = _service(args, model=args.model)
+        service.warm_up()
+        return service
+
+    results = batch.with_engine(warm_service)
+    counts = batch.run(args.input, args.output, results, in_order=args.in_order, quiet=args.quiet)
+    if counts.broken:
+        raise SystemExit(1)
+
+
+def _service(args: Namespace, **settings: Any) -> Any:
+    """The Service of a model that the command line names. settings: of Settings."""
+    from .serve.service import service_of
+    from .serve.settings import Settings
+
+    rule = choose_rule(vars(args)).rule
+    loaded = text.load(args.model, args.device, args.dtype)
+    positions = min(args.positions, loaded.model.config.max_positions)
+    return service_of(
         loaded,
-        settings,
+        Settings(positions=positions, rule=rule, gen_length=args.gen_length, **settings),
         rows=args.rows,
         cache=args.cache,
         block_length=args.block_length,
         queue=args.queue,
     )
-    server.run(service, args.host, args.port)
 
 
 def _key(name: str | None) -> str | None:
@@ -155,6 +174,7 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "eval": evaluate,
     "generate": generate,
     "serve": serve,
+    "batch": batch,
 }
 
 

@@ -3,6 +3,7 @@
 import argparse
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import fastdllm
@@ -97,6 +98,18 @@ def _add_serve(command: ArgumentParser) -> None:
         metavar="S",
         help="what running requests get to end after SIGTERM (%(default)s)",
     )
+
+
+def _add_batch(command: ArgumentParser) -> None:
+    add = command.add_argument
+    add("input", type=Path, metavar="IN.jsonl", help="a record a line: id, prompt or messages, ...")
+    add("--output", type=Path, required=True, metavar="OUT.jsonl", help="results are appended here")
+    add("--in-order", action="store_true", help="append results in the order of the records")
+    add("--quiet", action="store_true", help="tell of nothing but broken lines")
+    _add_model(command)
+    _add_decoding(command)
+    _add_engine(command)
+    command.set_defaults(gen_length=256)
 
 
 def _add_engine(command: ArgumentParser) -> None:
@@ -207,5 +220,6 @@ COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None]]] = {
     "info": ("show versions, device and backend", _add_info),
     "eval": ("run lm-eval on a task", _add_eval),
     "generate": ("decode a prompt and show how", _add_generate),
+    "batch": ("answer the records of a file", _add_batch),
     "serve": ("answer OpenAI's API over HTTP", _add_serve),
 }

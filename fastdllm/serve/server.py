@@ -2,24 +2,11 @@
 
 import logging
 import signal
-from typing import Any
 
-from .. import text
-from ..engine import Engine
 from .app import app_of
 from .service import Service
-from .settings import Settings
 
 NEEDS = "fastdllm serve needs more packages: pip install 'fastdllm[serve]'"
-
-
-def service_of(
-    loaded: text.TextModel, settings: Settings, *, rows: int, cache: str, **options: Any
-) -> Service:
-    """A Service with an engine of its own. options: block_length and queue of Engine."""
-    positions = settings.positions
-    engine = Engine(loaded.model, rows=rows, positions=positions, cache=cache, **options)
-    return Service(loaded, engine, settings)
 
 
 def run(service: Service, host: str, port: int) -> None:

@@ -191,6 +191,15 @@ class Service:
         self._reader.shutdown()
 
 
+def service_of(
+    loaded: TextModel, settings: Settings, *, rows: int, cache: str, **options: Any
+) -> Service:
+    """A Service with an engine of its own. options: block_length and queue of Engine."""
+    positions = settings.positions
+    engine = Engine(loaded.model, rows=rows, positions=positions, cache=cache, **options)
+    return Service(loaded, engine, settings)
+
+
 def _on_final(answer: Answer, tell, stops: bool):
     """What the engine calls, in its thread, with the final tokens of an answer."""
 

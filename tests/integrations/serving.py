@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from fastdllm.serve.app import app_of
-from fastdllm.serve.server import service_of
+from fastdllm.serve.service import service_of
 from fastdllm.serve.settings import Settings
 
 
