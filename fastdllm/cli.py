@@ -69,7 +69,7 @@ def generate(args: Namespace) -> None:
     prompts = _prompts(args)
     loaded = text.load(args.model, args.device, args.dtype)
     encoded = [_encode(loaded, prompt, args.raw) for prompt in prompts]
-    view = _view(args)
+    view = _view(args.no_color, args.json)
     if args.compare or loaded.model.device.type == "cuda":
         # Kernels compile and threads start on their first use: that belongs to no run's time.
         _decode(args, loaded, encoded[0], Setting(args.cache, fastdllm.Quota(2), "warm-up"))
@@ -90,6 +90,33 @@ def evaluate(args: Namespace) -> None:
     from .integrations import lm_eval
 
     lm_eval.main(args.task, args.arguments)
+
+
+def chat(args: Namespace) -> None:
+    """Answer one question after another, at a terminal or from standard input."""
+    from .chat import Chat
+
+    rule = choose_rule(vars(args)).rule
+    loaded = text.load(args.model, args.device, args.dtype)
+    positions = min(args.positions, loaded.model.config.max_positions)
+    names = ("gen_length", "temperature", "top_p", "top_k", "seed")
+    options = {"rule": rule} | {name: getattr(args, name) for name in names}
+    engine = fastdllm.Engine(
+        loaded.model,
+        rows=1,
+        positions=positions,
+        block_length=args.block_length,
+        cache=args.cache,
+    )
+    with engine:
+        Chat(loaded, engine, _view(args.no_color), options, args.system).run(_read_line)
+
+
+def _read_line() -> str:
+    """The next line of standard input; EOFError after the last."""
+    if sys.stdin is None:
+        raise EOFError
+    return input("> " if sys.stdin.isatty() else "")
 
 
 def serve(args: Namespace) -> None:
@@ -173,6 +200,7 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "info": info,
     "eval": evaluate,
     "generate": generate,
+    "chat": chat,
     "serve": serve,
     "batch": batch,
 }
@@ -242,11 +270,11 @@ def _encode(loaded: text.TextModel, prompt: str, raw: bool) -> list[int]:
     return ids
 
 
-def _view(args: Namespace) -> display.View:
+def _view(no_color: bool, json: bool = False) -> display.View:
     """Frames at a terminal that has colours, plain text elsewhere, nothing beside JSON."""
-    colourless = args.no_color or os.environ.get("NO_COLOR") or not sys.stdout.isatty()
-    console = None if args.json or colourless else display.terminal()
-    return display.View(console, quiet=args.json)
+    colourless = no_color or os.environ.get("NO_COLOR") or not sys.stdout.isatty()
+    console = None if json or colourless else display.terminal()
+    return display.View(console, quiet=json)
 
 
 def _decode(
@@ -304,20 +332,7 @@ def _run(
         on_step = None if frames is None else frames.on_step
         generation = _decode(args, loaded, ids, setting, on_step)
     seconds = generation.seconds - (0.0 if frames is None else frames.seconds)
-    written = loaded.written(generation.tokens[0][len(ids) :].tolist())
-    refreshes = int(generation.refreshes[0])
-    cached_steps = int(generation.cached_steps[0])
-    forwards = refreshes + cached_steps
-    run: dict[str, Any] = {
-        "text": loaded.decode(written),
-        "tokens": len(written),
-        "forwards": forwards,
-        "refreshes": refreshes,
-        "cached_steps": cached_steps,
-        "tokens_per_forward": len(written) / forwards,
-        "tokens_per_second": len(written) / seconds,
-        "seconds": seconds,
-    }
+    run = display.run_of(loaded, generation, seconds)
     view.answer(run["text"], frames)
     view.line(display.summary(run), "dim")
     return run

@@ -67,6 +67,17 @@ def _add_generate(command: ArgumentParser) -> None:
     _add_display(command)
 
 
+def _add_chat(command: ArgumentParser) -> None:
+    command.add_argument(
+        "--system", metavar="TEXT", help="a message of the system before the first"
+    )
+    _add_model(command)
+    _add_decoding(command)
+    _add_sampling(command)
+    _add_positions(command)
+    _add_no_color(command)
+
+
 def _add_serve(command: ArgumentParser) -> None:
     _add_model(command)
     _add_decoding(command)
@@ -84,13 +95,7 @@ def _add_serve(command: ArgumentParser) -> None:
         metavar="ORIGIN",
         help="let pages of this origin ask (CORS); may be repeated; default: none",
     )
-    add(
-        "--body-bytes",
-        type=_option(COUNT.read),
-        default=1 << 20,
-        metavar="N",
-        help="the largest request (%(default)s)",
-    )
+    _add_count(command, "body-bytes", 1 << 20, "the largest request")
     add(
         "--drain-seconds",
         type=_option(SECONDS.read),
@@ -113,18 +118,24 @@ def _add_batch(command: ArgumentParser) -> None:
 
 
 def _add_engine(command: ArgumentParser) -> None:
-    for name, default, words in (
-        ("rows", 8, "requests decoded at once"),
-        ("positions", 2048, "tokens of a prompt and its answer; at most the model's"),
-        ("queue", 256, "requests that may wait"),
-    ):
-        command.add_argument(
-            f"--{name}",
-            type=_option(COUNT.read),
-            default=default,
-            metavar="N",
-            help=f"{words} (%(default)s)",
-        )
+    _add_count(command, "rows", 8, "requests decoded at once")
+    _add_positions(command)
+    _add_count(command, "queue", 256, "requests that may wait")
+
+
+def _add_positions(command: ArgumentParser) -> None:
+    words = "tokens of a prompt and its answer; at most the model's"
+    _add_count(command, "positions", 2048, words)
+
+
+def _add_count(command: ArgumentParser, name: str, default: int, words: str) -> None:
+    command.add_argument(
+        f"--{name}",
+        type=_option(COUNT.read),
+        default=default,
+        metavar="N",
+        help=f"{words} (%(default)s)",
+    )
 
 
 def _add_prompt(command: ArgumentParser) -> None:
@@ -197,6 +208,10 @@ def _add_display(command: ArgumentParser) -> None:
         action="store_true",
         help="decode one token a step without a cache first, and compare",
     )
+    _add_no_color(command)
+
+
+def _add_no_color(command: ArgumentParser) -> None:
     command.add_argument(
         "--no-color",
         action="store_true",
@@ -220,6 +235,7 @@ COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None]]] = {
     "info": ("show versions, device and backend", _add_info),
     "eval": ("run lm-eval on a task", _add_eval),
     "generate": ("decode a prompt and show how", _add_generate),
+    "chat": ("answer one question after another", _add_chat),
     "batch": ("answer the records of a file", _add_batch),
     "serve": ("answer OpenAI's API over HTTP", _add_serve),
 }

@@ -526,7 +526,11 @@ def test_tokens_after_the_first_end_of_text_do_not_count(call, monkeypatch):
     ids = [2 + LETTERS.index(letter) for letter in "hi 42"]
     tokens = torch.tensor(ids + [STOP_ID, ids[0], STOP_ID])
     generation = SimpleNamespace(
-        tokens=[tokens], refreshes=torch.tensor([1]), cached_steps=torch.tensor([1]), seconds=0.5
+        tokens=[tokens],
+        prompt_lengths=[2],
+        refreshes=torch.tensor([1]),
+        cached_steps=torch.tensor([1]),
+        seconds=0.5,
     )
     monkeypatch.setattr(fastdllm, "generate", lambda *_, **__: generation)
     run = written("hi", call=call)
