@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo serve test test-integrations fuzz lint bench bench-e2e gpu-test
+.PHONY: demo serve test test-integrations test-web fuzz lint bench bench-e2e gpu-test
 
 demo: $(VENV)/installed
 	@$(RUN) -m fastdllm generate --compare --demo
@@ -28,6 +28,10 @@ lint: $(VENV)/test-tools
 # Against the real lm-eval, which brings much along, and with OpenAI's client against the server.
 test-integrations: $(VENV)/test-tools $(VENV)/eval-tools $(VENV)/serve-test-tools
 	$(RUN) -m pytest tests/integrations
+
+# The server's page in a headless Chromium, where there is one: Debian's package chromium.
+test-web: $(VENV)/test-tools $(VENV)/web-test-tools
+	$(RUN) -m pytest tests/web
 
 # Random decodes and kernel calls against oracles, some ten minutes on two cores; FUZZ adds options (--device cuda).
 fuzz: $(VENV)/test-tools

@@ -35,7 +35,7 @@ setup(
     packages=["fastdllm_kernels", *find_packages(include=["fastdllm", "fastdllm.*"])],
     package_dir={"fastdllm_kernels": "kernels/fastdllm_kernels"},
     package_data={
-        "fastdllm": ["py.typed", "assets/*.txt", "assets/*/*"],
+        "fastdllm": ["py.typed", "assets/*.txt", "assets/*/*", "serve/page.html"],
         "fastdllm_kernels": ["py.typed"],
     },
     install_requires=[
@@ -54,6 +54,7 @@ setup(
         "eval": ["lm-eval>=0.4.13"],
         "serve": SERVE,
         "serve-test": [*SERVE, "openai>=1.60"],
+        "web-test": [*SERVE, "playwright>=1.48"],
         "flash-attn": ["flash-attn"],
     },
     entry_points={"console_scripts": ["fastdllm = fastdllm.__main__:main"]},

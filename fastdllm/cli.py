@@ -159,10 +159,15 @@ def _service(args: Namespace, **settings: Any) -> Any:
     positions = min(args.positions, loaded.model.config.max_positions)
     return service_of(
         loaded,
-        Settings(positions=positions, rule=rule, gen_length=args.gen_length, **settings),
+        Settings(
+            positions=positions,
+            rule=rule,
+            gen_length=args.gen_length,
+            block_length=args.block_length,
+            **settings,
+        ),
         rows=args.rows,
         cache=args.cache,
-        block_length=args.block_length,
         queue=args.queue,
     )
 

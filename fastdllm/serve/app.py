@@ -5,13 +5,14 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from ..engine import EngineClosed, RequestCancelled
 from ..text import one_line
-from .asked import parsed, read_chat, read_completion
+from . import canvas
+from .asked import Fields, a_bool, parsed, read_chat, read_completion
 from .errors import Refused, wrong
 from .metrics import Counted, Metrics
 from .service import Piece, Service
@@ -49,6 +50,9 @@ def app_of(service: Service) -> Any:
     for path, reader in READERS.items():
         answer = _answering(service, reader, metrics)
         app.add_api_route(path, answer, methods=["POST"], dependencies=guarded)
+    page, show = _showing(service)
+    app.add_api_route("/", page, methods=["GET"])
+    app.add_api_route("/canvas", show, methods=["POST"], dependencies=guarded)
     for path, tell in _facts(service, metrics).items():
         app.add_api_route(path, tell, methods=["GET"], dependencies=guarded)
     for path, tell in _probes(service).items():
@@ -101,29 +105,63 @@ def _answering(service, reader, metrics):
     """The route that answers requests of one kind."""
     from fastapi import Request
     from fastapi.responses import JSONResponse, Response
-    from sse_starlette import EventSourceResponse
 
     async def answer(request: Request) -> Response:
         began = time.perf_counter()
         body = parsed(await _body(request, service.settings.body_bytes))
         asked = await service.read(reader, body)
-        shape = Shape(asked, service.loaded, service.settings)
-        pieces = service.answers(asked)
-        if not asked.stream:
-            whole = await _while_connected(request, _all(pieces))
+        shape, pieces = Shape(asked, service.loaded, service.settings), service.answers(asked)
+
+        def ended():
             metrics.seconds.observe(time.perf_counter() - began)
-            return JSONResponse(shape.whole(whole))
-        # What fails before the first token is told by the status.
-        first = await _while_connected(request, anext(pieces))
-        ending = metrics.seconds.observe
-        return EventSourceResponse(
-            _chunks(shape, first, pieces, lambda: ending(time.perf_counter() - began)),
-            sep="\n",
-            # It would end streams at once where the server is told to end.
-            shutdown_grace_period=service.settings.drain_seconds,
-        )
+
+        if asked.stream:
+            return await _streamed(request, _chunks(shape, pieces, ended), service.settings)
+        whole = await _while_connected(request, _all(pieces))
+        ended()
+        return JSONResponse(shape.whole(whole))
 
     return answer
+
+
+def _showing(service):
+    """The routes of the page: itself, and a canvas event by event."""
+    from fastapi import Request
+    from fastapi.responses import FileResponse, Response
+
+    async def page() -> Response:
+        return FileResponse(canvas.PAGE, headers=canvas.PAGE_HEADERS)
+
+    async def show(request: Request) -> Response:
+        fields = Fields(parsed(await _body(request, service.settings.body_bytes)))
+        vanilla = fields.take("vanilla", a_bool, False)
+        asked = await service.read(read_chat, fields.left)
+        events = canvas.events(service, asked, vanilla)
+        return await _streamed(request, events, service.settings)
+
+    return page, show
+
+
+async def _streamed(request, data: Any, settings) -> Any:
+    """A response that streams these texts as events. What fails before the first one is told by the
+    status, what fails later by an event.
+    """
+    from sse_starlette import EventSourceResponse
+
+    async def all_of_it(first):
+        async with aclosing(data):
+            yield first
+            try:
+                async for other in data:
+                    yield other
+            except Refused as error:
+                yield json.dumps(error.body())
+
+    first = await _while_connected(request, anext(data))
+    # Its own way would end streams at once where the server is told to end.
+    return EventSourceResponse(
+        all_of_it(first), sep="\n", shutdown_grace_period=settings.drain_seconds
+    )
 
 
 async def _body(request, most: int) -> bytes:
@@ -166,28 +204,18 @@ async def _disconnected(request) -> None:
         pass
 
 
-async def _chunks(shape: Shape, first: Piece, pieces: Any, ended: Any) -> AsyncIterator[str]:
-    """The data of a stream's events; an error after the first token is one of them."""
+async def _chunks(shape: Shape, pieces: Any, ended: Callable[[], None]) -> AsyncIterator[str]:
+    """The data of a stream's events."""
     answers = []
     async with aclosing(pieces):
-        try:
-            async for piece in _again(first, pieces):
-                yield json.dumps(shape.chunk(piece))
-                if piece.last:
-                    answers.append(piece.answer)
-        except Refused as error:
-            yield json.dumps(error.body())
-            return
+        async for piece in pieces:
+            yield json.dumps(shape.chunk(piece))
+            if piece.last:
+                answers.append(piece.answer)
     ended()
     if shape.asked.usage:
         yield json.dumps(shape.last_chunk(answers))
     yield "[DONE]"
-
-
-async def _again(first, others):
-    yield first
-    async for other in others:
-        yield other
 
 
 def _facts(service, metrics):

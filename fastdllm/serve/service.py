@@ -2,10 +2,12 @@
 
 import asyncio
 import math
+import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +84,8 @@ class Service:
         self.ready = False
         self.first_token: Callable[[float], object] = lambda seconds: None
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
+        self._vanilla: Engine | None = None
+        self._making = threading.Lock()
         # Tokenizers are not made for several threads at once.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="fastdllm-reader")
 
@@ -151,14 +155,20 @@ class Service:
             raise self._refusal(error) from error
         return answers
 
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """What goes wrong inside, with the engine, as a Refused."""
+        try:
+            yield
+        except Exception as error:
+            raise self._refusal(error) from error
+
     def _piece(self, asked: Asked, answer: Answer, tokens: list[int] | None) -> Piece:
         """What is new. tokens: the final ones so far, or None where the answer has ended."""
         last = tokens is None
         if tokens is None:
-            try:
+            with self.refusing():
                 canvas = answer.ended.result().tokens[0]
-            except Exception as error:
-                raise self._refusal(error) from error
             tokens = canvas[len(answer.prompt) :].tolist()
         writing = answer.writing
         before = len(writing.tokens()) if asked.logprobs else 0
@@ -184,19 +194,42 @@ class Service:
         mean = sum(self._seconds) / len(self._seconds)
         return min(LONGEST_WAIT, max(1, math.ceil(mean / self.engine.rows)))
 
+    def vanilla_engine(self) -> Engine:
+        """An engine of one row without a cache, made when it is first wanted."""
+        with self._making:
+            if self._vanilla is None:
+                self._vanilla = Engine(
+                    self.loaded.model,
+                    rows=1,
+                    positions=self.settings.positions,
+                    block_length=self.settings.block_length,
+                    cache="none",
+                    queue=self.engine.queue,
+                )
+            return self._vanilla
+
     def close(self) -> None:
         """End what is running, and the engine with it."""
         self.ready = False
         self.engine.close(drain=False)
+        with self._making:
+            if self._vanilla is not None:
+                self._vanilla.close(drain=False)
         self._reader.shutdown()
 
 
 def service_of(
-    loaded: TextModel, settings: Settings, *, rows: int, cache: str, **options: Any
+    loaded: TextModel, settings: Settings, *, rows: int, cache: str, queue: int
 ) -> Service:
-    """A Service with an engine of its own. options: block_length and queue of Engine."""
-    positions = settings.positions
-    engine = Engine(loaded.model, rows=rows, positions=positions, cache=cache, **options)
+    """A Service with an engine of its own."""
+    engine = Engine(
+        loaded.model,
+        rows=rows,
+        positions=settings.positions,
+        block_length=settings.block_length,
+        cache=cache,
+        queue=queue,
+    )
     return Service(loaded, engine, settings)
 
 
