@@ -92,7 +92,7 @@ def _key_check(key):
     """A dependency that refuses requests without the key, comparing in constant time."""
     from fastapi import Request
 
-    def check(request: Request) -> None:
+    async def check(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if key and not hmac.compare_digest(given.encode(), key.encode()):
             headers = {"WWW-Authenticate": "Bearer"}
