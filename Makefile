@@ -25,8 +25,8 @@ lint: $(VENV)/test-tools
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# Against the real lm-eval, which brings much along, and with OpenAI's client against the server.
-test-integrations: $(VENV)/test-tools $(VENV)/eval-tools $(VENV)/serve-test-tools
+# Against the real lm-eval and Ray, which bring much along, and OpenAI's client against the server.
+test-integrations: $(VENV)/test-tools $(VENV)/eval-tools $(VENV)/serve-test-tools $(VENV)/ray-tools
 	$(RUN) -m pytest tests/integrations
 
 # The server's page in a headless Chromium, where there is one: Debian's package chromium.

@@ -53,6 +53,7 @@ setup(
         "bench": ["matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=5"],
         "eval": ["lm-eval>=0.4.13"],
         "serve": SERVE,
+        "ray": [*SERVE, "ray[data,serve]>=2.50"],
         "serve-test": [*SERVE, "openai>=1.60"],
         "web-test": [*SERVE, "playwright>=1.48"],
         "flash-attn": ["flash-attn"],

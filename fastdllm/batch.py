@@ -108,6 +108,7 @@ def with_engine(make: Callable[[], Service]) -> Results:
         if first is None:
             return
         service = make()
+        service.warm_up()
         most = AHEAD * service.engine.rows
         with ThreadPoolExecutor(most) as threads:
             try:

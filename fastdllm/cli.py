@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -125,7 +126,7 @@ def serve(args: Namespace) -> None:
 
     service = _service(
         args,
-        model=args.name or args.model,
+        name=args.name,
         body_bytes=args.body_bytes,
         key=_key(args.api_key_env),
         origins=tuple(args.allow_origin),
@@ -138,12 +139,14 @@ def batch(args: Namespace) -> None:
     """Answer the records of a file, going on where an earlier run ended."""
     from . import batch
 
-    def warm_service():
-        service = _service(args, model=args.model)
-        service.warm_up()
-        return service
+    if args.ray:
+        from .integrations import ray
 
-    results = batch.with_engine(warm_service)
+        results = ray.results(
+            partial(_service, args), args.workers, args.rows, args.gpus_per_worker
+        )
+    else:
+        results = batch.with_engine(partial(_service, args))
     counts = batch.run(args.input, args.output, results, in_order=args.in_order, quiet=args.quiet)
     if counts.broken:
         raise SystemExit(1)
@@ -151,24 +154,20 @@ def batch(args: Namespace) -> None:
 
 def _service(args: Namespace, **settings: Any) -> Any:
     """The Service of a model that the command line names. settings: of Settings."""
-    from .serve.service import service_of
-    from .serve.settings import Settings
+    from .serve.service import loaded_service
 
-    rule = choose_rule(vars(args)).rule
-    loaded = text.load(args.model, args.device, args.dtype)
-    positions = min(args.positions, loaded.model.config.max_positions)
-    return service_of(
-        loaded,
-        Settings(
-            positions=positions,
-            rule=rule,
-            gen_length=args.gen_length,
-            block_length=args.block_length,
-            **settings,
-        ),
+    return loaded_service(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
         rows=args.rows,
+        positions=args.positions,
         cache=args.cache,
         queue=args.queue,
+        rule=choose_rule(vars(args)).rule,
+        gen_length=args.gen_length,
+        block_length=args.block_length,
+        **settings,
     )
 
 

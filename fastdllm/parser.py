@@ -15,7 +15,7 @@ from .options import COUNT, NUMBERS, RULES, Number, UsageError, read_device
 
 DTYPES = (AUTO, *DTYPE_NAMES)
 PORT = Number(int, "an integer in [0, 65535]", lambda number: 0 <= number < 65536)
-SECONDS = Number(float, "a number >= 0", lambda number: 0 <= number < 1e9)
+NOT_NEGATIVE = Number(float, "a number >= 0", lambda number: 0 <= number < 1e9)
 
 
 class _Parser(ArgumentParser):
@@ -98,7 +98,7 @@ def _add_serve(command: ArgumentParser) -> None:
     _add_count(command, "body-bytes", 1 << 20, "the largest request")
     add(
         "--drain-seconds",
-        type=_option(SECONDS.read),
+        type=_option(NOT_NEGATIVE.read),
         default=30.0,
         metavar="S",
         help="what running requests get to end after SIGTERM (%(default)s)",
@@ -111,6 +111,15 @@ def _add_batch(command: ArgumentParser) -> None:
     add("--output", type=Path, required=True, metavar="OUT.jsonl", help="results are appended here")
     add("--in-order", action="store_true", help="append results in the order of the records")
     add("--quiet", action="store_true", help="tell of nothing but broken lines")
+    add("--ray", action="store_true", help="several processes, each with an engine, through Ray")
+    _add_count(command, "workers", 1, "with --ray: processes")
+    add(
+        "--gpus-per-worker",
+        type=_option(NOT_NEGATIVE.read),
+        default=0.0,
+        metavar="N",
+        help="with --ray (%(default)s)",
+    )
     _add_model(command)
     _add_decoding(command)
     _add_engine(command)

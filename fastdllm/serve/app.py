@@ -46,6 +46,7 @@ def app_of(service: Service) -> Any:
             Exception: _failed,
         },
     )
+    app.state.service = service
     guarded = [Depends(_key_check(settings.key))]
     for path, reader in READERS.items():
         answer = _answering(service, reader, metrics)

@@ -14,7 +14,7 @@ from typing import Any
 from ..decode import Generation, StepEvent
 from ..engine import Engine, EngineClosed, QueueFull, Request, RequestCancelled
 from ..options import UsageError
-from ..text import TextModel, one_line
+from ..text import TextModel, load, one_line
 from .asked import Asked
 from .errors import Refused
 from .settings import Settings
@@ -231,6 +231,29 @@ def service_of(
         queue=queue,
     )
     return Service(loaded, engine, settings)
+
+
+def loaded_service(
+    model: str,
+    *,
+    name: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    rows: int = 8,
+    positions: int = 2048,
+    cache: str = "dual",
+    queue: int = 256,
+    **settings: Any,
+) -> Service:
+    """A Service of a model that is loaded from `model`: embedded, a folder or a hub id.
+
+    name: the model's name for clients, by default the same. device, dtype: of `text.load`.
+    positions: at most the model's. settings: other fields of Settings.
+    """
+    loaded = load(model, device, dtype)
+    positions = min(positions, loaded.model.config.max_positions)
+    wanted = Settings(model=name or model, positions=positions, **settings)
+    return service_of(loaded, wanted, rows=rows, cache=cache, queue=queue)
 
 
 def _on_final(answer: Answer, tell, stops: bool):

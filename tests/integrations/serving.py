@@ -1,29 +1,17 @@
 """A server in a thread of this process, on a free port of 127.0.0.1, for tests."""
 
-import logging
-import socket
-import threading
-import time
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
-import uvicorn
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
-from fastdllm.serve.app import app_of
-from fastdllm.serve.service import service_of
-from fastdllm.serve.settings import Settings
+from load_parts import served  # noqa: E402
 
+from fastdllm.serve.service import service_of  # noqa: E402
+from fastdllm.serve.settings import Settings  # noqa: E402
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def wait_until(what, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.01)
+free_port, wait_until = served.free_port, served.wait_until
 
 
 class Served:
@@ -46,18 +34,5 @@ def serving(loaded, rows=8, queue=64, warm=False, **settings):
     service = service_of(loaded, Settings(**wanted), rows=rows, cache="dual", queue=queue)
     if not warm:
         service.warm_up = lambda: setattr(service, "ready", True)
-    port = free_port()
-    config = uvicorn.Config(
-        app_of(service), host="127.0.0.1", port=port, log_config=None, access_log=False
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    thread.start()
-    try:
-        wait_until(lambda: server.started or not thread.is_alive())
+    with served.serving(service) as port:
         yield Served(service, port)
-    finally:
-        server.should_exit = True
-        thread.join(30)
-    assert not thread.is_alive()
