@@ -13,6 +13,7 @@ import pytest
 import fastdllm
 from fastdllm import batch, cli, text
 from fastdllm.options import UsageError
+from fastdllm.serve import service
 from fastdllm.serve.errors import Refused
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,7 +124,7 @@ def test_a_nan_is_reported_and_the_others_go_on(loaded, tmp_path, quick, capsys,
     embedding = loaded.model.embedding.weight.detach().clone()
     embedding[3] = float("nan")
     monkeypatch.setattr(loaded.model.embedding.weight, "data", embedding)
-    monkeypatch.setattr(text, "load", lambda *_: loaded)
+    monkeypatch.setattr(service, "load", lambda *_: loaded)
     records = [*prompts(2), {"id": "nan", "prompt": [3]}]
     source, output = write(tmp_path / "in", records), tmp_path / "out"
     assert call(source, output) == 1
