@@ -2,6 +2,7 @@
 
     python bench/load.py --part soak [--requests 5000] [--clients 64]
     python bench/load.py --part speed
+    python bench/load.py --part replicas
     python bench/load.py --smoke
     python bench/load.py --report FILE
 
@@ -12,6 +13,8 @@ speed    LLaDA-8B's shape, weights drawn at random on the GPU, and a scripted ru
          through HTTP beside the engine's own at 16 rows, and the time to the first final token.
          Goes to bench/results/load-<gpu>.json. Without a GPU, or with --smoke, a tiny model on a
          CPU: that says that it works, and nothing about speed; it goes to a temporary file.
+replicas  The same requests through Ray Serve to one replica and to two, a GPU each. Needs the extra
+         `ray`.
 
 Needs the packages of the extra `serve`. The exit status is 1 where something is wrong.
 """
@@ -31,7 +34,7 @@ from load_parts import report
 from load_parts.soak import soak
 from load_parts.speed import LARGE, SMALL, speed
 
-PARTS = ("soak", "speed")
+PARTS = ("soak", "speed", "replicas")
 CPU = torch.device("cpu")
 SMOKE_REQUESTS, SMOKE_CLIENTS = 60, 8
 
@@ -41,7 +44,7 @@ def main(argv=None) -> int:
     if args.report:
         report.write_report(args.report)
         return 0
-    smoke = args.smoke or (args.part == "speed" and not timing.ON_GPU)
+    smoke = args.smoke or (args.part in ("speed", "replicas") and not timing.ON_GPU)
     device = CPU if smoke or args.part == "soak" else timing.DEVICE
     if device.type == "cpu":
         torch.set_num_threads(1)  # at these shapes threads cost more than they bring
@@ -62,6 +65,10 @@ def main(argv=None) -> int:
     if args.part in (None, "speed"):
         results["speed"] = speed(SMALL if smoke else LARGE, device)
         print(report.speed_verdict(results["speed"]), flush=True)
+    if args.part == "replicas":
+        from load_parts.replicas import replicas
+
+        results["replicas"] = replicas(SMALL if smoke else LARGE, on_gpus=not smoke)
     results["environments"] = [facts]
     tables.write_json(out, results)
     report.write_report(out)
@@ -73,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--part", choices=PARTS, help="default with --smoke: both")
+    add("--part", choices=PARTS, help="default: soak and speed")
     add("--requests", type=int, default=5000, help="of the soak (%(default)s)")
     add("--clients", type=int, default=64, help="of the soak, at once (%(default)s)")
     add("--smoke", action="store_true", help="few requests, tiny models on the CPU")

@@ -24,6 +24,10 @@ Requests of one length, all there from the beginning: submitted to the engine in
 and over HTTP by clients in another process, who read whole answers or streams. The same engine, in
 turns; medians. First: seconds until a stream's first final token, with as many clients as rows."""
 
+REPLICAS = """\
+The same requests at once, through Ray Serve and its door, to one replica and to two, a GPU each;
+medians. Target on two GPUs: 1.9 times."""
+
 
 def write_report(path: Path) -> None:
     """Write the tables beside the JSON file."""
@@ -43,7 +47,15 @@ def markdown(results: dict) -> str:
         parts.append(soak_table(rows))
     if results["speed"]:
         parts += ["## Speed", SPEED, speed_verdict(results["speed"]), speed_table(results["speed"])]
+    if results["replicas"]:
+        parts += ["## Replicas", REPLICAS, replicas_table(results["replicas"])]
     return "\n\n".join(parts) + "\n"
+
+
+def replicas_table(rows: list[dict]) -> str:
+    one = rate(rows[0])
+    cells = [[row["replicas"], f"{rate(row):,.0f}", share(rate(row) / one)] for row in rows]
+    return tables.table(["replicas", "tokens/s", "of one's"], cells, "rrr")
 
 
 def soak_verdict(rows: list[dict]) -> str:

@@ -14,7 +14,7 @@ from race.shapes import MODELS, REAL, SMOKE, Scale
 from race.subject import random_model
 
 from fastdllm import Engine, Quota
-from fastdllm.serve.service import service_of
+from fastdllm.serve.service import Service, service_of
 from fastdllm.serve.settings import Settings
 from fastdllm.text import TextModel
 
@@ -47,9 +47,7 @@ SMALL = Size(SMOKE, rows=4, positions=160, prompt=48, generation=32, requests=8)
 
 def speed(size: Size, device: torch.device) -> list[dict]:
     """A row for each way of asking: what the rounds took, and the seconds of first tokens."""
-    loaded = random_text_model(size, device)
-    settings = Settings(model=NAME, positions=size.positions, rule=Quota(STEPS))
-    service = service_of(loaded, settings, rows=size.rows, cache="dual", queue=4 * size.requests)
+    service = random_service(size, device)
     prompts = drawn_prompts(size)
     with serving(service) as port:
         wait_until(lambda: service.ready, PATIENCE)
@@ -68,6 +66,13 @@ def speed(size: Size, device: torch.device) -> list[dict]:
                 rows[way]["tokens"] = tokens
         rows["HTTP, streamed"] |= first_tokens(port, prompts, size)
     return list(rows.values())
+
+
+def random_service(size: Size, device: torch.device) -> Service:
+    """The service of a random model, not warm yet."""
+    settings = Settings(model=NAME, positions=size.positions, rule=Quota(STEPS))
+    loaded = random_text_model(size, device)
+    return service_of(loaded, settings, rows=size.rows, cache="dual", queue=4 * size.requests)
 
 
 def random_text_model(size: Size, device: torch.device) -> TextModel:

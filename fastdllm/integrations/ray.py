@@ -136,8 +136,9 @@ def app(
     make = model
     if isinstance(model, str):
         make = partial(loaded_service, model, rows=rows, queue=queue, **options)
-    # Each request that is under way is one of the door's: it is never what makes them wait.
-    door = serve.deployment(serve.ingress(_door)(), name="door", max_ongoing_requests=MOST)
+    # Whatever is under way passes the door: it is never what makes requests wait, nor a replica.
+    of_door = {"max_ongoing_requests": MOST, "ray_actor_options": {"num_cpus": 0}}
+    door = serve.deployment(serve.ingress(_door)(), name="door", **of_door)
     return door.bind(of_replica.bind(make))
 
 
