@@ -90,12 +90,17 @@ def run(source: Path, output: Path, results: Results, *, in_order: bool, quiet: 
                 if isinstance(result, Exception):
                     _report(counts, record.number, result)
                 else:
-                    os.write(file, line_of(result))
+                    _append(file, line_of(result))
                     counts.answered += 1
                 tell()
         if not quiet:
             print(counts.summary(), file=sys.stderr)
         return counts
+
+
+def _append(file: int, line: bytes) -> None:
+    if os.write(file, line) < len(line):  # the rest would stand behind somebody else's line
+        raise RuntimeError("--output: there is no space left")
 
 
 def with_engine(make: Callable[[], Service]) -> Results:

@@ -184,6 +184,22 @@ def test_a_refused_record_is_asked_again(tmp_path):
     assert [result["id"] for result in read(output)] == ["r1", "r0"]
 
 
+def test_a_full_disk_ends_it(tmp_path, monkeypatch):
+    source, output = write(tmp_path / "in", prompts(2)), tmp_path / "out"
+
+    def answered(wanted, in_order):
+        for record in wanted:
+            yield record, {"id": record.id, "text": "some words"}
+
+    write_all = os.write
+    monkeypatch.setattr(batch.os, "write", lambda file, line: write_all(file, line[:20]))
+    with pytest.raises(RuntimeError, match="no space left"):
+        batch.run(source, output, answered, in_order=False, quiet=True)
+    monkeypatch.undo()
+    assert batch.run(source, output, answered, in_order=False, quiet=True).answered == 2
+    assert [result["id"] for result in read(output)] == ["r0", "r1"]
+
+
 def test_the_time_left(monkeypatch):
     counts = batch.Counts(total=110, there=10)
     counts.began, counts.answered = 0.0, 25

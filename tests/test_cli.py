@@ -181,6 +181,16 @@ BAD_CALLS = [
     (["generate"], "the prompt is empty"),
     (["generate", "-"], "the prompt is empty"),
     (["info", "--model", "x"], "--model"),
+    (["serve", "--port", "70000"], "--port: expected an integer in [0, 65535], got '70000'"),
+    (["serve", "--rows", "0"], "--rows: expected an integer >= 1"),
+    (["serve", "--rule", "Nothing(0.9)"], "rule: expected Threshold, Factor, Quota"),
+    (["serve", "--api-key-env", "NO_SUCH_KEY"], "got NO_SUCH_KEY, not set"),
+    (["serve", "--drain-seconds", "-1"], "--drain-seconds: expected a number >= 0"),
+    (["chat", "--positions", "many"], "--positions: expected an integer >= 1"),
+    (["chat", "--rule", "Quota(0)"], "rule: Quota.steps"),
+    (["batch", "nowhere.jsonl"], "--output"),
+    (["batch", "nowhere.jsonl", "--output", os.devnull], "cannot read nowhere.jsonl"),
+    (["batch", "x", "--output", "y", "--workers", "0"], "--workers: expected an integer >= 1"),
 ]
 
 

@@ -80,6 +80,7 @@ def test_what_is_not_said_is_the_servers(loaded):
 def test_a_rule_of_the_requests_own(loaded, name, rule):
     chosen = read(loaded, CHAT | {name: 0.5}).options["rule"]
     assert isinstance(chosen, rule) and getattr(chosen, name, 0.5) == 0.5
+    assert read(loaded, CHAT | {name: 0.5}).options["rule"] is chosen  # rows of one launch share it
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ What is not understood and would change the answer is refused by its name; what 
 come. Numbers and rules mean what they mean on the command line (options.py).
 """
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,12 +150,22 @@ def _options(fields, settings) -> dict[str, Any]:
         options["top_p"] = None  # all of the probability: the filter is off
     chosen = {name: fields.take(name, number(NUMBERS[name])) for name in RULES}
     given = [name for name, value in chosen.items() if value is not None]
+    options["rule"] = settings.rule
     try:
-        options["rule"] = choose_rule(chosen).rule if given else settings.rule
+        if len(given) == 1:
+            options["rule"] = _rule(given[0], chosen[given[0]])
+        elif given:
+            choose_rule(chosen)
     except UsageError as error:
         at_fault = given[:2][-1]
         raise wrong(at_fault, str(error).removeprefix(f"{at_fault}: ")) from None
     return options
+
+
+@functools.lru_cache(256)
+def _rule(name, value):
+    """The rule of one option: the same object for the same number, which rows can then share."""
+    return choose_rule({name: value}).rule
 
 
 def _gen_length(fields, source, prompts, settings) -> int:

@@ -175,6 +175,16 @@ def title(pid):
         return b""
 
 
+def test_replicas_follow_the_requests_that_wait():
+    door = integration.app(
+        "tiny-llada", replicas=(1, 3), rows=4, autoscaling={"upscale_delay_s": 2}
+    )
+    (replica,) = door._bound_deployment.init_args
+    scaling = replica._bound_deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 3)
+    assert scaling.target_ongoing_requests == 4 and scaling.upscale_delay_s == 2
+
+
 def test_without_ray_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match="fastdllm\\[ray\\]"):
