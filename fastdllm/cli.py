@@ -124,29 +124,28 @@ def serve(args: Namespace) -> None:
     """Answer OpenAI's API over HTTP until told to end."""
     from .serve import server
 
-    service = _service(
-        args,
-        name=args.name,
-        body_bytes=args.body_bytes,
-        key=_key(args.api_key_env),
-        origins=tuple(args.allow_origin),
-        drain_seconds=args.drain_seconds,
-    )
-    server.run(service, args.host, args.port)
+    settings = {
+        "name": args.name,
+        "rule": choose_rule(vars(args)).rule,
+        "body_bytes": args.body_bytes,
+        "key": _key(args.api_key_env),
+        "origins": tuple(args.allow_origin),
+        "drain_seconds": args.drain_seconds,
+    }
+    server.run(partial(_service, args, **settings), args.host, args.port)
 
 
 def batch(args: Namespace) -> None:
     """Answer the records of a file, going on where an earlier run ended."""
     from . import batch
 
+    make = partial(_service, args, rule=choose_rule(vars(args)).rule)
     if args.ray:
         from .integrations import ray
 
-        results = ray.results(
-            partial(_service, args), args.workers, args.rows, args.gpus_per_worker
-        )
+        results = ray.results(make, args.workers, args.rows, args.gpus_per_worker)
     else:
-        results = batch.with_engine(partial(_service, args))
+        results = batch.with_engine(make)
     counts = batch.run(args.input, args.output, results, in_order=args.in_order, quiet=args.quiet)
     if counts.broken:
         raise SystemExit(1)
@@ -164,7 +163,6 @@ def _service(args: Namespace, **settings: Any) -> Any:
         positions=args.positions,
         cache=args.cache,
         queue=args.queue,
-        rule=choose_rule(vars(args)).rule,
         gen_length=args.gen_length,
         block_length=args.block_length,
         **settings,

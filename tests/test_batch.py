@@ -78,6 +78,15 @@ def test_results_are_those_of_generate(loaded, tmp_path, quick):
     assert "logprobs" not in found[7]
 
 
+def test_the_commands_options_are_those_of_records_that_say_nothing(loaded, tmp_path, quick):
+    source, output = write(tmp_path / "in", [{"id": 1, "prompt": [7] * 5}]), tmp_path / "out"
+    assert call(source, output, "--steps", "4") == 0
+    done = fastdllm.generate(loaded.model, [[7] * 5], gen_length=32, rule=fastdllm.Quota(4))
+    (result,) = read(output)
+    assert result["text"] == loaded.decode(loaded.written(done.tokens[0][5:].tolist()))
+    assert result["forwards"] == int(done.nfe)
+
+
 def test_it_goes_on_where_it_was_in_order(tmp_path, quick, capsys):
     records = prompts(9)
     source, output = write(tmp_path / "in", records[:4]), tmp_path / "out"

@@ -190,6 +190,7 @@ BAD_CALLS = [
     (["chat", "--rule", "Quota(0)"], "rule: Quota.steps"),
     (["batch", "nowhere.jsonl"], "--output"),
     (["batch", "nowhere.jsonl", "--output", os.devnull], "cannot read nowhere.jsonl"),
+    (["batch", "x", "--output", os.devnull, "--rule", "Quota(0)"], "rule: Quota.steps"),
     (["batch", "x", "--output", "y", "--workers", "0"], "--workers: expected an integer >= 1"),
 ]
 

@@ -462,6 +462,18 @@ def test_it_listens_to_this_machine_alone(capsys):
     assert parser(COMMANDS).parse_args(["serve"]).host == "127.0.0.1"
 
 
+def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(capsys):
+    from fastdllm import cli
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", "--port", str(port), "--model", "nowhere"]) == 1
+    err = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1:{port}: " in err and err.count("\n") == 1
+
+
 def test_a_missing_key_is_a_wrong_call(capsys, monkeypatch):
     from fastdllm import cli
 
