@@ -13,8 +13,16 @@ import load  # noqa: E402
 import tables  # noqa: E402
 from load_parts import clients, report, soak  # noqa: E402
 
+from fastdllm.serve.service import Service  # noqa: E402
 
-def test_it_runs_small_and_its_report_follows_from_its_results(tmp_path, monkeypatch):
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No warm-up, which takes seconds."""
+    monkeypatch.setattr(Service, "warm_up", lambda self: setattr(self, "ready", True))
+
+
+def test_it_runs_small_and_its_report_follows_from_its_results(tmp_path, quick, monkeypatch):
     monkeypatch.setattr(load, "SMOKE_REQUESTS", 40)
     out = tmp_path / "load.json"
     assert load.main(["--smoke", "--out", str(out)]) == 0
@@ -26,7 +34,7 @@ def test_it_runs_small_and_its_report_follows_from_its_results(tmp_path, monkeyp
     assert out.with_suffix(".md").read_text() == report.markdown(results)
 
 
-def test_a_wrong_answer_is_seen(tmp_path, monkeypatch):
+def test_a_wrong_answer_is_seen(quick, monkeypatch):
     """The clients are told to expect another text, and another parameter."""
     drawn = soak.drawn_kinds
 
