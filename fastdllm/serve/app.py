@@ -37,8 +37,7 @@ def app_of(service: Service) -> Any:
     app = FastAPI(
         title="fastdllm",
         lifespan=_lifespan(service),
-        docs_url=None,  # they are pages that fetch scripts from elsewhere
-        redoc_url=None,
+        openapi_url=None,  # nor its pages, which fetch scripts from elsewhere
         exception_handlers={
             Refused: _refused,
             HTTPException: _no_such,
@@ -95,7 +94,8 @@ def _key_check(key):
 
     async def check(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key and not hmac.compare_digest(given.encode(), key.encode()):
+        # As bytes again: headers are read as Latin-1.
+        if key and not hmac.compare_digest(given.encode("latin-1"), key.encode()):
             headers = {"WWW-Authenticate": "Bearer"}
             raise Refused(401, "the key is wrong", code="invalid_api_key", headers=headers)
 
@@ -136,6 +136,8 @@ def _showing(service):
     async def show(request: Request) -> Response:
         fields = Fields(parsed(await _body(request, service.settings.body_bytes)))
         vanilla = fields.take("vanilla", a_bool, False)
+        for name in canvas.LACKS & fields.left.keys():
+            raise wrong(name, "a canvas shows one answer, to its end", "unsupported")
         asked = await service.read(read_chat, fields.left)
         events = canvas.events(service, asked, vanilla)
         return await _streamed(request, events, service.settings)

@@ -18,6 +18,8 @@ from .asked import Asked
 from .service import Service
 
 PAGE = Path(__file__).parent / "page.html"
+# Parameters of a chat that are none of a canvas.
+LACKS = frozenset(("logprobs", "n", "stop", "stream"))
 # The page holds all it needs: what it may ask is this server alone.
 PAGE_HEADERS = {
     "Content-Security-Policy": (

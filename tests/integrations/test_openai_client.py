@@ -251,6 +251,24 @@ def ask(served, path, body, content="application/json", headers=None):
     return response.status, json.loads(found) if "json" in kind else found, response.headers
 
 
+def test_the_pages_canvas_and_its_policy(loaded, served):
+    status, page, headers = ask(served, "/", None)
+    assert status == 200 and b"<!doctype html>" in page
+    assert "default-src 'none'" in headers["content-security-policy"]
+    body = {"messages": MESSAGES, "max_tokens": 128}
+    status, found, _ = ask(served, "/canvas", json.dumps(body | {"vanilla": True}))
+    parts = [line[6:] for line in found.decode().splitlines() if line.startswith("data: ")]
+    shape, *steps, last = map(json.loads, parts)
+    answer, tokens, forwards = expected(loaded, QUESTIONS[0], cache="none", rule=Quota(32))
+    assert shape == {"gen_length": 128, "block_length": 32}
+    assert (last["text"], last["tokens"], last["forwards"]) == (answer, tokens, forwards)
+    assert len(steps) == forwards and all(len(step["cells"]) == 1 for step in steps)
+    for name, value in {"n": 2, "stop": "a", "vanilla": 3, "min_p": 1}.items():
+        status, found, _ = ask(served, "/canvas", json.dumps(body | {name: value}))
+        assert status == 400 and found["error"]["param"] == name
+    assert ask(served, "/openapi.json", None)[0] == ask(served, "/docs", None)[0] == 404
+
+
 def test_a_full_line_says_when_to_come_again(loaded):
     hold = threading.Event()
     with serving(loaded, rows=1, queue=1) as served:
