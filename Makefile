@@ -8,10 +8,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-integrations fuzz lint bench bench-e2e gpu-test
+.PHONY: demo serve test test-integrations test-web fuzz lint bench bench-e2e gpu-test
 
 demo: $(VENV)/installed
 	@$(RUN) -m fastdllm generate --compare --demo
+
+# OpenAI's API on http://127.0.0.1:8000/v1; SERVE adds options (--model, --port).
+serve: $(VENV)/serve-tools
+	@$(RUN) -m fastdllm serve $(SERVE)
 
 test: $(VENV)/test-tools
 	$(RUN) -m pytest -n auto --maxprocesses 8
@@ -21,9 +25,13 @@ lint: $(VENV)/test-tools
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# Against the real lm-eval, which brings much along.
-test-integrations: $(VENV)/test-tools $(VENV)/eval-tools
+# Against the real lm-eval and Ray, which bring much along, and OpenAI's client against the server.
+test-integrations: $(VENV)/test-tools $(VENV)/eval-tools $(VENV)/serve-test-tools $(VENV)/ray-tools
 	$(RUN) -m pytest tests/integrations
+
+# The server's page in a headless Chromium, where there is one: Debian's package chromium.
+test-web: $(VENV)/test-tools $(VENV)/web-test-tools
+	$(RUN) -m pytest tests/web
 
 # Random decodes and kernel calls against oracles, some ten minutes on two cores; FUZZ adds options (--device cuda).
 fuzz: $(VENV)/test-tools

@@ -15,6 +15,14 @@ TEST = [
     "matplotlib>=3.8",
 ]
 
+SERVE = [
+    "fastapi>=0.115",
+    "jinja2>=3.1",
+    "prometheus-client>=0.20",
+    "sse-starlette>=3.3",
+    "uvicorn>=0.30",
+]
+
 setup(
     name="fastdllm",
     version="0.1.0",
@@ -27,7 +35,7 @@ setup(
     packages=["fastdllm_kernels", *find_packages(include=["fastdllm", "fastdllm.*"])],
     package_dir={"fastdllm_kernels": "kernels/fastdllm_kernels"},
     package_data={
-        "fastdllm": ["py.typed", "assets/*.txt", "assets/*/*"],
+        "fastdllm": ["py.typed", "assets/*.txt", "assets/*/*", "serve/page.html"],
         "fastdllm_kernels": ["py.typed"],
     },
     install_requires=[
@@ -44,6 +52,10 @@ setup(
         "test": TEST,
         "bench": ["matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=5"],
         "eval": ["lm-eval>=0.4.13"],
+        "serve": SERVE,
+        "ray": [*SERVE, "ray[data,serve]>=2.50"],
+        "serve-test": [*SERVE, "openai>=1.60"],
+        "web-test": [*SERVE, "playwright>=1.48"],
         "flash-attn": ["flash-attn"],
     },
     entry_points={"console_scripts": ["fastdllm = fastdllm.__main__:main"]},

@@ -1,22 +1,22 @@
-"""The command line: `fastdllm generate`, `fastdllm eval` and `fastdllm info`.
+"""The command line: `fastdllm generate`, `chat`, `serve`, `batch`, `eval` and `info`.
 
 Exit codes: 0; 1 when something fails (a model that cannot be loaded); 2 when the call is wrong; 130
 when interrupted. An error is one line on standard error, with a traceback only under --debug.
 """
 
-import argparse
 import io
 import json
 import os
 import platform
 import sys
 import traceback
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -24,20 +24,11 @@ import fastdllm
 from fastdllm_kernels import backend
 
 from . import display, text
-from .arguments import CACHES
-from .checkpoint import AUTO, DTYPE_NAMES
 from .families import FAMILIES
-from .options import (
-    NUMBERS,
-    RULES,
-    UsageError,
-    choose_rule,
-    read_device,
-)
+from .options import UsageError, choose_rule
+from .parser import parser
 
 INTERRUPTED = 130
-
-DTYPES = (AUTO, *DTYPE_NAMES)
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = Namespace(debug=False)
     with _streams():
         try:
-            _parser().parse_args(argv, namespace=args)
+            parser(COMMANDS).parse_args(argv, namespace=args)
             args.command(args)
             sys.stdout.flush()
             return 0
@@ -79,7 +70,7 @@ def generate(args: Namespace) -> None:
     prompts = _prompts(args)
     loaded = text.load(args.model, args.device, args.dtype)
     encoded = [_encode(loaded, prompt, args.raw) for prompt in prompts]
-    view = _view(args)
+    view = _view(args.no_color, args.json)
     if args.compare or loaded.model.device.type == "cuda":
         # Kernels compile and threads start on their first use: that belongs to no run's time.
         _decode(args, loaded, encoded[0], Setting(args.cache, fastdllm.Quota(2), "warm-up"))
@@ -102,6 +93,91 @@ def evaluate(args: Namespace) -> None:
     lm_eval.main(args.task, args.arguments)
 
 
+def chat(args: Namespace) -> None:
+    """Answer one question after another, at a terminal or from standard input."""
+    from .chat import Chat
+
+    rule = choose_rule(vars(args)).rule
+    loaded = text.load(args.model, args.device, args.dtype)
+    positions = min(args.positions, loaded.model.config.max_positions)
+    names = ("gen_length", "temperature", "top_p", "top_k", "seed")
+    options = {"rule": rule} | {name: getattr(args, name) for name in names}
+    engine = fastdllm.Engine(
+        loaded.model,
+        rows=1,
+        positions=positions,
+        block_length=args.block_length,
+        cache=args.cache,
+    )
+    with engine:
+        Chat(loaded, engine, _view(args.no_color), options, args.system).run(_read_line)
+
+
+def _read_line() -> str:
+    """The next line of standard input; EOFError after the last."""
+    if sys.stdin is None:
+        raise EOFError
+    return input("> " if sys.stdin.isatty() else "")
+
+
+def serve(args: Namespace) -> None:
+    """Answer OpenAI's API over HTTP until told to end."""
+    from .serve import server
+
+    settings = {
+        "name": args.name,
+        "rule": choose_rule(vars(args)).rule,
+        "body_bytes": args.body_bytes,
+        "key": _key(args.api_key_env),
+        "origins": tuple(args.allow_origin),
+        "drain_seconds": args.drain_seconds,
+    }
+    server.run(partial(_service, args, **settings), args.host, args.port)
+
+
+def batch(args: Namespace) -> None:
+    """Answer the records of a file, going on where an earlier run ended."""
+    from . import batch
+
+    make = partial(_service, args, rule=choose_rule(vars(args)).rule)
+    if args.ray:
+        from .integrations import ray
+
+        results = ray.results(make, args.workers, args.rows, args.gpus_per_worker)
+    else:
+        results = batch.with_engine(make)
+    counts = batch.run(args.input, args.output, results, in_order=args.in_order, quiet=args.quiet)
+    if counts.broken:
+        raise SystemExit(1)
+
+
+def _service(args: Namespace, **settings: Any) -> Any:
+    """The Service of a model that the command line names. settings: of Settings."""
+    from .serve.service import loaded_service
+
+    return loaded_service(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        rows=args.rows,
+        positions=args.positions,
+        cache=args.cache,
+        queue=args.queue,
+        gen_length=args.gen_length,
+        block_length=args.block_length,
+        **settings,
+    )
+
+
+def _key(name: str | None) -> str | None:
+    """The key in a variable of the environment, where one is named."""
+    if name is None:
+        return None
+    if not os.environ.get(name):
+        raise UsageError(f"--api-key-env: expected a variable with the key, got {name}, not set")
+    return os.environ[name]
+
+
 def info(args: Namespace) -> None:
     """Print versions, device, backend and families."""
     versions: dict[str, str | None] = {
@@ -122,133 +198,14 @@ def info(args: Namespace) -> None:
         print(f"{name:<13} {value or 'not installed'}")
 
 
-class _Parser(ArgumentParser):
-    """An argument parser whose errors are one line, and which takes no abbreviated options."""
-
-    def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
-
-
-def _parser() -> ArgumentParser:
-    parser = _Parser(prog="fastdllm", description=fastdllm.__doc__)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    about = commands.add_parser("info", help="show versions, device and backend")
-    task = commands.add_parser("eval", help="run lm-eval on a task")
-    command = commands.add_parser("generate", help="decode a prompt and show how")
-    for made, run in ((about, info), (task, evaluate), (command, generate)):
-        made.set_defaults(command=run)
-        made.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    for made in (about, command):
-        made.add_argument(
-            "--json", action="store_true", help="print JSON objects and nothing else, one a prompt"
-        )
-    task.add_argument(
-        "task", metavar="TASK", help="a task of lm-eval, several with commas, or a task's YAML file"
-    )
-    task.add_argument(
-        "arguments",
-        nargs=argparse.REMAINDER,
-        metavar="...",
-        help="lm-eval's arguments: --model_args ...",
-    )
-    _add_prompt(command)
-    _add_model(command)
-    _add_decoding(command)
-    _add_sampling(command)
-    _add_display(command)
-    return parser
-
-
-def _add_prompt(command: ArgumentParser) -> None:
-    add = command.add_argument
-    add("prompt", nargs="?", metavar="PROMPT", help="the prompt; absent or '-': standard input")
-    add("--demo", action="store_true", help="decode the embedded problems")
-    add("--raw", action="store_true", help="do not apply the tokenizer's chat template")
-
-
-def _add_model(command: ArgumentParser) -> None:
-    embedded = " or ".join(text.EMBEDDED)
-    command.add_argument(
-        "--model",
-        default=text.EMBEDDED[0],
-        help=f"{embedded} (embedded), a folder or a hub id (%(default)s)",
-    )
-    command.add_argument(
-        "--device",
-        type=_option(read_device),
-        help="cpu, cuda or cuda:N; default: a GPU where there is one",
-    )
-    command.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        metavar="DTYPE",
-        help=f"{', '.join(DTYPES)} (auto: as stored); default: float32 on a CPU, bfloat16 on a GPU",
-    )
-
-
-def _add_decoding(command: ArgumentParser) -> None:
-    add = command.add_argument
-    add("--cache", choices=CACHES, default="dual", help="keys and values to reuse (%(default)s)")
-    add_rule = command.add_mutually_exclusive_group().add_argument
-    for name, option in RULES.items():
-        add_rule(f"--{name}", type=_option(NUMBERS[name].read), help=option.help)
-    add_rule("--rule", help="any rule as Python would call it: 'Quota(8, \"dream\")', module:name")
-    block, length = NUMBERS["block_length"], NUMBERS["gen_length"]
-    add(
-        "--block-length",
-        type=_option(block.read),
-        default=32,
-        help="tokens per block (%(default)s)",
-    )
-    add(
-        "--gen-length",
-        type=_option(length.read),
-        default=128,
-        help="tokens to decode (%(default)s)",
-    )
-
-
-def _add_sampling(command: ArgumentParser) -> None:
-    def add(name: str, **options: Any) -> None:
-        read = NUMBERS[name.replace("-", "_")].read
-        command.add_argument(f"--{name}", type=_option(read), **options)
-
-    add(
-        "temperature",
-        default=0.0,
-        help="0 takes the best token, above samples (%(default)s)",
-    )
-    add("top-p", help="sample from this much of the probability")
-    add("top-k", help="sample from so many tokens; 0 or -1: from all")
-    add("seed", help="of the sampling: same seed, same tokens")
-
-
-def _add_display(command: ArgumentParser) -> None:
-    command.add_argument(
-        "--compare",
-        action="store_true",
-        help="decode one token a step without a cache first, and compare",
-    )
-    command.add_argument(
-        "--no-color",
-        action="store_true",
-        help="plain text, no frames (also: NO_COLOR, or no terminal)",
-    )
-
-
-def _option(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """An argparse type of a reader from options.py, whose errors argparse shows as they are."""
-
-    def parse(written: str) -> Any:
-        try:
-            return read(written)
-        except UsageError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse
+COMMANDS: dict[str, Callable[[Namespace], None]] = {
+    "info": info,
+    "eval": evaluate,
+    "generate": generate,
+    "chat": chat,
+    "serve": serve,
+    "batch": batch,
+}
 
 
 @contextmanager
@@ -315,11 +272,11 @@ def _encode(loaded: text.TextModel, prompt: str, raw: bool) -> list[int]:
     return ids
 
 
-def _view(args: Namespace) -> display.View:
+def _view(no_color: bool, json: bool = False) -> display.View:
     """Frames at a terminal that has colours, plain text elsewhere, nothing beside JSON."""
-    colourless = args.no_color or os.environ.get("NO_COLOR") or not sys.stdout.isatty()
-    console = None if args.json or colourless else display.terminal()
-    return display.View(console, quiet=args.json)
+    colourless = no_color or os.environ.get("NO_COLOR") or not sys.stdout.isatty()
+    console = None if json or colourless else display.terminal()
+    return display.View(console, quiet=json)
 
 
 def _decode(
@@ -377,20 +334,7 @@ def _run(
         on_step = None if frames is None else frames.on_step
         generation = _decode(args, loaded, ids, setting, on_step)
     seconds = generation.seconds - (0.0 if frames is None else frames.seconds)
-    written = loaded.written(generation.tokens[0][len(ids) :].tolist())
-    refreshes = int(generation.refreshes[0])
-    cached_steps = int(generation.cached_steps[0])
-    forwards = refreshes + cached_steps
-    run: dict[str, Any] = {
-        "text": loaded.decode(written),
-        "tokens": len(written),
-        "forwards": forwards,
-        "refreshes": refreshes,
-        "cached_steps": cached_steps,
-        "tokens_per_forward": len(written) / forwards,
-        "tokens_per_second": len(written) / seconds,
-        "seconds": seconds,
-    }
+    run = display.run_of(loaded, generation, seconds)
     view.answer(run["text"], frames)
     view.line(display.summary(run), "dim")
     return run

@@ -1,4 +1,5 @@
-"""What `fastdllm generate` shows: the canvas while it is denoised, and the lines that sum a run up.
+"""What `fastdllm generate` and `chat` show: the canvas while it is denoised, and the lines that sum
+a run up.
 
 A `View` prints text only (a pipe, a file, --no-color), or draws frames on a console of rich, which
 is imported only then. It knows nothing of how a run is made.
@@ -9,6 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, NamedTuple
+
+from .decode import Generation
+from .text import TextModel
 
 MASK = "░"
 STOP = "·"
@@ -157,6 +161,26 @@ class Frames:
                 break
             whole.append(piece.text, piece.colour)
         return whole
+
+
+def run_of(loaded: TextModel, generation: Generation, seconds: float) -> dict[str, Any]:
+    """What the run of one prompt came to, seconds long; only tokens before the first end of text
+    count.
+    """
+    (canvas,), (prompt_length,) = generation.tokens, generation.prompt_lengths
+    written = loaded.written(canvas[prompt_length:].tolist())
+    refreshes, cached_steps = int(generation.refreshes[0]), int(generation.cached_steps[0])
+    forwards = refreshes + cached_steps
+    return {
+        "text": loaded.decode(written),
+        "tokens": len(written),
+        "forwards": forwards,
+        "refreshes": refreshes,
+        "cached_steps": cached_steps,
+        "tokens_per_forward": len(written) / forwards,
+        "tokens_per_second": len(written) / seconds,
+        "seconds": seconds,
+    }
 
 
 def summary(run: Mapping[str, Any]) -> str:

@@ -71,7 +71,13 @@ class Request:
     raised by all of these.
     """
 
-    def __init__(self, engine: "Engine", row: Row, deadline: float | None):
+    def __init__(
+        self,
+        engine: "Engine",
+        row: Row,
+        deadline: float | None,
+        on_final: Callable[[list[int]], object] | None,
+    ):
         self._engine = engine
         self._row = row
         self._submitted = time.perf_counter()
@@ -80,6 +86,7 @@ class Request:
         self._changed = threading.Condition()
         self._final: list[int] = []
         self._watchers: list[Callable[[], object]] = []
+        self._on_final = on_final
         self._cancelled = False
         self._over = False  # its end is decided; both change under the engine's lock
 
@@ -151,7 +158,24 @@ class Request:
                 self._watchers.remove(wake)
 
     def _advance(self) -> int:
-        """Publish what has become final; how many tokens that is."""
+        """Publish what has become final, and ask whether the text ends there; how many tokens."""
+        new = self._publish()
+        if not new or self._on_final is None:
+            return new
+        row = self._row
+        try:
+            ends = self._on_final(list(self._final))
+        except Exception as error:
+            row.done, row.failure = True, error
+            return new
+        if ends and not row.done:
+            end = row.prompt_length + len(self._final)
+            self._engine._schedule.end(row, end, self._engine._end_id)
+            new += self._publish()
+        return new
+
+    def _publish(self) -> int:
+        """Hand out what has become final; how many tokens that is."""
         row = self._row
         first = row.prompt_length + len(self._final)
         end = row.total if row.done else row.start
@@ -245,6 +269,7 @@ class Engine:
                 space=self._space,
             )
         self._decoder = Decoder(forward, self._schedule)
+        self._end_id = config.stop_ids[0] if config.stop_ids else config.mask_id
         self._running: dict[Row, Request] = {}
         self._waiting: deque[Request] = deque()
         self._calls: deque[tuple[Callable, Future]] = deque()
@@ -267,14 +292,17 @@ class Engine:
         seed: int | None = None,
         stop_ids: Iterable[int] | None = None,
         on_step: Callable[[StepEvent], object] | None = None,
+        on_final: Callable[[list[int]], object] | None = None,
         deadline: float | None = None,
     ) -> Request:
         """Put a request in line; from any thread. Returns at once.
 
         prompt: a 1-D sequence of token ids. deadline: seconds from now, after which the request
         fails with TimeoutError. on_step is called in the loop's thread with the events of this
-        request alone (its row is 0). The others are those of `fastdllm.generate`, whose tokens for
-        this prompt alone the request gets.
+        request alone (its row is 0). on_final is called there too, whenever more tokens are final,
+        with all generated ones that are; where it answers with something true, the text ends after
+        them: what follows becomes the model's first stop id. The others are those of
+        `fastdllm.generate`, whose tokens for this prompt alone the request gets.
 
         Raises what `generate` raises, ValueError where prompt and generation are longer than the
         engine's positions, QueueFull and EngineClosed.
@@ -290,6 +318,7 @@ class Engine:
             seed=seed,
             stop_ids=stop_ids,
             on_step=on_step,
+            on_final=on_final,
             deadline=deadline,
         )
         self._line_up([request], self.queue)
@@ -308,6 +337,7 @@ class Engine:
         seed=None,
         stop_ids=None,
         on_step=None,
+        on_final=None,
         deadline=None,
     ) -> Request:
         """A Request of checked arguments, not yet in line."""
@@ -321,12 +351,13 @@ class Engine:
         check_rule(rule, 1)
         row.stops = frozenset(arguments.stop_tokens(stop_ids, config))
         arguments.function("on_step", on_step)
+        arguments.function("on_final", on_final)
         if deadline is not None:
             arguments.number("deadline", deadline, above=0)
         sampling = sampling_of(config, rule, score, temperature, top_p, top_k)
         (of_row,) = sampling_of_rows(sampling, 1, seed)
         row.options = RowOptions(of_row, 0, None if on_step is None else Listener(on_step))
-        return Request(self, row, deadline)
+        return Request(self, row, deadline, on_final)
 
     def _line_up(self, requests, most):
         """Put requests in line together, if no more than `most` wait then."""
@@ -398,6 +429,11 @@ class Engine:
                 "capture_seconds": self._space.capture_seconds,
                 "bytes": sum(tensor.numel() * tensor.element_size() for tensor in held),
             }
+
+    @property
+    def closed(self) -> bool:
+        """Whether no more requests are taken: it was closed, or its device has failed."""
+        return self._closed is not None
 
     def close(self, *, drain: bool = True) -> None:
         """Take no more requests, and return when the loop's thread has ended.

@@ -119,11 +119,18 @@ class Schedule:
         row.cached_steps += not refreshed
         row.text[row.start : row.end] = tokens
         if self._stopped(row):
-            row.done = True
-        elif self.mask_id in tokens:
+            return
+        if self.mask_id in tokens:
             row.step += 1
         else:
             self._open_block(row, row.end)
+
+    def end(self, row: Row, position: int, token: int) -> None:
+        """End the row's text before `position`: what follows becomes `token`."""
+        for later in range(position, row.total):
+            if later not in row.given:
+                row.text[later] = token
+        row.done = True
 
     def _open_block(self, row, position):
         """The block that begins with the first mask at `position` or after it."""
@@ -159,7 +166,7 @@ class Schedule:
         return self.cache != "none" and self.logit_shift > 0
 
     def _stopped(self, row):
-        """Whether the text has ended: at its first stop id, once nothing before it is masked. What
+        """Whether the text ends now: at its first stop id, once nothing before it is masked. What
         follows becomes that id.
         """
         for position in range(row.start, row.end):
@@ -167,8 +174,6 @@ class Schedule:
             if token == self.mask_id:
                 return False
             if token in row.stops and position not in row.given:
-                for later in range(position + 1, row.total):
-                    if later not in row.given:
-                        row.text[later] = token
+                self.end(row, position + 1, token)
                 return True
         return False

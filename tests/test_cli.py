@@ -181,6 +181,17 @@ BAD_CALLS = [
     (["generate"], "the prompt is empty"),
     (["generate", "-"], "the prompt is empty"),
     (["info", "--model", "x"], "--model"),
+    (["serve", "--port", "70000"], "--port: expected an integer in [0, 65535], got '70000'"),
+    (["serve", "--rows", "0"], "--rows: expected an integer >= 1"),
+    (["serve", "--rule", "Nothing(0.9)"], "rule: expected Threshold, Factor, Quota"),
+    (["serve", "--api-key-env", "NO_SUCH_KEY"], "got NO_SUCH_KEY, not set"),
+    (["serve", "--drain-seconds", "-1"], "--drain-seconds: expected a number >= 0"),
+    (["chat", "--positions", "many"], "--positions: expected an integer >= 1"),
+    (["chat", "--rule", "Quota(0)"], "rule: Quota.steps"),
+    (["batch", "nowhere.jsonl"], "--output"),
+    (["batch", "nowhere.jsonl", "--output", os.devnull], "cannot read nowhere.jsonl"),
+    (["batch", "x", "--output", os.devnull, "--rule", "Quota(0)"], "rule: Quota.steps"),
+    (["batch", "x", "--output", "y", "--workers", "0"], "--workers: expected an integer >= 1"),
 ]
 
 
@@ -526,7 +537,11 @@ def test_tokens_after_the_first_end_of_text_do_not_count(call, monkeypatch):
     ids = [2 + LETTERS.index(letter) for letter in "hi 42"]
     tokens = torch.tensor(ids + [STOP_ID, ids[0], STOP_ID])
     generation = SimpleNamespace(
-        tokens=[tokens], refreshes=torch.tensor([1]), cached_steps=torch.tensor([1]), seconds=0.5
+        tokens=[tokens],
+        prompt_lengths=[2],
+        refreshes=torch.tensor([1]),
+        cached_steps=torch.tensor([1]),
+        seconds=0.5,
     )
     monkeypatch.setattr(fastdllm, "generate", lambda *_, **__: generation)
     run = written("hi", call=call)

@@ -219,6 +219,29 @@ def test_failure_stays_with_its_request():
         assert_as_alone(again, alone(model, prompts[2], {"block_length": 4}, **options))
 
 
+def test_on_final_sees_what_becomes_final_and_ends_the_text():
+    model, config, _ = case("llada")
+    (prompt,) = random_prompts(config, (5,), 2)
+    options = {"gen_length": 12, "rule": Quota(4), "stop_ids": ()}
+    expected = alone(model, prompt, {"block_length": 4}, **options)
+    whole, seen = expected.tokens[0][5:].tolist(), []
+    with Engine(model, rows=1, positions=64, block_length=4) as engine:
+        watched = engine.submit(prompt, **options, on_final=seen.append)
+        assert_as_alone(watched, expected)
+        ended = engine.submit(prompt, **options, on_final=lambda tokens: len(tokens) >= 4)
+        done = ended.result(timeout=60)
+        bad = engine.submit(prompt, **options, on_final=lambda tokens: tokens[99])
+        with pytest.raises(IndexError):
+            bad.result(timeout=60)
+        assert engine.stats()["busy"] == 0
+    assert seen == [whole[: len(tokens)] for tokens in seen] and seen[-1] == whole
+    assert sorted({len(tokens) for tokens in seen}) == [len(tokens) for tokens in seen]
+    kept = next(len(tokens) for tokens in seen if len(tokens) >= 4)
+    filled = [model.config.stop_ids[0]] * (12 - kept)
+    assert done.tokens[0][5:].tolist() == whole[:kept] + filled == list(ended)
+    assert int(done.nfe) < int(expected.nfe)
+
+
 def test_a_nan_fails_its_own_row(monkeypatch):
     model, config, _ = case("llada")
     prompts = random_prompts(config, (6, 6), 3)
@@ -309,6 +332,7 @@ def test_bad_input_is_refused_before_any_work():
             ({"seed": 1.5}, TypeError),
             ({"stop_ids": [400]}, ValueError),
             ({"on_step": 3}, TypeError),
+            ({"on_final": 3}, TypeError),
             ({"deadline": 0}, ValueError),
         ):
             with pytest.raises(error, match=next(iter(wrong))):

@@ -41,12 +41,30 @@ FLOORS = {
     "fastdllm.options": 5,
     "fastdllm.text": 5,
     "fastdllm.integrations": 5,
+    "fastdllm.batch": 5,
+    "fastdllm.chat": 5,
+    "fastdllm.records": 5,
     "fastdllm.cli": 5,
+    "fastdllm.parser": 5,
+    "fastdllm.serve": 5,
     "fastdllm.display": 5,
     "fastdllm.__main__": 5,
     "fastdllm": 5,  # the package itself gathers the public names: only the top floor may lean on it
 }
-LAZY = {"transformers", "tokenizers", "huggingface_hub", "rich", "sglang", "lm_eval"}
+LAZY = {
+    "fastapi",
+    "huggingface_hub",
+    "lm_eval",
+    "prometheus_client",
+    "ray",
+    "rich",
+    "sglang",
+    "sse_starlette",
+    "starlette",
+    "tokenizers",
+    "transformers",
+    "uvicorn",
+}
 EVERYWHERE = {"torch", "safetensors", "fastdllm_kernels", "fastdllm"}
 FUNCTION_LINES = 60
 

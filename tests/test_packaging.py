@@ -75,7 +75,7 @@ def test_the_wheel_holds_both_packages_and_the_models(wheel):
         <= names
     )
     assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
-    assert {"fastdllm/py.typed", "fastdllm_kernels/py.typed"} <= names
+    assert {"fastdllm/py.typed", "fastdllm_kernels/py.typed", "fastdllm/serve/page.html"} <= names
 
 
 def test_the_wheel_works_beside_the_kernels_client(wheel, tmp_path):

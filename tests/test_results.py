@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import report as kernels  # noqa: E402
 import tables  # noqa: E402
+from load_parts import report as load  # noqa: E402
 from quality import evaluate  # noqa: E402
 from race import replaced_report  # noqa: E402
 from race import report as requests  # noqa: E402
@@ -39,7 +40,7 @@ def test_the_index_shows_what_the_files_hold(mark, text):
     assert tables.between_marks(INDEX, mark) == text()
 
 
-KINDS = ("kernels", "end-to-end", "replaced-models", "tiny")
+KINDS = ("kernels", "end-to-end", "load", "replaced-models", "tiny")
 REPORTED = [path for kind in KINDS for path in sorted(RESULTS.glob(f"{kind}-*.json"))]
 
 
@@ -48,6 +49,8 @@ def reported(path):
     if path.name.startswith("kernels"):
         return kernels.markdown(*kernels.load(path))
     results = json.loads(path.read_text())
+    if path.name.startswith("load"):
+        return load.markdown(results)
     if path.name.startswith("replaced"):
         return replaced_report.markdown(results)
     if path.name.startswith("end-to-end"):
