@@ -187,8 +187,9 @@ class Forward:
             # The block's own positions: one shape for all such steps.
             width, ragged, patience = self.block_length, True, 0
         elif len(works) * width <= self._launch_bound():
-            # Ragged even where it is not: half as many graphs.
-            width, ragged, patience = -(-width // LENGTHS) * LENGTHS, True, PATIENCE
+            # Ragged even where it is not: half as many graphs. The canvas holds no more.
+            padded = -(-width // LENGTHS) * LENGTHS
+            width, ragged, patience = min(padded, self.canvas.shape[1]), True, PATIENCE
         every_row = list(slots) == list(range(len(self.canvas)))
         alike = len({(work.origin, work.length, work.visible) for work in works}) == 1
         shared = first.refresh and every_row and alike and not ragged

@@ -190,12 +190,14 @@ def test_a_process_that_dies_or_hangs_is_a_failure(how, text, capsys):
     assert "--seed 5 --device cpu --only decode:7" in capsys.readouterr().err
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, device):
     command = [sys.executable, Path(fuzz.__file__), "--decodes", "3", "--kernel-calls", "2"]
-    command += ["--engines", "2"]
+    command += ["--engines", "2", "--device", device.type]
     out = tmp_path / "fuzz.json"
     subprocess.run([*command, "--seed", "1", "--processes", "1", "--out", out], check=True)
     report = json.loads(out.read_text())
     assert report["done"] == {"decode": 3, "engine": 2, "kernel": 2} and not report["failures"]
     assert sum(report["options"]["decode cache"].values()) == 3
-    assert report["seed"] == 1 and report["kernels"] == "interpreted"
+    assert report["seed"] == 1 and report["kernels"] == (
+        "interpreted" if device.type == "cpu" else "compiled"
+    )

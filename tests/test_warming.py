@@ -63,6 +63,22 @@ def test_a_stream_after_it_captures_nothing(family, cache, policy, launch_bound)
     for done, (_, prompt, own) in zip(results, submitted, strict=True):
         expected = fastdllm.generate(plain, [prompt], graph=False, **options, **own)
         assert torch.equal(done.nfe, expected.nfe)
+        assert torch.equal(done.tokens[0], expected.tokens[0])
+
+
+def test_a_padded_length_is_no_longer_than_the_canvas(launch_bound, monkeypatch):
+    monkeypatch.setattr(forward, "LENGTHS", 64)
+    monkeypatch.setitem(forward.LAUNCH_BOUND, "cpu", 64)
+    options = {"block_length": 4, "cache": "prefix"}
+    own = {"gen_length": 8, "rule": Quota(4), "stop_ids": ()}
+    prompts = random_prompts(tiny.LLADA, (6, 4), 0)
+    with Engine(model_of("llada"), rows=2, positions=14, **options) as engine:
+        requests = [engine.submit(prompt, **own) for prompt in prompts]
+        together = [request.result(timeout=60).tokens[0] for request in requests]
+    assert max(shape.width for shape, _ in launch_bound) == 18
+    for prompt, tokens in zip(prompts, together, strict=True):
+        alone = fastdllm.generate(model_of("llada"), [prompt], graph=False, **options, **own)
+        assert torch.equal(tokens, alone.tokens[0])
 
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])

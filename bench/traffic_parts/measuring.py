@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
-import timing
 import torch
 from race.measure import cached_steps, ms_on_gpu
 from race.shapes import BLOCK
@@ -209,7 +208,7 @@ def host_share(answering: Answering) -> list[dict]:
         model = answering.alone if count == 1 else answering.batched
         count = min(count, size.rows)
         taken = _turns(model, [one.prompt] * count, size.turns)
-        replay = ms_on_gpu(cached_steps(model)[-1]) if timing.ON_GPU else None
+        replay = ms_on_gpu(cached_steps(model)[-1]) if model.device.type == "cuda" else None
         rows.append(
             {"rows": count, "turns": len(taken), "ms_turn": median(taken), "ms_replay": replay}
         )
