@@ -16,6 +16,7 @@ from fastdllm_kernels.rules import (
     fixed_values,
     per_row_fields,
     row_values,
+    score_of,
     with_row_values,
 )
 
@@ -94,7 +95,7 @@ class RowSampling(NamedTuple):
 def sampling_of(
     config: ModelConfig,
     rule: Rule,
-    score: str,
+    score: str | None,
     temperature: float,
     top_p: float | None,
     top_k: int | None,
@@ -102,7 +103,9 @@ def sampling_of(
     """The Sampling that these arguments of `generate` ask for. TypeError and ValueError, naming the
     argument.
     """
-    arguments.choice("score", score, SCORES)
+    if score is not None:
+        arguments.choice("score", score, SCORES)
+    score = score_of(rule, score)
     temperature = arguments.number("temperature", temperature, at_least=0)
     if temperature:
         temperature = float(min(max(temperature, COLDEST), HOTTEST))

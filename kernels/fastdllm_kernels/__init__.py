@@ -25,7 +25,11 @@ from .pointwise import (
     swiglu_reference,
 )
 from .rules import (
+    EntropyBound,
     Factor,
+    Frechet,
+    Neighbours,
+    ProgressThreshold,
     Quota,
     Threshold,
     branch_of,
@@ -35,6 +39,7 @@ from .rules import (
     per_row,
     per_row_fields,
     row_values,
+    score_of,
     with_row_values,
 )
 from .select import (
@@ -55,9 +60,13 @@ from .select import (
 __all__ = [
     "SCORES",
     "Confidence",
+    "EntropyBound",
     "Factor",
     "Fp8Weight",
+    "Frechet",
+    "Neighbours",
     "Partials",
+    "ProgressThreshold",
     "Quota",
     "Selection",
     "Threshold",
@@ -85,6 +94,7 @@ __all__ = [
     "rope_to_cache",
     "rope_to_cache_reference",
     "row_values",
+    "score_of",
     "swiglu",
     "swiglu_reference",
     "token_confidence",

@@ -14,13 +14,14 @@ The class says the rest itself, once, in its body:
     tau: float | torch.Tensor = per_row(0.9)   a field that may be a [B] tensor, one entry a row
     schedule: str = "even"                     any other field is fixed for a whole launch
     branch: ClassVar[str] = "threshold"        the rule's branch in the select kernel, if any
+    score: ClassVar[str] = "entropy"           the one score that it reads, where not any will do
 
 Without a branch `commit` runs after the scoring, in PyTorch, and the mask it returns is checked.
 With one the kernel decides (`select_triton._chosen`) and `commit` is its reference. A subclass does
 not inherit the branch: its `commit` may differ.
 
 Source: Fast-dLLM (arXiv 2505.22618), sections 3.3 and 4 (threshold, factor); LLaDA's and Dream's
-own samplers (quota).
+own samplers (quota); the others name theirs.
 """
 
 import ast
@@ -36,6 +37,7 @@ import torch
 FLOAT32 = torch.finfo(torch.float32)
 SMALLEST_FLOAT32 = 2.0**-149
 LARGEST_COUNT = 2**24  # float32 holds every integer up to here
+FAR = 2**30  # from any position further than a count says
 
 
 def per_row(default: Any = dataclasses.MISSING, dtype: torch.dtype = torch.float32) -> Any:
@@ -141,6 +143,121 @@ def _dream_time(i, steps):
     return torch.where(2 * i < steps + 1, 1 + stride * i, 0.001 - stride * (steps - i))
 
 
+@dataclass(frozen=True, eq=False)
+class Frechet:
+    """Commit the best max(1, n) candidates, n the largest with G(n) > delta.
+
+    G(n) = c(1) + .. + c(n) - (n - 1) - (1 - c(n)) of the scores c(1) >= c(2) >= ...: Frechet's
+    bound on the probability that n tokens are right together, less the doubt about the last. Where
+    all are equal it is `Factor(1 - delta)`; beside surer ones a token passes that `Factor` bars.
+
+    delta: a number in [0, 1], or a [B] tensor; .02 to .30 by task, as published. Scores are those
+    of which 1 is certain: not the entropy. Source: Fast-dLLM++, arXiv 2606.02955.
+    """
+
+    delta: float | torch.Tensor = per_row(0.25)
+    branch: ClassVar[str] = "frechet"
+
+    def __post_init__(self):
+        _check_number("Frechet.delta", self.delta, at_least=0, at_most=1)
+
+    def commit(self, scores, candidates, step):
+        """The commit mask [B, T] for scores [B, T], candidates [B, T] and step [B]."""
+        ranks = _ranks(scores, candidates)
+        # Of scores in [0, 1] fp32 holds these, and their sums below 1, without rounding; a sum of 1
+        # or more fails, however it is rounded. So the order of the additions changes nothing.
+        doubt = (1 - scores).clamp(min=0).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        passes = 1 - (_sums_ahead(doubt, ranks) + 2 * doubt) > _column(self.delta, scores)
+        return candidates & (passes | (ranks == 0))
+
+
+@dataclass(frozen=True, eq=False)
+class EntropyBound:
+    """Commit the longest leading run of candidates, in ascending order of their entropies, whose
+    sum less its largest is <= gamma: what the tokens can still tell about one another.
+
+    gamma: a number >= 0, or a [B] tensor, in nats; .001 to .1 as published, 0 commits one token a
+    step but for those that are certain. The score is the negative entropy. Source: EB-sampler,
+    arXiv 2505.24857.
+    """
+
+    gamma: float | torch.Tensor = per_row(0.01)
+    branch: ClassVar[str] = "entropy_bound"
+    score: ClassVar[str] = "entropy"
+
+    def __post_init__(self):
+        _check_number("EntropyBound.gamma", self.gamma, at_least=0)
+
+    def commit(self, scores, candidates, step):
+        """The commit mask [B, T] for scores [B, T], candidates [B, T] and step [B]."""
+        ranks = _ranks(scores, candidates)
+        # float64, so that the order of the additions decides nothing.
+        entropy = (-scores).clamp(min=0).nan_to_num(nan=torch.inf, posinf=torch.inf).double()
+        # The run's largest is its last. Sums rise, so those that pass are exactly the leading ones.
+        return candidates & (_sums_ahead(entropy, ranks) <= _column32(self.gamma, scores))
+
+
+@dataclass(frozen=True, eq=False)
+class ProgressThreshold:
+    """`Threshold(tau (1 - alpha (1 - r)))`, r the share of the block that is still masked; 1 in a
+    block's first forward.
+
+    tau >= 0 and alpha in [0, 1]: numbers, or [B] tensors; as published .9 and .3, on GSM8K .4 to
+    .6. r counts the candidates of T positions: a block that had fewer masks from the start, as a
+    canvas's last may, is taken for one on its way. Source: Streaming-dLLM, arXiv 2601.17917.
+    """
+
+    tau: float | torch.Tensor = per_row(0.9)
+    alpha: float | torch.Tensor = per_row(0.3)
+    branch: ClassVar[str] = "progress"
+
+    def __post_init__(self):
+        _check_number("ProgressThreshold.tau", self.tau, at_least=0)
+        _check_number("ProgressThreshold.alpha", self.alpha, at_least=0, at_most=1)
+
+    def commit(self, scores, candidates, step):
+        """The commit mask [B, T] for scores [B, T], candidates [B, T] and step [B]."""
+        masks = candidates.sum(1, keepdim=True).to(torch.float32)
+        # By a tensor: a division by a number may be a product with its inverse.
+        share = masks / torch.full_like(masks, scores.shape[1])
+        share = torch.where(step[:, None] == 0, 1, share)
+        tau, alpha = _column32(self.tau, scores), _column32(self.alpha, scores)
+        sure = scores >= tau * (1 - alpha * (1 - share))
+        return candidates & (sure | (_ranks(scores, candidates) == 0))
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbours:
+    """Commit every anchor, a candidate with score >= `anchor`; every candidate at most `distance`
+    positions from one whose score is >= `near`; and always the best one.
+
+    anchor, near: numbers, infinity included, or [B] tensors. distance: an integer in [0, 2^24], or
+    a [B] integer tensor. The defaults are the published ones. Source: LocalLeap, arXiv 2510.07081.
+    """
+
+    anchor: float | torch.Tensor = per_row(0.9)
+    near: float | torch.Tensor = per_row(0.75)
+    distance: int | torch.Tensor = per_row(4, dtype=torch.int64)
+    branch: ClassVar[str] = "neighbours"
+
+    def __post_init__(self):
+        _check_number("Neighbours.anchor", self.anchor, at_most=torch.inf)
+        _check_number("Neighbours.near", self.near, at_most=torch.inf)
+        _check_count("Neighbours.distance", self.distance, at_least=0)
+
+    def commit(self, scores, candidates, step):
+        """The commit mask [B, T] for scores [B, T], candidates [B, T] and step [B]."""
+        anchors = candidates & (scores >= _column(self.anchor, scores))
+        position = torch.arange(scores.shape[1], device=scores.device)
+        # The nearest anchor on either side, or a place that is near none.
+        before = torch.where(anchors, position, -FAR).cummax(1).values
+        after = torch.where(anchors, position, FAR).flip(1).cummin(1).values.flip(1)
+        away = torch.minimum(position - before, after - position)
+        distance = torch.as_tensor(self.distance, device=scores.device).reshape(-1, 1)
+        helped = (away <= distance) & (scores >= _column(self.near, scores))
+        return candidates & (anchors | helped | (_ranks(scores, candidates) == 0))
+
+
 def _ranks(scores, candidates):
     """Each candidate's place [B, T] in descending score, 0 the best, ties to the lower position.
 
@@ -155,6 +272,13 @@ def _ranks(scores, candidates):
     return torch.argsort(by_score.gather(1, first), dim=1)
 
 
+def _sums_ahead(amounts, ranks):
+    """For each position the sum of the amounts [B, T] of those that rank before it."""
+    in_order = torch.zeros_like(amounts).scatter(1, ranks, amounts)
+    before = torch.nn.functional.pad(in_order.cumsum(1)[:, :-1], (1, 0))
+    return before.gather(1, ranks)
+
+
 def _column(value, scores):
     """A rule's parameter as something that broadcasts over [B, T]."""
     if isinstance(value, torch.Tensor):
@@ -162,9 +286,14 @@ def _column(value, scores):
     return value
 
 
-def _check_number(name, value, above=-torch.inf, at_most=FLOAT32.max):
-    """A number in (above, at_most], or a tensor of them, that neither overflows nor vanishes in
-    float32. Tensors are read where that costs nothing, on the CPU.
+def _column32(value, scores):
+    """The same as a float32 tensor, for arithmetic that a kernel repeats."""
+    return torch.as_tensor(value, dtype=torch.float32, device=scores.device).reshape(-1, 1)
+
+
+def _check_number(name, value, *, above=-torch.inf, at_least=-torch.inf, at_most=FLOAT32.max):
+    """A number in that range, or a tensor of them, that neither overflows nor vanishes in float32;
+    infinity where at_most is. Tensors are read where that costs nothing, on the CPU.
     """
     if isinstance(value, torch.Tensor):
         if not value.is_floating_point():
@@ -178,17 +307,25 @@ def _check_number(name, value, above=-torch.inf, at_most=FLOAT32.max):
     else:
         values = [value]
     for number in values:
-        in_range = number == at_most or (above < number and abs(number) <= FLOAT32.max)
-        if not in_range or 0 < abs(number) < SMALLEST_FLOAT32:
-            bound = "" if above == -torch.inf else f" above {above}"
+        in_range = above < number and at_least <= number <= at_most
+        held = number == at_most or abs(number) <= FLOAT32.max
+        if not in_range or not held or 0 < abs(number) < SMALLEST_FLOAT32:
             raise ValueError(
-                f"{name}: expected numbers{bound} that float32 holds (size {SMALLEST_FLOAT32:.1e} "
-                f"to {FLOAT32.max:.1e}), got {number}"
+                f"{name}: expected numbers{_range_words(above, at_least, at_most)} that float32 "
+                f"holds (size {SMALLEST_FLOAT32:.1e} to {FLOAT32.max:.1e}), got {number}"
             )
 
 
-def _check_count(name, value):
-    """An int in [1, LARGEST_COUNT], or an integer tensor of them."""
+def _range_words(above, at_least, at_most):
+    if above > -torch.inf:
+        return f" above {above}"
+    if at_least == -torch.inf:
+        return ""
+    return f" >= {at_least}" if at_most >= FLOAT32.max else f" in [{at_least}, {at_most}]"
+
+
+def _check_count(name, value, at_least=1):
+    """An int in [at_least, LARGEST_COUNT], or an integer tensor of them."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name}: expected an integer tensor, got {value.dtype}")
@@ -201,8 +338,10 @@ def _check_count(name, value):
     else:
         values = [value]
     for number in values:
-        if not 1 <= number <= LARGEST_COUNT:
-            raise ValueError(f"{name}: expected an int in [1, {LARGEST_COUNT}], got {number}")
+        if not at_least <= number <= LARGEST_COUNT:
+            raise ValueError(
+                f"{name}: expected an int in [{at_least}, {LARGEST_COUNT}], got {number}"
+            )
 
 
 def _check_held(name, value):
@@ -216,12 +355,13 @@ def _check_held(name, value):
 
 class _Layout(NamedTuple):
     """What a frozen dataclass says of its rules: (name, dtype) of the per-row fields, the names of
-    the others, the branch.
+    the others, the branch, the score.
     """
 
     per_row: tuple[tuple[str, torch.dtype], ...]
     fixed: tuple[str, ...]
     branch: str | None
+    score: str | None
 
 
 _CLASSES: dict[str, type] = {}  # the class of each branch, for `unflatten`
@@ -246,10 +386,14 @@ def _read_layout(kind):
         branch = None
     else:
         _register(branch, kind)
+    score = getattr(kind, "score", None)
+    if not isinstance(score, str) or "score" in fields:
+        score = None
     return _Layout(
         tuple((name, data["per_row"]) for name, data in fields.items() if "per_row" in data),
         tuple(name for name, data in fields.items() if "per_row" not in data),
         branch,
+        score,
     )
 
 
@@ -316,6 +460,19 @@ def branch_of(rule) -> str | None:
     """The name of the rule's branch in the select kernel; None where it has none."""
     layout = _layout(type(rule))
     return layout.branch if layout else None
+
+
+def score_of(rule, asked: str | None = None) -> str:
+    """The score that a rule is asked about: its own, or else the one asked for, by default the
+    confidence. ValueError where these differ.
+    """
+    layout = _layout(type(rule))
+    own = layout.score if layout else None
+    if own is not None and asked not in (None, own):
+        raise ValueError(
+            f"score: expected {own!r}, the one that {type(rule).__name__} reads, got {asked!r}"
+        )
+    return own or asked or "confidence"
 
 
 def row_values(rule, rows: int) -> list[list[float]]:

@@ -22,7 +22,7 @@ import torch
 
 from . import backend, checks
 from .noise import gumbel_noise, inverse_of_rows, uniform
-from .rules import branch_of, check_rule, commit_of, flatten, unflatten
+from .rules import branch_of, check_rule, commit_of, flatten, score_of, unflatten
 
 MOST_IDS = 2**31 - 1  # kernels count columns in int32
 SCORES = ("confidence", "margin", "entropy", "random")
@@ -631,9 +631,9 @@ def confidence_select(
     is never proposed. rule: a frozen dataclass with `commit`, or a function like it (see rules.py);
     parameters may be [B] tensors. A rule without a branch in the kernel commits in PyTorch, after
     the kernels that propose and score, and its mask is checked. candidates [B, T] bool: default
-    tokens == mask_id. score: "confidence", "margin", "entropy" or "random". vocab_size: entries
-    past it are padding. step [B] int64 or int32: the row's step in its block, from 0, which Quota
-    counts by (default 0).
+    tokens == mask_id. score: "confidence", "margin", "entropy" or "random"; a rule that reads one
+    alone refuses the others. vocab_size: entries past it are padding. step [B] int64 or int32: the
+    row's step in its block, from 0, which Quota counts by (default 0).
 
     temperature: a number, or [B] float32; 0 proposes the argmax, above 0 draws from softmax(logits
     / temperature). seed: an int, or [B] int64, the key of a row's draws; needed with a temperature
@@ -656,6 +656,7 @@ def confidence_select(
     checks.tensor("tokens", tokens, (torch.int64,), logits.shape[:2], logits.device)
     checks.written("tokens", tokens)
     check_rule(rule, len(tokens), tokens.device)
+    score_of(rule, score)
     checks.tensor(
         "candidates", candidates, (torch.bool,), tokens.shape, tokens.device, optional=True
     )
