@@ -191,10 +191,13 @@ class EntropyBound:
     def commit(self, scores, candidates, step):
         """The commit mask [B, T] for scores [B, T], candidates [B, T] and step [B]."""
         ranks = _ranks(scores, candidates)
-        # float64, so that the order of the additions decides nothing.
-        entropy = (-scores).clamp(min=0).nan_to_num(nan=torch.inf, posinf=torch.inf).double()
+        entropy = (-scores).clamp(min=0).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        gamma = _column32(self.gamma, scores)
+        # Rounded to what gamma is counted in, at most 2^-23 of it: fp32 then adds without rounding
+        # until a sum is past gamma and fails, so the order of the additions changes nothing.
+        entropy = (entropy + gamma) - gamma
         # The run's largest is its last. Sums rise, so those that pass are exactly the leading ones.
-        return candidates & (_sums_ahead(entropy, ranks) <= _column32(self.gamma, scores))
+        return candidates & (_sums_ahead(entropy, ranks) <= gamma)
 
 
 @dataclass(frozen=True, eq=False)

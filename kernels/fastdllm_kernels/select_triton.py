@@ -535,10 +535,7 @@ def _sums_ahead(amounts, order, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     mine = tl.arange(0, WIDTH)
     grid = tl.reshape(order, [WIDTH // CHUNK, CHUNK])
     line = tl.arange(0, WIDTH // CHUNK)
-    if amounts is None:
-        sums = tl.zeros([WIDTH], tl.int32)
-    else:
-        sums = tl.zeros_like(amounts)
+    sums = tl.zeros([WIDTH], tl.int32 if amounts is None else tl.float32)
     for i in range(WIDTH // CHUNK):
         others = tl.max(tl.where(line[:, None] == i, grid, -INFINITY), 0)[:, None]
         position = i * CHUNK + tl.arange(0, CHUNK)[:, None]
@@ -655,7 +652,8 @@ def _chosen(
         chosen = passes | _best(order, able, WIDTH)
     elif RULE == "entropy_bound":
         gamma = parameters[0]
-        entropy = tl.where(able, tl.maximum(-scores, 0.0), 0.0).to(tl.float64)
+        entropy = tl.where(able, tl.maximum(-scores, 0.0), 0.0)
+        entropy = (entropy + gamma) - gamma
         chosen = _sums_ahead(entropy, order, WIDTH, CHUNK) <= gamma
     elif RULE == "progress":
         tau, alpha = parameters[0], parameters[1]
