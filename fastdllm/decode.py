@@ -10,13 +10,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
 import torch
 
-from fastdllm_kernels import Selection, Threshold
+from fastdllm_kernels import Threshold
 from fastdllm_kernels.backend import forced
 from fastdllm_kernels.checks import FLOATS
 from fastdllm_kernels.compiling import side_by_side
@@ -25,18 +25,11 @@ from fastdllm_kernels.rules import branch_of, check_rule
 from . import arguments
 from .arguments import Ids, Padding, Prompts
 from .cache import CachePolicy
+from .commit import Committer, Launched, sampling_of_work
 from .config import ModelConfig
 from .forward import Forward, Model
 from .graph import Workspace, unwrapped, workspace
-from .sampling import (
-    RowSampling,
-    Rule,
-    device_columns,
-    row_columns,
-    sampling_of,
-    sampling_of_rows,
-    select,
-)
+from .sampling import RowSampling, Rule, sampling_of, sampling_of_rows
 from .schedule import Row, Schedule, Work
 
 # The canvas's length goes up in these steps, so that one captured step serves many requests.
@@ -96,17 +89,6 @@ class RowOptions:
     listener: Listener | None = None
 
 
-@dataclass(eq=False)
-class _Launched:
-    """Rows of one forward and of one kind of sampling, and what was decided of them."""
-
-    rows: list[Row]
-    works: list[Work]
-    selection: Selection | None = None
-    report: torch.Tensor | None = None
-    failure: Exception | None = field(default=None, repr=False)
-
-
 class Decoder:
     """The decoding loop: rows come with `admit`, every `turn` gives each its next forward, and
     they go with `release`.
@@ -118,6 +100,7 @@ class Decoder:
     def __init__(self, forward: Forward, schedule: Schedule):
         self.forward = forward
         self.schedule = schedule
+        self.committer = Committer(forward, schedule.mask_id)
         self.rows: list[Row] = []
         self.free = list(reversed(range(len(forward.canvas))))
         self.forwards: Counter = Counter()  # launched, of each kind
@@ -144,7 +127,7 @@ class Decoder:
         with self.forward.space.uncaptured():
             logits = self.forward.run([row.slot for row in rows], works)
         if branch_of(rows[0].options.sampling.sampling.rule):
-            self._commit(rows, works, logits)
+            self.committer.launch(rows, works, logits[: len(rows)])
 
     def admit(self, row: Row) -> None:
         """Give a row a free slot and lay its text into the canvas. IndexError where none is free,
@@ -180,8 +163,9 @@ class Decoder:
             for part in self._launch(rows[where], works[where])
         ]
         self.forward.space.wait()
-        for part in launched:
-            self._finish(part)
+        reports = [None if part.report is None else part.report.tolist() for part in launched]
+        for part, report in zip(launched, reports, strict=True):
+            self._finish(part, report)
         return any(not row.done for row in self.rows)
 
     def run(self) -> Generation:
@@ -234,48 +218,21 @@ class Decoder:
         works = [works[index] for _, indices in order for index in indices]
         logits = self.forward.run([row.slot for row in rows], works)
         self.forwards["refresh" if works[0].refresh else "cached"] += 1
+        if len(order) == 1:
+            yield self.committer.launch(rows, works, logits)
+            return
         first = 0
         for _, indices in order:
             part = slice(first, first + len(indices))
-            yield self._commit(rows[part], works[part], logits[part])
+            yield self.committer.launch(rows[part], works[part], logits[part])
             first = part.stop
 
-    def _commit(self, rows, works, logits):
-        """Launch the selection of rows of one kind from their logits [R, T, V], and the way back of
-        what their blocks hold then. Returns a _Launched.
-        """
-        launched = _Launched(rows, works)
-        samplings = [_sampling(row, work) for row, work in zip(rows, works, strict=True)]
-        columns = device_columns(
-            self.forward.space.upload,
-            slot=[row.slot for row in rows],
-            start=[work.start for work in works],
-            step=[row.step for row in rows],
-            **row_columns(samplings, [row.forwards for row in rows]),
-        )
-        in_block = self.forward.positions[: logits.shape[1]]
-        place = columns["slot"][:, None], columns["start"][:, None] + in_block
-        tokens = self.forward.canvas[place]
-        mask_id = self.schedule.mask_id
-        try:
-            launched.selection = select(samplings, columns, logits, tokens, mask_id)
-        except Exception as error:
-            if branch_of(samplings[0].sampling.rule):
-                raise
-            launched.failure = error
-            return launched
-        self.forward.canvas[place] = tokens
-        report = torch.cat([launched.selection.remaining[:, None], tokens], dim=1)
-        launched.report = report.to("cpu", non_blocking=True)
-        return launched
-
-    def _finish(self, launched: _Launched):
+    def _finish(self, launched: Launched, report: list[list[int]] | None):
         """Move rows on whose forward has been computed, and tell their listeners."""
-        if launched.report is None:  # its rule has failed
+        if report is None:  # its rule has failed
             for row in launched.rows:
                 _fail(row, launched.failure)
             return
-        report = launched.report.tolist()
         for row, (left, *_) in zip(launched.rows, report, strict=True):
             if left < 0:
                 position = row.start - 1 - left
@@ -342,14 +299,8 @@ def _by_kind(rows, works):
         return [(None, list(range(len(rows))))]
     kinds: dict = {}
     for index, (row, work) in enumerate(zip(rows, works, strict=True)):
-        kinds.setdefault(_sampling(row, work).sampling.kind(), []).append(index)
+        kinds.setdefault(sampling_of_work(row, work).sampling.kind(), []).append(index)
     return list(kinds.items())
-
-
-def _sampling(row, work):
-    """How a row's forward commits: by its rule, or its first position alone."""
-    sampling = row.options.sampling
-    return sampling.first_alone() if work.alone else sampling
 
 
 def _fail(row, error):

@@ -425,7 +425,7 @@ class Engine:
                 "cached_steps": self._decoder.forwards["cached"],
                 "compiled": watch().kernels,
                 "compile_seconds": watch().seconds,
-                "captured": len(self._space.steps),
+                "captured": len(self._space.forwards()),
                 "capture_seconds": self._space.capture_seconds,
                 "bytes": sum(tensor.numel() * tensor.element_size() for tensor in held),
             }
@@ -589,6 +589,7 @@ class Engine:
                 torch.cuda.synchronize(self.model.device)
                 torch.cuda.empty_cache()
         except Exception as broken:
+            self._space.abandon()
             with self._changed:
                 self._closed = f"its device has failed: {broken}"
                 self._ending = True

@@ -7,6 +7,7 @@ and number of rows. Nothing here commits a token: the logits go to sampling.py.
 """
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
@@ -109,7 +110,8 @@ class Forward:
         if space.captures:
             logits = slots * block_length * self.config.vocab_size
             space.tensor("output", logits, dtype=model.dtype, device=device)
-        self._key = self.canvas.shape, self.cache.data.shape, block_length, self.config, forced()
+        # What captured forwards have in common.
+        self.key = self.canvas.shape, self.cache.data.shape, block_length, self.config, forced()
 
     def write(self, slot: int, tokens: torch.Tensor) -> None:
         """Lay a row's canvas [total] int64 into a slot. Behind it lies no mask, so that what is
@@ -135,8 +137,9 @@ class Forward:
 
     def run(self, slots: Sequence[int], works: Sequence[Work]) -> torch.Tensor:
         """The logits [R, T, V] of the works' blocks, T 1 where all commit their first position
-        alone; they hold until the next forward. The works are all refreshes from position 0, or all
-        other refreshes, or all cached steps.
+        alone, and after them of rows that sit this forward out, if it was padded by some; they hold
+        until the next forward. The works are all refreshes from position 0, or all other refreshes,
+        or all cached steps.
         """
         entries = [
             (slot, work.origin, work.length, work.visible, work.start)
@@ -144,24 +147,48 @@ class Forward:
         ]
         shape, patience = self._shape(slots, works)
         if patience is not None and not shape.stores:
-            entries += self._padding(slots)
-        return self._run(shape, patience, entries)[: len(slots)]
+            padding = (1 << (len(slots) - 1).bit_length()) - len(slots)
+            entries += [(slot, 0, 0, 0, 0) for slot in self.spare(slots, padding)]
+        return self._run(shape, patience, entries)
+
+    def captured(self, logits: torch.Tensor) -> bool:
+        """Whether these logits, all that `run` returned, are those of a captured forward."""
+        held = self.space.held.get("output")
+        return self.space.captures and held is not None and logits.data_ptr() == held.data_ptr()
+
+    def logits(self, rows: int, width: int) -> torch.Tensor:
+        """Where the logits [rows, width, V] of a captured forward lie; without captures a new
+        tensor.
+        """
+        vocab, dtype, device = self.config.vocab_size, self.model.dtype, self.model.device
+        if self.space.captures:
+            return self.space.tensor("output", rows, width, vocab, dtype=dtype, device=device)
+        return torch.zeros(rows, width, vocab, dtype=dtype, device=device)
+
+    def spare(self, slots: Sequence[int], count: int) -> list[int]:
+        """Up to `count` slots that are not among these."""
+        taken = set(slots)
+        free = (slot for slot in range(len(self.canvas)) if slot not in taken)
+        return list(itertools.islice(free, count))
 
     def captured_forms(self, examples: Iterable[Work]) -> list[tuple[Shape, int]]:
         """The (shape, number of rows) of every forward that is captured when works such as these
         come, alone or, for cached steps, together.
         """
-        slots = len(self.canvas)
-        counts = sorted({min(1 << power, slots) for power in range(slots.bit_length() + 1)})
         # Of works that are launched alike one stands for all.
         alike = {(work.refresh, work.origin > 0, work.length): work for work in examples}
         forms: dict[tuple[Shape, int], None] = {}
         for work in alike.values():
-            for count in [1] if work.refresh else counts:
+            for count in [1] if work.refresh else self.row_counts():
                 shape, patience = self._shape(range(count), [work] * count)
                 if patience is not None:
                     forms[shape, count] = None
         return list(forms)
+
+    def row_counts(self) -> list[int]:
+        """The numbers of rows that cached steps are padded to."""
+        slots = len(self.canvas)
+        return sorted({min(1 << power, slots) for power in range(slots.bit_length() + 1)})
 
     def capture(self, shape: Shape, rows: int) -> None:
         """Compile and capture a forward of that form, computing nothing for anybody."""
@@ -175,7 +202,7 @@ class Forward:
         columns = [[*column, *padding] for column in zip(*entries, strict=True)]
         plan = torch.tensor(columns, dtype=torch.int64, device="cpu")
         compute = functools.partial(self._compute, shape, rows)
-        key = None if patience is None else (self._key, shape, rows)
+        key = None if patience is None else (self.key, shape, rows)
         return self.space.run(key, shape, compute, plan, patience or 0)
 
     def _shape(self, slots, works):
@@ -209,13 +236,6 @@ class Forward:
 
     def _launch_bound(self):
         return LAUNCH_BOUND.get(self.model.device.type, 0)
-
-    def _padding(self, slots):
-        """Plan entries up to the next power of two, of rows that sit this forward out."""
-        taken = set(slots)
-        spare = (slot for slot in range(len(self.canvas)) if slot not in taken)
-        wanted = (1 << (len(slots) - 1).bit_length()) - len(slots)
-        return [(slot, 0, 0, 0, 0) for slot, _ in zip(spare, range(wanted), strict=False)]
 
     def _compute(self, shape, rows, plan):
         """The logits [R, T, V] of the blocks of a plan's `rows` rows, from device tensors alone."""

@@ -10,6 +10,7 @@ logits of its largest request so far, and one forward's intermediate results, in
 its graphs share. `clear(model)` frees them; so does deleting the model.
 """
 
+import ctypes
 import functools
 import logging
 import math
@@ -27,9 +28,10 @@ import torch
 from .cache import Shape
 
 log = logging.getLogger(__name__)
-# Captured forwards that a Workspace keeps; the least recently used goes. They share their memory.
-# More than the lengths of a refresh up to forward.LAUNCH_BOUND and the sizes of a step.
-MOST = 128
+# Captured forwards and selections that a Workspace keeps; the least recently used goes. They share
+# their memory. More than the lengths of a refresh up to forward.LAUNCH_BOUND, the sizes of a step,
+# and some kinds of selection for each of those.
+MOST = 192
 # The layout of the cache is kept while it holds a request, and grows to hold both the old and the
 # new one, but not to more than so many times what the new one needs.
 SPARE_LAYOUT = 2
@@ -38,25 +40,22 @@ PLAIN = (bool, int, float, str, type(None))
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """A captured forward: its graph reads `plan`, a tensor on the device, and leaves its result in
-    `output`. Both lie where they lie: what is copied into the plan in the stream's order may not
-    overtake a replay that reads it.
+    """A captured forward, or (shape None) the selection that follows one: its graph reads `plan`, a
+    tensor on the device, and leaves its result in `output`. Both lie where they lie: what is copied
+    into the plan in the stream's order may not overtake a replay that reads it.
     """
 
-    shape: Shape
+    shape: Shape | None
     plan: torch.Tensor
     graph: torch.cuda.CUDAGraph
     output: torch.Tensor
 
     @property
     def kind(self) -> str:
-        """ "refresh" or "cached", as in StepEvent."""
+        """ "refresh" or "cached", as in StepEvent, or "selection"."""
+        if self.shape is None:
+            return "selection"
         return "refresh" if self.shape.stores else "cached"
-
-    @property
-    def width(self) -> int:
-        """The positions that each row is given."""
-        return self.shape.width
 
 
 class Workspace:
@@ -109,23 +108,24 @@ class Workspace:
     def run(
         self,
         key: Hashable | None,
-        shape: Shape,
+        shape: Shape | None,
         function: Callable[[torch.Tensor], torch.Tensor],
         plan: torch.Tensor,
         patience: int = 0,
+        output: str = "output",
     ) -> torch.Tensor:
         """function(plan on the device), a tensor on the device.
 
         plan: int64, on the host. With a key (None: none) the function is captured where this
         Workspace captures, and later plans of that key replay it: it must depend on nothing else,
-        do nothing for a plan of zeros and read nothing back to the host. The result then holds
-        until the next run. patience: so many runs of the key come first as they are, for what may
-        not come often enough to repay a capture.
+        do nothing for a plan of zeros and read nothing back to the host. The result then lies in
+        the tensor of the name `output`, until the next run with that name. patience: so many runs
+        of the key come first as they are, for what may not come often enough to repay a capture.
         """
         if key is not None and key not in self.steps and self.captures:
             self.uses[key] += 1
             if self.uses[key] > patience:
-                self._capture(key, shape, function, plan)
+                self._capture(key, shape, function, plan, output)
         if key not in self.steps:
             return function(self.upload(plan))
         self.steps.move_to_end(key)
@@ -133,6 +133,10 @@ class Workspace:
         step.plan.copy_(self._pinned(plan), non_blocking=True)
         step.graph.replay()
         return step.output
+
+    def forwards(self) -> list[Captured]:
+        """The captured forwards, without the selections."""
+        return [step for step in self.steps.values() if step.shape is not None]
 
     @contextmanager
     def uncaptured(self) -> Iterator[None]:
@@ -148,22 +152,39 @@ class Workspace:
         """A small tensor of the host on the device, without waiting for what runs there."""
         return self._pinned(tensor).to(self.device, non_blocking=True)
 
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A small tensor of the device in memory of the host: there after the next `wait`, and
+        until something more is sent either way.
+        """
+        if tensor.device.type != "cuda":
+            return tensor.clone()
+        return self._buffer(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
+
     def _pinned(self, tensor):
         """A copy of the tensor in memory that the GPU may read until the next `wait`."""
         if self.device.type != "cuda":
             return tensor
-        kind = tensor.shape, tensor.dtype
-        buffers, taken = self._buffers.setdefault(kind, []), self._taken[kind]
-        if taken == len(buffers):
-            buffers.append(torch.empty_like(tensor, pin_memory=True))
-        self._taken[kind] += 1
-        return buffers[taken].copy_(tensor)
+        return self._buffer(tensor.shape, tensor.dtype).copy_(tensor)
 
-    def _capture(self, key, shape, function, plan):
+    def _buffer(self, shape, dtype):
+        """Pinned memory that nothing else is sent from or to until the next `wait`."""
+        buffers, taken = self._buffers.setdefault((shape, dtype), []), self._taken[shape, dtype]
+        if taken == len(buffers):
+            buffers.append(torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True))
+        self._taken[shape, dtype] += 1
+        return buffers[taken]
+
+    def abandon(self) -> None:
+        """The device has failed: leave the pinned memory to the end of the process. PyTorch ends
+        the process at once where it is freed after that.
+        """
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._buffers))
+
+    def _capture(self, key, shape, function, plan, output):
         pool = next(iter(self.steps.values())).graph.pool() if self.steps else None
         began = time.perf_counter()
         try:
-            self.steps[key] = record(self, shape, function, plan, pool)
+            self.steps[key] = record(self, shape, function, plan, pool, output)
         except Exception as error:  # whatever somebody else's model raises
             self.captures = False
             self.steps.clear()
@@ -185,19 +206,20 @@ class Workspace:
 
 def record(
     space: Workspace,
-    shape: Shape,
+    shape: Shape | None,
     function: Callable[[torch.Tensor], torch.Tensor],
     plan: torch.Tensor,
     pool: Any,
+    output: str,
 ) -> Captured:
     """Capture function(plan) for a plan that stays where it is on the device. One thread at a time
     captures: they share the stream.
     """
     with _capturing:
-        return _record(space, shape, function, plan, pool)
+        return _record(space, shape, function, plan, pool, output)
 
 
-def _record(space, shape, function, plan, pool):
+def _record(space, shape, function, plan, pool, output):
     device = space.device
     plan = torch.zeros_like(plan, device=device)
     stream = side_stream(device, 0)
@@ -208,7 +230,7 @@ def _record(space, shape, function, plan, pool):
     with torch.cuda.stream(stream):
         # Kernels are compiled and libraries allocate their workspaces before the capture.
         result = function(plan)
-        output = space.tensor("output", *result.shape, dtype=result.dtype, device=device)
+        output = space.tensor(output, *result.shape, dtype=result.dtype, device=device)
         random = torch.cuda.default_generators[stream.device.index]
         before = random.clone_state()
         try:
@@ -282,7 +304,7 @@ def clear(model: object) -> None:
 def captured(model: object) -> list[Captured]:
     """The captured forwards that `model` keeps between calls of `generate`."""
     space = _workspaces.get(unwrapped(model))
-    return list(space.steps.values()) if space else []
+    return space.forwards() if space else []
 
 
 def pending(model: object) -> dict[Hashable, int]:

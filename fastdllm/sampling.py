@@ -151,24 +151,37 @@ def _signed(number):
     return (number + 2**63) % 2**64 - 2**63
 
 
-def device_columns(
-    upload: Callable[[torch.Tensor], torch.Tensor], **columns: list
-) -> dict[str, torch.Tensor]:
-    """Lists of one number a row as [R] tensors on the device, in one copy: int64 where the list
-    holds ints, float64 where it holds floats.
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """One number of each row under some names, on their way to the device in one copy.
+
+    table: [names, rows and padding] int64 on the host; columns of floats hold the bits of float64.
+    layout: (names, which of them hold floats, the number of rows).
     """
-    rows = len(next(iter(columns.values())))
-    padding = rows % 2  # to whole 16 bytes: kernels are compiled for the alignment of pointers
-    floats = {name: isinstance(column[0], float) for name, column in columns.items()}
-    table = [
-        [*(map(_bits, column) if floats[name] else column), *[0] * padding]
-        for name, column in columns.items()
-    ]
-    device = upload(torch.tensor(table, dtype=torch.int64, device="cpu"))
-    return {
-        name: (column.view(torch.float64) if floats[name] else column)[:rows]
-        for name, column in zip(columns, device, strict=True)
-    }
+
+    table: torch.Tensor
+    layout: tuple[tuple[str, ...], tuple[bool, ...], int]
+
+    @classmethod
+    def of(cls, **columns: list) -> "Columns":
+        """Of lists of ints or floats, as long as there are rows."""
+        rows = len(next(iter(columns.values())))
+        padding = [0] * (rows % 2)  # whole 16 bytes: kernels are compiled for pointers' alignment
+        floats = tuple(isinstance(column[0], float) for column in columns.values())
+        table = [
+            [*(map(_bits, column) if is_float else column), *padding]
+            for column, is_float in zip(columns.values(), floats, strict=True)
+        ]
+        layout = tuple(columns), floats, rows
+        return cls(torch.tensor(table, dtype=torch.int64, device="cpu"), layout)
+
+    def on(self, table: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The columns [R] of a table of this layout on the device, int64 or float64."""
+        names, floats, rows = self.layout
+        return {
+            name: (column.view(torch.float64) if is_float else column)[:rows]
+            for name, is_float, column in zip(names, floats, table, strict=True)
+        }
 
 
 def _bits(number):
@@ -178,55 +191,55 @@ def _bits(number):
 
 def row_columns(rows: list[RowSampling], forwards: list[int]) -> dict[str, list]:
     """What `select` wants of rows of one kind on the device: the seeds of their draws, counted by
-    the forwards each has made, and where the rows differ in a number those of its sort: the rule's,
-    or temperature and filters.
+    the forwards each has made; the numbers of their rule, where that has a branch in the kernel or
+    they differ; and temperature and filters, where chance decides or they differ.
     """
     first = rows[0].sampling
     columns = {}
     if first.draws:
         pairs = zip(rows, forwards, strict=True)
         columns["seed"] = [row.seed_of(forward) for row, forward in pairs]
-    numbers = [[getattr(row.sampling, name) for name in NUMBERS] for row in rows]
-    if any(of_row != numbers[0] for of_row in numbers):
-        # All of them or none: kernels are compiled for either.
-        for name, values in zip(NUMBERS, zip(*numbers, strict=True), strict=True):
-            if values[0]:
-                columns[name] = list(values)
-    if not _shares_rule(rows):
+    for name in NUMBERS:
+        # None and 0 are off, in all rows or in none.
+        if getattr(first, name):
+            columns[name] = [getattr(row.sampling, name) for row in rows]
+    if branch_of(first.rule) or not _shares_rule(rows):
         for index, of_field in enumerate(zip(*(row.values for row in rows), strict=True)):
             columns[f"rule{index}"] = list(of_field)
     return columns
 
 
 def select(
-    rows: list[RowSampling],
+    sampling: Sampling,
     columns: dict[str, torch.Tensor],
     logits: torch.Tensor,
     tokens: torch.Tensor,
+    candidates: torch.Tensor,
     mask_id: int,
 ) -> Selection:
-    """Propose, score and commit for rows of one kind: logits [R, T, V]; tokens [R, T] int64 is
-    updated where masks were committed.
+    """Propose, score and commit for rows of one kind: logits [R, T, V]; of tokens [R, T] int64
+    those that are candidates [R, T] bool may be committed, in place.
 
     columns: of `row_columns`, on the device, and "step" [R] int64, the forwards in the row's block.
     A rule that is a function is called with these rows; TypeError and ValueError say what is wrong
     with what it commits.
     """
-    sampling = rows[0].sampling
     rule = sampling.rule
-    if not _shares_rule(rows):
-        rule = with_row_values(
-            rule, [columns[f"rule{index}"] for index in range(len(rows[0].values))]
-        )
+    values = [column for name, column in columns.items() if name.startswith("rule")]
+    if values:
+        rule = with_row_values(rule, values)
     numbers = {
         name: columns[name].to(dtype) if name in columns else getattr(sampling, name)
         for name, dtype in NUMBERS.items()
     }
+    if "top_p" in columns:  # 0 while the selection is captured
+        numbers["top_p"] = numbers["top_p"].clamp(min=SMALLEST_TOP_P)
     return confidence_select(
         logits,
         tokens,
         mask_id=mask_id,
         rule=rule,
+        candidates=candidates,
         score=sampling.score,
         filtered_score=sampling.filtered_score,
         seed=columns.get("seed"),

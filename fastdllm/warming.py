@@ -6,26 +6,27 @@ forward.LAUNCH_BOUND tokens; or a forward above that, which is not captured. The
 on the number of rows and on the options of the requests.
 """
 
-import copy
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastdllm_kernels import Threshold
 from fastdllm_kernels.compiling import side_by_side, watch
+from fastdllm_kernels.rules import branch_of
 
 from . import arguments
 from .cache import CachePolicy
+from .commit import Committer
 from .decode import capture_obstacle, checked_model, forward_of, generate, schedule_of
 from .forward import Forward, Model
 from .graph import workspace
-from .sampling import device_columns, row_columns, sampling_of, sampling_of_rows, select
+from .sampling import sampling_of, sampling_of_rows
 from .schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ def warm_forward(forward: Forward, schedule: Schedule, tell: Progress, **options
     of requests with these options; how many were captured.
     """
     captured = 0
+    committer = Committer(forward, schedule.mask_id)
     if forward.space.captures:
         capacity = forward.canvas.shape[1] - forward.block_length
         forms = forward.captured_forms(schedule.examples(capacity))
@@ -111,13 +113,14 @@ def warm_forward(forward: Forward, schedule: Schedule, tell: Progress, **options
         with side_by_side() as compiles_only:
             if compiles_only:
                 _compile(forward, forms)
-                _warm_selection(forward, lambda *_: None, **options)
+                with forward.space.uncaptured():
+                    _warm_selection(committer, lambda *_: None, **options)
         tell("compiling", 1, 1)
         for number, (shape, rows) in enumerate(forms):
             tell("capturing forwards", number, captured)
             forward.capture(shape, rows)
         tell("capturing forwards", captured, captured)
-    _warm_selection(forward, tell, **options)
+    _warm_selection(committer, tell, **options)
     return captured
 
 
@@ -132,7 +135,7 @@ def _compile(forward, forms):
 
 
 def _warm_selection(
-    forward: Forward,
+    committer: Committer,
     tell: Progress,
     rule=Threshold(0.9),  # noqa: B008
     score=None,
@@ -141,36 +144,21 @@ def _warm_selection(
     top_k=None,
     **others,
 ) -> None:
-    """Select from logits of nothing, for each number of rows."""
-    slots, width = len(forward.canvas), forward.block_length
-    config = forward.config
-    sampling = sampling_of(config, rule, score, temperature, top_p, top_k)
+    """Compile the selection for each number of rows, and capture it for those of captured steps."""
+    forward = committer.forward
+    sampling = sampling_of(forward.config, rule, score, temperature, top_p, top_k)
     (of_row,) = sampling_of_rows(sampling, 1, 0)
-    # Two requests differ in all their numbers, which then lie on the device.
-    another = replace(
-        sampling,
-        rule=copy.copy(rule),
-        temperature=sampling.temperature / 2,
-        top_p=sampling.top_p and sampling.top_p / 2,
-        top_k=sampling.top_k and sampling.top_k + 1,
-    )
-    (of_another,) = sampling_of_rows(another, 1, 0)
-    logits = torch.zeros(
-        slots, width, config.vocab_size, dtype=forward.model.dtype, device=forward.model.device
-    )
+    slots = len(forward.canvas)
+    captured = forward.row_counts() if forward.space.captures else []
     for rows in range(1, slots + 1):
         tell("selecting", rows, slots)
-        for samplings in (
-            [of_row] * rows,
-            [of_row] * (rows - 1) + [of_another],
-            [of_row.first_alone()] * rows,
+        for samplings, width in (
+            ([of_row] * rows, forward.block_length),
+            ([of_row.first_alone()] * rows, 1),
         ):
-            alone = samplings[0].sampling is not sampling
-            part = logits[:rows, : 1 if alone else width]
-            tokens = forward.canvas.new_full(part.shape[:2], config.mask_id)
-            numbers = row_columns(samplings, [0] * rows)
-            columns = device_columns(forward.space.upload, step=[0] * rows, **numbers)
-            select(samplings, columns, part, tokens, config.mask_id)
+            committer.rehearse(samplings, width)
+            if rows in captured and branch_of(rule):
+                committer.capture(samplings, width)
 
 
 def example_prompts(rows: int, positions: int, block_length: int) -> Iterator[list[list[int]]]:

@@ -3,6 +3,9 @@
 import asyncio
 import copy
 import gc
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -538,3 +541,37 @@ def test_captured_requests_on_a_gpu_are_those_of_generate(family):
         stats = engine.stats()
     assert made.captured == stats["captured"] > 0, "something was captured in traffic"
     assert equal >= len(prompts) - 1, "more than a near tie differs"
+
+
+DEVICE_FAILS = """
+import sys
+import torch, tiny, fastdllm, pathlib, tempfile
+
+def rule(scores, candidates, step):
+    return candidates & (torch.zeros(1, device="cuda")[step + 7] > 0)[:, None]
+
+with tempfile.TemporaryDirectory() as folder:
+    model = tiny.build(pathlib.Path(folder), tiny.LLADA, device="cuda")[0]
+engine = fastdllm.Engine(model, rows=2, positions=40, block_length=4)
+assert engine.submit([1, 2], gen_length=8, rule=fastdllm.Quota(2)).result(60).nfe > 0
+for expected in (RuntimeError, fastdllm.EngineClosed):
+    try:
+        engine.submit([1, 2], gen_length=8, rule=rule).result(60)
+    except expected as error:
+        print(type(error).__name__)
+engine.close()
+print("goes on", engine.closed)
+"""
+
+
+@pytest.mark.gpu
+def test_a_device_that_has_failed_closes_the_engine_and_not_the_process():
+    command = [sys.executable, "-c", DEVICE_FAILS]
+    folder = os.path.dirname(__file__)
+    paths = os.pathsep.join([folder, *filter(None, sys.path)])
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": paths}
+    )
+    assert done.stdout.split("\n")[-2] == "goes on True", done.stderr[-2000:]
+    assert done.stdout.split()[0] in ("RuntimeError", "EngineClosed")
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -33,6 +33,7 @@ FLOORS = {
     "fastdllm.schedule": 4,
     "fastdllm.forward": 4,
     "fastdllm.sampling": 4,
+    "fastdllm.commit": 4,
     "fastdllm.decode": 4,
     "fastdllm.engine": 4,
     "fastdllm.warming": 4,

@@ -57,21 +57,21 @@ def records(monkeypatch):
     recorded, real = [], graph.record
     obstacle = decode.capture_obstacle
 
-    def act(space, shape, function, plan):
-        idle, forward = torch.zeros_like(plan), function.func.__self__
-        before = forward.canvas.clone(), forward.cache.data.clone()
+    def act(space, shape, function, plan, name):
+        idle = torch.zeros_like(plan)
+        before = {held: tensor.clone() for held, tensor in space.held.items()}
         result = function(idle)
-        assert torch.equal(forward.canvas, before[0])
-        assert torch.equal(forward.cache.data, before[1])
-        output = space.tensor("output", *result.shape, dtype=result.dtype, device="cpu")
+        for held in ("canvas", "cache"):
+            assert torch.equal(space.held[held], before[held])
+        output = space.tensor(name, *result.shape, dtype=result.dtype, device="cpu")
         return graph.Captured(shape, idle, ActedGraph(function, idle, output), output)
 
-    def record(space, shape, function, plan, pool):
-        if not shape.stores and shape.width == function.func.__self__.block_length:
+    def record(space, shape, function, plan, pool, name):
+        if shape and not shape.stores and shape.width == function.func.__self__.block_length:
             recorded.append(function.args[1])
         if space.device.type == "cuda":
-            return real(space, shape, function, plan, pool)
-        return act(space, shape, function, plan)
+            return real(space, shape, function, plan, pool, name)
+        return act(space, shape, function, plan, name)
 
     def but_the_device(model, *arguments):
         elsewhere = SimpleNamespace(device=torch.device("cuda"), modules=model.modules)
@@ -227,7 +227,7 @@ def test_rows_that_sit_a_step_out_are_padding_and_a_users_rule_sees_none(records
 
 
 def test_a_bounded_number_is_kept_and_the_least_recently_used_goes(records, monkeypatch):
-    monkeypatch.setattr(graph, "MOST", 2)
+    monkeypatch.setattr(graph, "MOST", 4)  # two forwards, and what selects after each
     model, config, _ = case("llada")
     prompts = random_prompts(config, (4,), 0)
     for block_length in (
@@ -245,14 +245,13 @@ def test_a_bounded_number_is_kept_and_the_least_recently_used_goes(records, monk
             rule=Threshold(0.9),
             stop_ids=(),
         )
-    steps = graph._workspaces[model].steps
-    assert len(steps) == 2 and len(records) == 4, (
+    assert len(graph.captured(model)) == 2 and len(records) == 4, (
         "the 6 went when the 5 came, and the 5 when the 6 came back"
     )
     check_equal(model, prompts, gen_length=12, block_length=4, rule=Threshold(0.9), stop_ids=())
     assert len(records) == 4, "the one used last but one was dropped"
     check_equal(model, prompts, gen_length=12, block_length=5, rule=Threshold(0.9), stop_ids=())
-    assert len(records) == 5 and len(steps) == 2
+    assert len(records) == 5 and len(graph.captured(model)) == 2
 
 
 def test_a_larger_tensor_takes_new_memory_and_the_steps_that_knew_the_old_are_dropped():
@@ -572,7 +571,7 @@ def test_what_is_not_much_is_captured_once_its_padded_length_has_come_often(
         )
         result = check_equal(model, random_prompts(config, lengths, 0), **options)
         assert all(map(torch.equal, result.tokens, plain.tokens))
-    shapes = [shape for _, shape, _ in graph._workspaces[model].steps]
+    shapes = [step.shape for step in graph.captured(model)]
     refreshes, steps = (
         [shape for shape in shapes if shape.stores == wanted] for wanted in (True, False)
     )
@@ -588,7 +587,7 @@ def test_what_was_dropped_must_come_often_again(monkeypatch):
     monkeypatch.setattr(
         graph,
         "record",
-        lambda space, shape, function, plan, pool: graph.Captured(shape, plan, nothing, plan),
+        lambda space, shape, function, plan, *_: graph.Captured(shape, plan, nothing, plan),
     )
     space = graph.Workspace(torch.device("cpu"), state=[])
     captured = []
@@ -612,3 +611,33 @@ def test_replays_of_one_graph_in_one_turn_keep_their_plans(records):
     for _ in range(4):
         together = fastdllm.generate(model, prompts, **options).tokens
         assert all(map(torch.equal, together, alone))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_what_is_selected_after_a_captured_forward_is_captured_for_all_numbers(family, records):
+    model, config = model_of(family), tiny.FAMILIES[family]
+    options = {"gen_length": 12, "block_length": 4, "stop_ids": ()}
+
+    def kinds():
+        steps = graph._workspaces[model].steps.items()
+        return {key[1] for key, step in steps if step.kind == "selection"}
+
+    def decode(texts, **changes):
+        prompts = random_prompts(config, (5, 9, 7), texts)
+        got, wanted = (
+            fastdllm.generate(each, prompts, graph=captured, **options, **changes)
+            for each, captured in ((model, True), (model_of(family), False))
+        )
+        assert all(map(torch.equal, got.tokens, wanted.tokens))
+
+    decode(0, rule=Threshold(2.0))
+    assert len(kinds()) == 1
+    for texts, tau in enumerate((0.1, 0.3, torch.tensor([0.0, 0.2, 2.0]))):
+        decode(texts, rule=Threshold(tau))
+    assert len(kinds()) == 1, "another threshold is no other graph"
+    drawn = {"rule": Quota(4), "temperature": 0.7, "top_p": 0.9}
+    decode(0, **drawn, seed=1)
+    decode(1, **drawn | {"temperature": 1.3, "top_p": 0.5, "seed": 2})
+    assert len(kinds()) == 2, "nor are other temperatures, filters and seeds"
+    decode(2, rule=lambda scores, candidates, step: candidates)
+    assert len(kinds()) == 2, "a rule that is a function runs as it is"

@@ -48,11 +48,12 @@ def selected(rows, logits, forwards=0):
     """(Selection, tokens) of rows that share a launch."""
     assert len({row.sampling.kind() for row in rows}) == 1
     tokens = torch.full((len(rows), T), MASK, device=logits.device)
-    columns = sampling.row_columns(rows, [forwards] * len(rows))
-    columns = sampling.device_columns(
-        lambda table: table.to(logits.device), step=[0] * len(rows), **columns
-    )
-    return sampling.select(rows, columns, logits, tokens, MASK), tokens
+    of_rows = sampling.row_columns(rows, [forwards] * len(rows))
+    columns = sampling.Columns.of(step=[0] * len(rows), **of_rows)
+    on_device = columns.on(columns.table.to(logits.device))
+    candidates = torch.ones_like(tokens, dtype=torch.bool)
+    selection = sampling.select(rows[0].sampling, on_device, logits, tokens, candidates, MASK)
+    return selection, tokens
 
 
 def random_logits(device, rows, seed=0):

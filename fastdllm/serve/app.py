@@ -57,7 +57,7 @@ def app_of(service: Service) -> Any:
         app.add_api_route(path, tell, methods=["GET"], dependencies=guarded)
     for path, tell in _probes(service).items():
         app.add_api_route(path, tell, methods=["GET"])
-    paths = frozenset(route.path for route in app.routes)
+    paths = frozenset(getattr(route, "path", "") for route in app.routes)
     app.add_middleware(Counted, metrics=metrics, paths=paths)
     if settings.origins:
         origins = list(settings.origins)

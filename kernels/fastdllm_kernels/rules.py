@@ -115,7 +115,11 @@ class Quota:
     def commit(self, scores, candidates, step):
         """The commit mask [B, T] for scores [B, T], candidates [B, T] and step [B]."""
         masks = candidates.sum(1)
-        steps = torch.as_tensor(self.steps, device=scores.device).to(torch.int64)
+        steps = self.steps
+        if not isinstance(steps, torch.Tensor):
+            # Filled, not copied: a copy from the host would wait for the forward.
+            steps = torch.full((), steps, dtype=torch.int64, device=scores.device)
+        steps = steps.to(device=scores.device, dtype=torch.int64)
         count = quota_count(masks, steps, step.to(torch.int64), self.schedule)
         return candidates & (_ranks(scores, candidates) < count[:, None])
 
@@ -139,7 +143,7 @@ def _dream_time(i, steps):
     The truncations fall as published, but for some 17 in a million where linspace's fused
     multiply-adds round otherwise.
     """
-    stride = torch.tensor(0.001 - 1, dtype=torch.float32, device=i.device) / steps
+    stride = torch.full((), 0.001 - 1, dtype=torch.float32, device=i.device) / steps
     return torch.where(2 * i < steps + 1, 1 + stride * i, 0.001 - stride * (steps - i))
 
 
@@ -533,14 +537,15 @@ def _checked(commit, scores, candidates, step):
             f"rule: expected commit to return a mask on {candidates.device}, got {mask.device}"
         )
     outside = mask & ~candidates
-    if outside.any():
+    empty = candidates.any(1) & ~mask.any(1)
+    lost, idle = torch.stack([outside.any(), empty.any()]).tolist()  # waits for the device once
+    if lost:
         row, position = outside.nonzero()[0].tolist()
         raise ValueError(
             f"rule: row {row} commits position {position}, which is no candidate; its candidates "
             f"are {candidates[row].nonzero()[:, 0].tolist()}"
         )
-    empty = candidates.any(1) & ~mask.any(1)
-    if empty.any():
+    if idle:
         raise ValueError(
             f"rule: row {empty.nonzero()[0].item()} commits nothing, and must commit at least one "
             "of its candidates"

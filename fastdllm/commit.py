@@ -1,0 +1,143 @@
+"""From a forward's logits to the canvas: what is selected, and what the blocks hold then.
+
+Where one kind of sampling with a branch in the select kernel serves all rows of a captured forward,
+and nobody listens, this too is captured: some ten small launches become one.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from fastdllm_kernels import Selection
+from fastdllm_kernels.rules import branch_of
+
+from .forward import PATIENCE, Forward
+from .sampling import Columns, RowSampling, Sampling, row_columns, select
+from .schedule import Row, Work
+
+
+class Place(NamedTuple):
+    """Where in the canvas a row's tokens are decided: of its slot the `length` positions from
+    `start` on, in the block's forward number `step`. Nothing is decided where the length is 0.
+    """
+
+    slot: int
+    start: int
+    length: int
+    step: int
+
+
+NOWHERE = Place(0, 0, 0, 0)
+
+
+@dataclass(eq=False)
+class Launched:
+    """Rows of one forward and of one kind of sampling, and what was decided of them.
+
+    report: on its way to the host; of each row how many masks are left (below 0: as in Selection),
+    and what its block holds. selection: None where it was captured. failure: what the rule raised.
+    """
+
+    rows: list[Row]
+    works: list[Work]
+    selection: Selection | None = None
+    report: torch.Tensor | None = None
+    failure: Exception | None = field(default=None, repr=False)
+
+
+def sampling_of_work(row: Row, work: Work) -> RowSampling:
+    """How a row's forward commits: by its rule, or its first position alone."""
+    sampling = row.options.sampling
+    return sampling.first_alone() if work.alone else sampling
+
+
+class Committer:
+    """Launches what follows the forwards over one canvas. mask_id: the id of a mask."""
+
+    def __init__(self, forward: Forward, mask_id: int):
+        self.forward = forward
+        self.mask_id = mask_id
+        if forward.space.captures:
+            size = len(forward.canvas) * (1 + forward.block_length)
+            forward.space.tensor("report", size, dtype=torch.int64, device=forward.canvas.device)
+
+    def launch(self, rows: list[Row], works: list[Work], logits: torch.Tensor) -> Launched:
+        """Decide for rows of one kind of sampling from their logits [R, T, V], of which there may
+        be more, of rows that sit the forward out.
+        """
+        samplings = [sampling_of_work(row, work) for row, work in zip(rows, works, strict=True)]
+        places = [
+            Place(row.slot, work.start, work.last - work.start, row.step)
+            for row, work in zip(rows, works, strict=True)
+        ]
+        forwards = [row.forwards for row in rows]
+        launched = Launched(rows, works)
+        heard = any(row.options.listener is not None for row in rows)
+        if branch_of(samplings[0].sampling.rule) and not heard and self.forward.captured(logits):
+            report = self._run(samplings, places, forwards, logits)
+        else:
+            columns = _columns(samplings, places, forwards)
+            on_device = self.forward.space.upload(columns.table)
+            decide = self._decide(samplings[0].sampling, columns, logits[: len(rows)])
+            try:
+                launched.selection, report = decide(on_device)
+            except Exception as error:
+                if branch_of(samplings[0].sampling.rule):
+                    raise
+                launched.failure = error
+                return launched
+        launched.report = self.forward.space.download(report[: len(rows)])
+        return launched
+
+    def rehearse(self, samplings: list[RowSampling], width: int) -> None:
+        """Compile what rows of these samplings need for blocks of `width` positions; nothing is
+        decided.
+        """
+        count = len(samplings)
+        columns = _columns(samplings, [NOWHERE] * count, [0] * count)
+        logits = self.forward.logits(count, width)
+        decide = self._decide(samplings[0].sampling, columns, logits)
+        decide(self.forward.space.upload(columns.table))
+
+    def capture(self, samplings: list[RowSampling], width: int) -> None:
+        """Capture what these rows need after a captured forward; nothing is decided."""
+        count = len(samplings)
+        logits = self.forward.logits(count, width)
+        self._run(samplings, [NOWHERE] * count, [0] * count, logits, patience=0)
+
+    def _run(self, samplings, places, forwards, logits, patience=PATIENCE):
+        """The report on these rows, from a captured graph once they have come often enough."""
+        missing = len(logits) - len(samplings)
+        slots = self.forward.spare([place.slot for place in places], missing)
+        columns = _columns(
+            samplings + samplings[:1] * missing,
+            places + [Place(slot, 0, 0, 0) for slot in slots],
+            forwards + [0] * missing,
+        )
+        sampling = samplings[0].sampling
+        key = self.forward.key, sampling.kind(), columns.layout, tuple(logits.shape)
+        decide = self._decide(sampling, columns, logits)
+        return self.forward.space.run(
+            key, None, lambda table: decide(table)[1], columns.table, patience, "report"
+        )
+
+    def _decide(self, sampling: Sampling, columns: Columns, logits):
+        """The function from such columns' table on the device to (Selection, report)."""
+        return functools.partial(self._decided, sampling, columns, logits)
+
+    def _decided(self, sampling, columns, logits, table):
+        of_rows = columns.on(table)
+        in_block = self.forward.positions[: logits.shape[1]]
+        place = of_rows["slot"][:, None], of_rows["start"][:, None] + in_block
+        tokens = self.forward.canvas[place]
+        candidates = (tokens == self.mask_id) & (in_block < of_rows["length"][:, None])
+        selection = select(sampling, of_rows, logits, tokens, candidates, self.mask_id)
+        self.forward.canvas[place] = tokens
+        return selection, torch.cat([selection.remaining[:, None], tokens], dim=1)
+
+
+def _columns(samplings, places, forwards):
+    of_places = zip(Place._fields, map(list, zip(*places, strict=True)), strict=True)
+    return Columns.of(**dict(of_places), **row_columns(samplings, forwards))
