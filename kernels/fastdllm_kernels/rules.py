@@ -115,11 +115,7 @@ class Quota:
     def commit(self, scores, candidates, step):
         """The commit mask [B, T] for scores [B, T], candidates [B, T] and step [B]."""
         masks = candidates.sum(1)
-        steps = self.steps
-        if not isinstance(steps, torch.Tensor):
-            # Filled, not copied: a copy from the host would wait for the forward.
-            steps = torch.full((), steps, dtype=torch.int64, device=scores.device)
-        steps = steps.to(device=scores.device, dtype=torch.int64)
+        steps = _column_of(torch.int64, self.steps, scores.device)[:, 0]
         count = quota_count(masks, steps, step.to(torch.int64), self.schedule)
         return candidates & (_ranks(scores, candidates) < count[:, None])
 
@@ -196,7 +192,7 @@ class EntropyBound:
         """The commit mask [B, T] for scores [B, T], candidates [B, T] and step [B]."""
         ranks = _ranks(scores, candidates)
         entropy = (-scores).clamp(min=0).nan_to_num(nan=torch.inf, posinf=torch.inf)
-        gamma = _column32(self.gamma, scores)
+        gamma = _column_of(torch.float32, self.gamma, scores.device)
         # Rounded to what gamma is counted in, at most 2^-23 of it: fp32 then adds without rounding
         # until a sum is past gamma and fails, so the order of the additions changes nothing.
         entropy = (entropy + gamma) - gamma
@@ -228,7 +224,8 @@ class ProgressThreshold:
         # By a tensor: a division by a number may be a product with its inverse.
         share = masks / torch.full_like(masks, scores.shape[1])
         share = torch.where(step[:, None] == 0, 1, share)
-        tau, alpha = _column32(self.tau, scores), _column32(self.alpha, scores)
+        tau = _column_of(torch.float32, self.tau, scores.device)
+        alpha = _column_of(torch.float32, self.alpha, scores.device)
         sure = scores >= tau * (1 - alpha * (1 - share))
         return candidates & (sure | (_ranks(scores, candidates) == 0))
 
@@ -260,7 +257,7 @@ class Neighbours:
         before = torch.where(anchors, position, -FAR).cummax(1).values
         after = torch.where(anchors, position, FAR).flip(1).cummin(1).values.flip(1)
         away = torch.minimum(position - before, after - position)
-        distance = torch.as_tensor(self.distance, device=scores.device).reshape(-1, 1)
+        distance = _column_of(torch.int64, self.distance, scores.device)
         helped = (away <= distance) & (scores >= _column(self.near, scores))
         return candidates & (anchors | helped | (_ranks(scores, candidates) == 0))
 
@@ -293,9 +290,12 @@ def _column(value, scores):
     return value
 
 
-def _column32(value, scores):
-    """The same as a float32 tensor, for arithmetic that a kernel repeats."""
-    return torch.as_tensor(value, dtype=torch.float32, device=scores.device).reshape(-1, 1)
+def _column_of(dtype, value, device):
+    """The same as a tensor [B or 1, 1] of that dtype, for arithmetic that a kernel repeats."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device=device, dtype=dtype)[:, None]
+    # Filled, not copied: a copy from the host would wait for the forward.
+    return torch.full((1, 1), value, dtype=dtype, device=device)
 
 
 def _check_number(name, value, *, above=-torch.inf, at_least=-torch.inf, at_most=FLOAT32.max):
