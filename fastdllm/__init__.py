@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         Neighbours,
         ProgressThreshold,
         Quota,
+        Stability,
         Threshold,
     )
 
@@ -39,6 +40,7 @@ __all__ = [
     "QueueFull",
     "Request",
     "RequestCancelled",
+    "Stability",
     "StepEvent",
     "Threshold",
     "generate",

@@ -142,6 +142,7 @@ class Decoder:
 
     def _lay_out(self, row):
         self.forward.write(row.slot, torch.tensor(row.text, dtype=torch.int64, device="cpu"))
+        self.committer.forget(row.slot)
 
     def release(self, row: Row) -> None:
         """Take a row out, finished or not; its slot is free at once."""

@@ -19,6 +19,7 @@ from fastdllm import (
     Neighbours,
     ProgressThreshold,
     Quota,
+    Stability,
     Threshold,
 )
 from fastdllm import options as written
@@ -34,6 +35,7 @@ from fastdllm_kernels import (
     linear_rms_norm,
     linear_swiglu,
     merge_confidence_partials,
+    new_memory,
     per_row,
     quantize_weight,
     rms_norm,
@@ -1677,6 +1679,34 @@ RULES = [
         lambda f: Neighbours(distance=2**24 + 1),
         ValueError,
         "distance.*16777217",
+    ),
+    ("a stability of NaN", lambda f: Stability(NAN), ValueError, "Stability.tau.*nan"),
+    ("a stability of 0 steps", lambda f: Stability(0.7, 0), ValueError, "steps.*got 0"),
+    (
+        "a rule without its memory",
+        lambda f: select(rule=Stability()),
+        ValueError,
+        "^memory: expected what Stability keeps, token_ids, run, got nothing",
+    ),
+    (
+        "a memory of a rule that has none",
+        lambda f: select(memory={"run": ints(1)}),
+        ValueError,
+        "^memory: expected what Threshold keeps, nothing, got run",
+    ),
+    (
+        "a memory that is a tensor",
+        lambda f: select(rule=Stability(), memory=ints(1)),
+        TypeError,
+        "^memory: expected tensors by name, got Tensor",
+    ),
+    (
+        "a memory of one row",
+        lambda f: select(
+            rule=Stability(), memory=new_memory(Stability(), 1, 4, torch.device("cpu"))
+        ),
+        ValueError,
+        r"^memory\['token_ids'\]: expected shape",
     ),
     (
         "distances for other rows",

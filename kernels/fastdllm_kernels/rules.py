@@ -15,6 +15,12 @@ The class says the rest itself, once, in its body:
     schedule: str = "even"                     any other field is fixed for a whole launch
     branch: ClassVar[str] = "threshold"        the rule's branch in the select kernel, if any
     score: ClassVar[str] = "entropy"           the one score that it reads, where not any will do
+    memory: ClassVar = {"run": Kept(torch.int64, 0)}    what it keeps of a block from step to step
+
+A rule with a memory is also given the proposals and, by their names, the tensors [B, T] that it
+keeps; whoever calls it carries them, and sets them back when a block is done:
+
+    commit(scores, candidates, step, token_ids [B, T] int64, memory) -> (mask, memory)
 
 Without a branch `commit` runs after the scoring, in PyTorch, and the mask it returns is checked.
 With one the kernel decides (`select_triton._chosen`) and `commit` is its reference. A subclass does
@@ -28,7 +34,7 @@ import ast
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -46,6 +52,13 @@ def per_row(default: Any = dataclasses.MISSING, dtype: torch.dtype = torch.float
     dtype is what the rule's commit and its kernel compare it in: torch.float32 or torch.int64.
     """
     return dataclasses.field(default=default, metadata={"per_row": dtype})
+
+
+class Kept(NamedTuple):
+    """What a rule keeps of each position: a number of that dtype, `start` when its block begins."""
+
+    dtype: torch.dtype
+    start: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,6 +275,36 @@ class Neighbours:
         return candidates & (anchors | helped | (_ranks(scores, candidates) == 0))
 
 
+@dataclass(frozen=True, eq=False)
+class Stability:
+    """Commit every candidate with score >= tau whose proposal has been the same for `steps` steps
+    running, this one included, and always the best one.
+
+    tau: a number, or a [B] tensor; .6 to .8 as published. steps: an integer in [1, 2^24], or a [B]
+    integer tensor. It has a memory and no branch in the kernel. Source: R2-dLLM, arXiv 2604.18995;
+    KLASS, arXiv 2511.05664, compares distributions where this compares proposals.
+    """
+
+    tau: float | torch.Tensor = per_row(0.7)
+    steps: int | torch.Tensor = per_row(3, dtype=torch.int64)
+    memory: ClassVar[Mapping[str, Kept]] = {
+        "token_ids": Kept(torch.int64, -1),
+        "run": Kept(torch.int64, 0),
+    }
+
+    def __post_init__(self):
+        _check_number("Stability.tau", self.tau, at_most=torch.inf)
+        _check_count("Stability.steps", self.steps)
+
+    def commit(self, scores, candidates, step, token_ids, memory):
+        """The commit mask [B, T] and the new memory; see the head of this file."""
+        run = torch.where(token_ids == memory["token_ids"], memory["run"] + 1, 1)
+        lasted = run >= _column_of(torch.int64, self.steps, scores.device)
+        stable = lasted & (scores >= _column(self.tau, scores))
+        best = _ranks(scores, candidates) == 0
+        return candidates & (stable | best), {"token_ids": token_ids, "run": run}
+
+
 def _ranks(scores, candidates):
     """Each candidate's place [B, T] in descending score, 0 the best, ties to the lower position.
 
@@ -362,13 +405,14 @@ def _check_held(name, value):
 
 class _Layout(NamedTuple):
     """What a frozen dataclass says of its rules: (name, dtype) of the per-row fields, the names of
-    the others, the branch, the score.
+    the others, the branch, the score, the memory.
     """
 
     per_row: tuple[tuple[str, torch.dtype], ...]
     fixed: tuple[str, ...]
     branch: str | None
     score: str | None
+    memory: Mapping[str, Kept]
 
 
 _CLASSES: dict[str, type] = {}  # the class of each branch, for `unflatten`
@@ -396,11 +440,15 @@ def _read_layout(kind):
     score = getattr(kind, "score", None)
     if not isinstance(score, str) or "score" in fields:
         score = None
+    memory = getattr(kind, "memory", None)
+    if not isinstance(memory, Mapping) or "memory" in fields:
+        memory = {}
     return _Layout(
         tuple((name, data["per_row"]) for name, data in fields.items() if "per_row" in data),
         tuple(name for name, data in fields.items() if "per_row" not in data),
         branch,
         score,
+        memory,
     )
 
 
@@ -482,6 +530,20 @@ def score_of(rule, asked: str | None = None) -> str:
     return own or asked or "confidence"
 
 
+def memory_of(rule) -> Mapping[str, Kept]:
+    """What the rule keeps from step to step, by name; empty for most."""
+    layout = _layout(type(rule))
+    return layout.memory if layout else {}
+
+
+def new_memory(rule, rows: int, width: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """The rule's memory for blocks that begin: [rows, width] tensors by name."""
+    return {
+        name: torch.full((rows, width), kept.start, dtype=kept.dtype, device=device)
+        for name, kept in memory_of(rule).items()
+    }
+
+
 def row_values(rule, rows: int) -> list[list[float]]:
     """For each per-row field its value for each of `rows` rows, as numbers that float64 holds.
 
@@ -511,15 +573,33 @@ def with_row_values(rule, columns):
     return changed
 
 
-def commit_of(rule) -> Callable:
+def commit_of(
+    rule,
+    token_ids: torch.Tensor | None = None,
+    memory: Mapping[str, torch.Tensor] | None = None,
+) -> Callable:
     """The rule's commit; where it has no branch, a commit that checks the mask it returns.
 
     What nobody but its author knows could lose tokens, or commit nothing for ever. The check reads
-    the device.
+    the device. token_ids [B, T] and memory, which is updated: for a rule that has a memory.
     """
     if branch_of(rule) is not None:
         return rule.commit
-    return functools.partial(_checked, rule if _layout(type(rule)) is None else rule.commit)
+    commit = rule if _layout(type(rule)) is None else rule.commit
+    if memory_of(rule):
+        commit = functools.partial(_remembering, commit, token_ids, memory)
+    return functools.partial(_checked, commit)
+
+
+def _remembering(commit, token_ids, memory, scores, candidates, step):
+    """commit's mask; what it wants to keep goes into `memory`."""
+    mask, kept = commit(scores, candidates, step, token_ids, dict(memory))
+    if not isinstance(kept, Mapping) or kept.keys() != memory.keys():
+        names = ", ".join(memory)
+        raise TypeError(f"rule: expected commit to return a mask and its memory, {names}")
+    for name, tensor in memory.items():
+        tensor.copy_(kept[name])
+    return mask
 
 
 def _checked(commit, scores, candidates, step):
