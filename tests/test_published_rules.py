@@ -212,32 +212,57 @@ def _chosen_kernel(
     tl.store(chosen + b * width + at, mask, mask=inside)
 
 
+def by_the_branch(rule, scores, candidates, step, device, chunk):
+    """The mask [B, T] that the kernel's branch chooses, chunk others compared at a time."""
+    rows, width = scores.shape
+    values = [getattr(rule, field.name) for field in per_row_fields(rule)]
+    parameters = tuple(
+        value.to(device) if isinstance(value, torch.Tensor) else float(value) for value in values
+    )
+    chosen = torch.full((rows, width), True, device=device)
+    _chosen_kernel[(rows,)](
+        scores.to(device),
+        candidates.to(device),
+        step.to(device),
+        parameters,
+        chosen,
+        width,
+        RULE=branch_of(rule),
+        WIDTH=triton.next_power_of_2(width),
+        CHUNK=chunk,
+        enable_fp_fusion=False,
+    )
+    return chosen.cpu()
+
+
+def count_on(device):
+    return BLOCKS if device.type == "cuda" else 80
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("width, chunk", [(16, 16), (13, 4), (1, 1)])
 def test_the_branch_is_the_commit_to_the_bit(device, kind, width, chunk):
-    count = BLOCKS if device.type == "cuda" else 80
-    generator = torch.Generator().manual_seed(width)
+    count, generator = count_on(device), torch.Generator().manual_seed(width)
     each = drawn(kind, generator, count)
-    numbers = [getattr(kind(), field.name) for field in per_row_fields(each)]
     for rule, exact in ((each, True), (each, False), (kind(), False)):
         scores, candidates, step = blocks(kind, generator, count, width, exact)
         wanted = rule.commit(scores, candidates & ~scores.isnan(), step)
-        columns = [getattr(each, field.name).to(device) for field in per_row_fields(each)]
-        parameters = tuple(columns if rule is each else map(float, numbers))
-        chosen = torch.full(scores.shape, True, device=device)
-        _chosen_kernel[(count,)](
-            scores.to(device),
-            candidates.to(device),
-            step.to(device),
-            parameters,
-            chosen,
-            width,
-            RULE=branch_of(rule),
-            WIDTH=triton.next_power_of_2(width),
-            CHUNK=chunk,
-            enable_fp_fusion=False,
-        )
-        assert torch.equal(chosen.cpu(), wanted)
+        got = by_the_branch(rule, scores, candidates, step, device, chunk)
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("kind", [Frechet, EntropyBound])
+def test_no_order_of_additions_decides(device, kind):
+    """Where the bound is a sum of the block itself, as one order of its additions rounds it."""
+    count, generator = count_on(device), torch.Generator().manual_seed(1)
+    doubt = torch.rand(count, WIDTH, generator=generator) / WIDTH
+    scores = -doubt if kind is EntropyBound else 1 - doubt
+    sums = doubt.sort(dim=1).values.cumsum(1)[:, WIDTH // 2].contiguous()
+    rule = kind(sums if kind is EntropyBound else 1 - sums)
+    candidates, step = doubt >= 0, torch.zeros(count, dtype=torch.int64)
+    wanted = rule.commit(scores, candidates, step)
+    assert torch.equal(by_the_branch(rule, scores, candidates, step, device, 4), wanted)
+    assert torch.equal(rule.commit(scores.flip(1), candidates, step).flip(1), wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS)
