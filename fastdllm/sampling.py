@@ -236,7 +236,7 @@ def select(
     tokens: torch.Tensor,
     candidates: torch.Tensor,
     mask_id: int,
-    memory: Mapping[str, torch.Tensor],
+    memory: Mapping[str, torch.Tensor] | None = None,
 ) -> Selection:
     """Propose, score and commit for rows of one kind: logits [R, T, V]; of tokens [R, T] int64
     those that are candidates [R, T] bool may be committed, in place.

@@ -235,7 +235,7 @@ def a_text(value: Any) -> str:
 
 
 def a_rule(value: Any) -> str:
-    """A rule of this project's own, written out: one of a module would run what the module holds."""
+    """A rule of this project's own, written out: one of a module would run what that holds."""
     text = a_text(value)
     if ":" in text or len(text) > LONGEST_RULE:
         raise UsageError(f"expected a rule such as Frechet(0.25), got {text[:LONGEST_RULE]!r}")

@@ -412,7 +412,7 @@ class _Layout(NamedTuple):
     fixed: tuple[str, ...]
     branch: str | None
     score: str | None
-    memory: Mapping[str, Kept]
+    memory: tuple[tuple[str, Kept], ...]
 
 
 _CLASSES: dict[str, type] = {}  # the class of each branch, for `unflatten`
@@ -448,7 +448,7 @@ def _read_layout(kind):
         tuple(name for name, data in fields.items() if "per_row" not in data),
         branch,
         score,
-        memory,
+        tuple(memory.items()),
     )
 
 
@@ -530,10 +530,10 @@ def score_of(rule, asked: str | None = None) -> str:
     return own or asked or "confidence"
 
 
-def memory_of(rule) -> Mapping[str, Kept]:
+def memory_of(rule) -> dict[str, Kept]:
     """What the rule keeps from step to step, by name; empty for most."""
     layout = _layout(type(rule))
-    return layout.memory if layout else {}
+    return dict(layout.memory) if layout else {}
 
 
 def new_memory(rule, rows: int, width: int, device: torch.device) -> dict[str, torch.Tensor]:
