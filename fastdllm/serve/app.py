@@ -29,6 +29,7 @@ def app_of(service: Service) -> Any:
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect
+    from starlette.routing import Route
 
     # It writes every chunk, which is somebody's text, into the log where that says everything.
     logging.getLogger("sse_starlette").setLevel(logging.INFO)
@@ -57,7 +58,7 @@ def app_of(service: Service) -> Any:
         app.add_api_route(path, tell, methods=["GET"], dependencies=guarded)
     for path, tell in _probes(service).items():
         app.add_api_route(path, tell, methods=["GET"])
-    paths = frozenset(route.path for route in app.routes)
+    paths = frozenset(route.path for route in app.routes if isinstance(route, Route))
     app.add_middleware(Counted, metrics=metrics, paths=paths)
     if settings.origins:
         origins = list(settings.origins)

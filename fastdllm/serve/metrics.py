@@ -32,7 +32,7 @@ class Metrics:
 
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine))
-        known = {"registry": self.registry, "namespace": "fastdllm"}
+        known: dict[str, Any] = {"registry": self.registry, "namespace": "fastdllm"}
         self.requests = Counter(
             "http_requests", "Answered HTTP requests", ("path", "status"), **known
         )
