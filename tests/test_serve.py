@@ -277,7 +277,6 @@ async def pieces_of(service, asked):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_answers_are_those_of_generate(loaded, stream):
-
     asked = read(loaded, CHAT | {"stream": stream, "n": 2, "logprobs": True})
     done = fastdllm.generate(loaded.model, asked.prompts, gen_length=128)
     written = loaded.written(done.tokens[0][len(asked.prompts[0]) :])
@@ -300,7 +299,6 @@ def test_answers_are_those_of_generate(loaded, stream):
 
 def test_logprobs_are_of_the_distribution_that_committed(loaded):
     """Against the model's own plain forward of the canvas as it was: the first forward's tokens."""
-
     asked = read(loaded, CHAT | {"logprobs": True, "threshold": 0.5})
     events = []
     options = {"gen_length": 128, "rule": Threshold(0.5), "on_step": events.append}
