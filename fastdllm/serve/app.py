@@ -164,7 +164,7 @@ async def _streamed(request, data: Any, settings) -> Any:
     first = await _while_connected(request, anext(data))
     # Its own way would end streams at once where the server is told to end.
     return EventSourceResponse(
-        all_of_it(first), sep="\n", shutdown_grace_period=settings.drain_seconds
+        all_of_it(first), sep="\n", shutdown_grace_period=settings.cut_seconds
     )
 
 

@@ -460,17 +460,30 @@ def test_the_curl_line_of_the_readme(served):
 
 
 def test_a_drain_ends_and_so_does_the_server():
-    server = Process("--rows", "1", "--drain-seconds", "1")
-    body = {"prompt": [5] * 8, "max_tokens": 1000, "steps": 32, "stream": True}
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    connection.request(
-        "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
+    """Those whose time is over are told so, and the log holds no traceback."""
+    server = Process("--rows", "2", "--drain-seconds", "1")
+    # So hot that no text ends early.
+    body = {"prompt": [5] * 8, "max_tokens": 1000, "steps": 32, "temperature": 1e6, "seed": 1}
+    kind = {"Content-Type": "application/json"}
+    streamed, whole, waiting = (
+        http.client.HTTPConnection("127.0.0.1", server.port, timeout=30) for _ in range(3)
     )
-    connection.getresponse().readline()
+    streamed.request("POST", "/v1/completions", json.dumps(body | {"stream": True}), kind)
+    stream = streamed.getresponse()
+    stream.readline()
+    whole.request("POST", "/v1/completions", json.dumps(body), kind)
+    waiting.request("POST", "/v1/completions", json.dumps(body | {"stream": True}), kind)
+    time.sleep(0.5)
     began = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
+    *_, last = stream.read().split(b"data: ")
+    assert json.loads(last)["error"]["code"] == "ending"
+    for connection in (whole, waiting):
+        answer = connection.getresponse()
+        assert answer.status == 503 and json.load(answer)["error"]["code"] == "ending"
     code, printed = server.ended()
     assert code == 0 and time.monotonic() - began < 10, printed
+    assert "Traceback" not in printed
 
 
 def test_it_listens_to_this_machine_alone(capsys):
