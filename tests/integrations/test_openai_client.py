@@ -78,6 +78,16 @@ def test_a_chat_gets_what_generate_gives(loaded, client):
     assert done.forwards == forwards
 
 
+def test_an_answer_is_sent_back_as_the_client_holds_it(loaded, client):
+    options = {"model": "tiny-llada", "max_tokens": 64}
+    message = client.chat.completions.create(messages=MESSAGES, **options).choices[0].message
+    turns = [*MESSAGES, {"role": "assistant", "content": message.content}, *MESSAGES]
+    done = client.chat.completions.create(messages=[*MESSAGES, message, *MESSAGES], **options)
+    ids = loaded.tokens(loaded.chat(turns), add_special_tokens=False)
+    assert done.usage.prompt_tokens == len(ids)
+    assert done.choices[0].message.content == expected(loaded, ids, 64)[0]
+
+
 def test_an_answer_that_is_cut_has_its_length(loaded, client):
     done = client.chat.completions.create(model="tiny-llada", messages=MESSAGES, max_tokens=20)
     answer, tokens, _ = expected(loaded, QUESTIONS[0], 20)
