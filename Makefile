@@ -27,11 +27,11 @@ lint: $(VENV)/test-tools
 
 # Against the real lm-eval and Ray, which bring much along, and OpenAI's client against the server.
 test-integrations: $(VENV)/test-tools $(VENV)/eval-tools $(VENV)/serve-test-tools $(VENV)/ray-tools
-	$(RUN) -m pytest tests/integrations
+	$(RUN) -m pytest -rs tests/integrations
 
 # The server's page in a headless Chromium, where there is one: Debian's package chromium.
 test-web: $(VENV)/test-tools $(VENV)/web-test-tools
-	$(RUN) -m pytest tests/web
+	$(RUN) -m pytest -rs tests/web
 
 # Random decodes and kernel calls against oracles, some ten minutes on two cores; FUZZ adds options (--device cuda).
 fuzz: $(VENV)/test-tools

@@ -1,6 +1,6 @@
 """Requests that come and go: the Engine beside static batches and one by one.
 
-    python bench/traffic.py [--part cold,stream,saturated,open,host] [--seconds 10]
+    python bench/traffic.py [--part cold,options,stream,saturated,open,host] [--seconds 10]
     python bench/traffic.py --part soak
     python bench/traffic.py --smoke
     python bench/traffic.py --report FILE [--readme FILE]
@@ -12,6 +12,8 @@ tables and a plot beside it; what a part measures anew takes the place of what w
 cold       In fresh processes, with an empty compile cache and with what the process before left in
            it: seconds of the engine's warm_up, and of a first request without it; what was
            compiled, loaded and captured.
+options    Without warm_up, one request six times under each option that trades accuracy for time:
+           the first time, the second, and later ones.
 stream     After warm_up, requests one after another, three times over: means, the worst, each over
            its own best. Anything that is compiled, loaded or captured in it is a failure.
 check      Before anything is told: requests at once in the engine get the tokens that `generate`
@@ -44,18 +46,19 @@ from pathlib import Path
 import tables
 import timing
 import torch
-from traffic_parts import cold, figures, measuring, report
+from traffic_parts import cold, figures, measuring, options, report
 from traffic_parts.answering import Answering
 from traffic_parts.asked import LARGE, SMALL, mixed
 from traffic_parts.soak import soak
 
-TIMED = ("cold", "stream", "saturated", "open", "host")
+TIMED = ("cold", "options", "stream", "saturated", "open", "host")
 PARTS = (*TIMED, "soak")
 # Lists of rows in the results file.
 LISTS = (
     "warm_up",
     "check",
     "cold",
+    "options",
     "stream",
     "stream_requests",
     "saturated",
@@ -85,7 +88,11 @@ class Benchmark:
             with elapsed("cold"):
                 rows = cold.cold(__file__, self.device.type == "cuda", self.args.smoke)
             self.keep(cold=rows)
-        if set(parts) - {"cold", "soak"}:
+        if "options" in parts:
+            with elapsed("options"):
+                rows = options.options(self.size, self.device)
+            self.keep(options=rows)
+        if set(parts) - {"cold", "options", "soak"}:
             self.measure_in_this_process(parts)
         if "soak" in parts:
             with elapsed("soak"):

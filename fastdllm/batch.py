@@ -26,7 +26,8 @@ try:
 except ImportError:  # Windows: one process at a time is the caller's to see to
     fcntl = None  # type: ignore[assignment]
 
-# Records under way for each row of the engine: so that a row never waits for the next one.
+# Records under way for each row of the engine: so that a row never waits for the next one. The
+# engine's line must take them all.
 AHEAD = 4
 # How a result begins, by which a torn one is told from somebody's file.
 BEGINNING = b'{"id": '

@@ -132,14 +132,16 @@ def serve(args: Namespace) -> None:
         "origins": tuple(args.allow_origin),
         "drain_seconds": args.drain_seconds,
     }
-    server.run(partial(_service, args, **settings), args.host, args.port)
+    make = partial(_service, args, queue=args.queue, **settings)
+    server.run(make, args.host, args.port)
 
 
 def batch(args: Namespace) -> None:
     """Answer the records of a file, going on where an earlier run ended."""
     from . import batch
 
-    make = partial(_service, args, rule=choose_rule(vars(args)).rule)
+    queue = batch.AHEAD * args.rows
+    make = partial(_service, args, queue=queue, rule=choose_rule(vars(args)).rule)
     if args.ray:
         from .integrations import ray
 
@@ -152,7 +154,7 @@ def batch(args: Namespace) -> None:
 
 
 def _service(args: Namespace, **settings: Any) -> Any:
-    """The Service of a model that the command line names. settings: of Settings."""
+    """The Service of a model that the command line names. settings: others of loaded_service."""
     from .serve.service import loaded_service
 
     return loaded_service(
@@ -162,7 +164,6 @@ def _service(args: Namespace, **settings: Any) -> Any:
         rows=args.rows,
         positions=args.positions,
         cache=args.cache,
-        queue=args.queue,
         gen_length=args.gen_length,
         block_length=args.block_length,
         **settings,

@@ -108,10 +108,17 @@ class Decoder:
         self._began = time.perf_counter()
 
     def compile_ahead(self) -> None:
-        """Compile, side by side, the kernels that the rows' next forward and the one after it would
-        compile one by one. Nothing is decided, and no rule of a user's own is called.
+        """Before rows' first turn: compile, side by side, the kernels that their first forward and
+        the one after it would compile one by one, where such rows are the first of this process.
+        Nothing is decided, and no rule of a user's own is called.
         """
         rows = [row for row in self.rows if not row.done]
+        model, schedule = self.forward.model, self.schedule
+        kernels = model.config, model.dtype, schedule.cache, schedule.block_length, len(rows) > 1
+        begun = any(row.forwards for row in self.rows)
+        if model.device.type != "cuda" or begun or kernels in _compiled_ahead:
+            return
+        _compiled_ahead.add(kernels)
         with side_by_side() as compiles_only:
             if not compiles_only or forced() == "reference":
                 return
@@ -415,10 +422,7 @@ def _opened(
         decoder = Decoder(forward, schedule)
         for row in rows:
             decoder.admit(row)
-        kernels = config, model.dtype, cache, block_length, len(rows) > 1
-        if model.device.type == "cuda" and kernels not in _compiled_ahead:
-            _compiled_ahead.add(kernels)
-            decoder.compile_ahead()
+        decoder.compile_ahead()
         yield decoder
 
 

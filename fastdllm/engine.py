@@ -519,13 +519,21 @@ class Engine:
 
     def _admit(self):
         """Give the requests that wait the rows that are free, in their order."""
-        while self._decoder.free:
-            with self._changed:
-                if not self._waiting:
-                    return
-                request = self._waiting.popleft()
-                self._running[request._row] = request
+        admitted = 0
+        while self._decoder.free and (request := self._next()):
             self._decoder.admit(request._row)
+            admitted += 1
+        if admitted:
+            self._decoder.compile_ahead()
+
+    def _next(self):
+        """The first request in line, which runs from now on, or None."""
+        with self._changed:
+            if not self._waiting:
+                return None
+            request = self._waiting.popleft()
+            self._running[request._row] = request
+            return request
 
     def _take_turn(self):
         try:

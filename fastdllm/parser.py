@@ -83,6 +83,7 @@ def _add_serve(command: ArgumentParser) -> None:
     _add_decoding(command)
     command.set_defaults(gen_length=256)
     _add_engine(command)
+    _add_count(command, "queue", 256, "requests that may wait")
     add = command.add_argument
     add("--host", default="127.0.0.1", help="the address to listen on (%(default)s)")
     add("--port", type=_option(PORT.read), default=8000, help="(%(default)s)")
@@ -129,7 +130,6 @@ def _add_batch(command: ArgumentParser) -> None:
 def _add_engine(command: ArgumentParser) -> None:
     _add_count(command, "rows", 8, "requests decoded at once")
     _add_positions(command)
-    _add_count(command, "queue", 256, "requests that may wait")
 
 
 def _add_positions(command: ArgumentParser) -> None:

@@ -41,6 +41,8 @@ async def result_of(service: Service, record: Record) -> dict[str, Any]:
             raise wrong(name, "a record has one answer, which comes whole")
     reader = read_chat if "messages" in record.body else read_completion
     asked = await service.read(reader, record.body)
+    if len(asked.prompts) > 1:
+        raise wrong("prompt", "a record has one prompt")
     pieces = [piece async for piece in service.answers(asked)]
     whole = Shape(asked, service.loaded, service.settings).whole(pieces)
     (choice,) = whole["choices"]

@@ -111,6 +111,7 @@ def test_broken_lines_are_reported_by_number_and_the_others_go_on(tmp_path, quic
         {"id": "y", "prompt": "a", "min_p": 0.5},
         {"id": "z", "prompt": "a", "n": 2},
         {"id": "w", "messages": [], "max_tokens": 5},
+        {"id": "v", "prompt": ["a", "b"]},
         good[2],
     ]
     source, output = write(tmp_path / "in", lines), tmp_path / "out"
@@ -124,9 +125,17 @@ def test_broken_lines_are_reported_by_number_and_the_others_go_on(tmp_path, quic
         "line 7: min_p: ",
         "line 8: n: ",
         "line 9: messages: ",
+        "line 10: prompt: a record has one prompt",
     ):
         assert words in err
-    assert len(err.splitlines()) == 7 and err.splitlines()[-1].endswith("3 answered, 6 broken")
+    assert len(err.splitlines()) == 8 and err.splitlines()[-1].endswith("3 answered, 7 broken")
+
+
+def test_many_rows_have_a_line_for_all_that_is_under_way(tmp_path, quick):
+    records = [{"id": number, "prompt": [5, 6], "max_tokens": 2} for number in range(600)]
+    source, output = write(tmp_path / "in", records), tmp_path / "out"
+    assert call(source, output, "--rows", "128", "--positions", "8", "--block-length", "4") == 0
+    assert len(read(output)) == 600
 
 
 def test_a_nan_is_reported_and_the_others_go_on(loaded, tmp_path, quick, capsys, monkeypatch):

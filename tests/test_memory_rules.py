@@ -150,6 +150,14 @@ def test_a_rule_says_what_it_keeps():
     assert memory_of(rules.Threshold()) == memory_of(lambda *_: None) == {}
 
 
+def test_a_branch_does_not_see_a_memory():
+    class Both(Stability):
+        branch: ClassVar[str] = "both"
+
+    with pytest.raises(ValueError, match="rule: Both has a memory, which no branch"):
+        rules.check_rule(Both(), 1)
+
+
 def test_a_rule_that_keeps_nothing_of_what_it_says_is_named(tmp_path):
     class Forgetful(Counting):
         def commit(self, *arguments):

@@ -2,16 +2,20 @@
 refused by; how an answer's text grows.
 """
 
+import asyncio
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import fastdllm
-from fastdllm import Engine, Factor, Neighbours, Quota, Threshold, text
+from fastdllm import Engine, EngineClosed, Factor, Neighbours, Quota, Threshold, text
 from fastdllm.serve import asked as reading
 from fastdllm.serve.errors import Refused
-from fastdllm.serve.service import Service
+from fastdllm.serve.service import Service, service_of
 from fastdllm.serve.settings import Settings
 from fastdllm.serve.shapes import Shape
 from fastdllm.serve.writing import Writing, cut, held
@@ -147,6 +151,8 @@ WRONG = [
     ("messages", []),
     ("messages", "hello"),
     ("messages", [{"role": "user"}]),
+    ("messages", [{"role": "user", "content": None}]),
+    ("messages", ["hello"]),
     ("messages", [{"role": "tool", "content": "x"}]),
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
     ("messages", [{"role": "user", "content": "x", "tool_calls": []}]),
@@ -200,6 +206,13 @@ def test_a_body_that_is_no_json_object(body):
     with pytest.raises(Refused) as refused:
         reading.parsed(body)
     assert refused.value.status == 400
+
+
+def test_an_answer_can_be_sent_back_as_it_came(loaded):
+    turns = [*CHAT["messages"], {"role": "assistant", "content": "281"}, CHAT["messages"][0]]
+    wanted = read(loaded, {"messages": turns}).prompts
+    turns[1] = {**turns[1], "refusal": None, "tool_calls": None}
+    assert read(loaded, {"messages": turns}).prompts == wanted
 
 
 def test_a_template_runs_in_the_sandbox(loaded, monkeypatch):
@@ -278,8 +291,6 @@ async def pieces_of(service, asked):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_answers_are_those_of_generate(loaded, stream):
-    import asyncio
-
     asked = read(loaded, CHAT | {"stream": stream, "n": 2, "logprobs": True})
     done = fastdllm.generate(loaded.model, asked.prompts, gen_length=128)
     written = loaded.written(done.tokens[0][len(asked.prompts[0]) :])
@@ -302,8 +313,6 @@ def test_answers_are_those_of_generate(loaded, stream):
 
 def test_logprobs_are_of_the_distribution_that_committed(loaded):
     """Against the model's own plain forward of the canvas as it was: the first forward's tokens."""
-    import asyncio
-
     asked = read(loaded, CHAT | {"logprobs": True, "threshold": 0.5})
     events = []
     options = {"gen_length": 128, "rule": Threshold(0.5), "on_step": events.append}
@@ -324,9 +333,6 @@ def test_logprobs_are_of_the_distribution_that_committed(loaded):
 
 
 def test_a_full_line_takes_none_of_several(loaded):
-    import asyncio
-    import threading
-
     hold = threading.Event()
     with Engine(loaded.model, rows=1, positions=256, queue=2) as engine:
         service = Service(loaded, engine, SETTINGS)
@@ -338,3 +344,31 @@ def test_a_full_line_takes_none_of_several(loaded):
         busy.result(10)
         assert engine.stats()["waiting"] == 0
         service.close()
+
+
+def test_more_answers_than_the_line_takes_are_no_matter_of_time(loaded):
+    service = service_of(loaded, SETTINGS, rows=1, cache="dual", queue=2)
+    with pytest.raises(Refused) as refused:
+        read(loaded, {"prompt": [5], "n": 3}, service.settings)
+    assert refused.value.status == 400 and refused.value.param == "n"
+    service.close()
+
+
+def test_a_service_that_ends_does_not_wait_for_its_warm_up(loaded, monkeypatch):
+    began = threading.Event()
+
+    def endless(forward, schedule, tell, **options):
+        for number in range(1000):
+            began.set()
+            tell("capturing forwards", number, 1000)
+            time.sleep(0.01)
+
+    monkeypatch.setattr("fastdllm.engine.warm_forward", endless)
+    service = service_of(loaded, SETTINGS, rows=1, cache="dual", queue=2)
+    with ThreadPoolExecutor(1) as threads:
+        warming = threads.submit(service.warm_up)
+        assert began.wait(10)
+        service.close()
+        with pytest.raises(EngineClosed):
+            warming.result(1)
+    assert not service.ready

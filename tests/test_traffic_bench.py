@@ -17,7 +17,16 @@ sys.path.insert(0, str(BENCH))
 
 import tables  # noqa: E402
 import traffic  # noqa: E402
-from traffic_parts import answering, asked, cold, counting, figures, measuring, report  # noqa: E402
+from traffic_parts import (  # noqa: E402
+    answering,
+    asked,
+    cold,
+    counting,
+    figures,
+    measuring,
+    options,
+    report,
+)
 from traffic_parts import soak as soaking  # noqa: E402
 from traffic_parts.answering import Answer, Answering  # noqa: E402
 
@@ -230,6 +239,23 @@ def test_it_runs_reports_and_adds_up(run, tmp_path):
     assert "traffic.png" in tables.between_marks(index, "traffic")
 
 
+def test_options_are_timed_again_and_again(run, tmp_path):
+    status, results = run("--part", "options")
+    assert status == 0 and [row["option"] for row in results["options"]] == [
+        option.name for option in options.OPTIONS
+    ]
+    for row in results["options"]:
+        assert len(row["fewer"]) == len(row["more"]) == options.TIMES
+    assert "fp8, prompt kept" in (tmp_path / "traffic.md").read_text()
+
+
+def test_figures_of_options():
+    row = {"fewer": [9.0, 1.5, 1.0, 1.0, 1.0, 2.0], "more": [1.8, 1.8, 1.8, 1.8, 1.8, 5.0]}
+    assert options.later_times(row) == 1.5
+    # 140 forwards, three eighths of the way from 128 to 160; the first time is left out.
+    assert options.of_the_paper(row) == pytest.approx(1.0 + 0.375 * 0.8)
+
+
 def test_a_child_begins_when_it_is_told_to(monkeypatch):
     read = []
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(readline=lambda: read.append(1)))
@@ -283,7 +309,7 @@ def test_bad_choices_are_refused(run, capsys):
     for arguments in (["--part", "stream,other"], ["--seconds", "0"], ["--seconds", "x"]):
         with pytest.raises(SystemExit):
             traffic.main(arguments)
-    assert "expected some of cold, stream, saturated, open, host, soak, got other" in (
+    assert "expected some of cold, options, stream, saturated, open, host, soak, got other" in (
         capsys.readouterr().err
     )
     with pytest.raises(SystemExit, match="--part saturated"):

@@ -22,7 +22,8 @@ class Size:
 
     rows, positions: of the engine; rows are also the most requests of a static batch. prompts,
     generations: (shortest, longest) of mixed requests. equal: (prompt, generation) of equal ones
-    and of the first request of a process. streamed: requests of the stream, each generating
+    and of the first request of a process; headline: of the request that options are timed with.
+    streamed: requests of the stream, each generating
     equal[1] tokens, first: how many of them its first mean is of. saturated: requests of one
     saturated run. checked: requests whose tokens are compared. seconds: in which requests come at
     each load. turns: timed cached steps of a batch. soaked: requests of the soak.
@@ -34,6 +35,7 @@ class Size:
     prompts: tuple[int, int]
     generations: tuple[int, int]
     equal: tuple[int, int]
+    headline: tuple[int, int]
     streamed: int
     first: int
     saturated: int
@@ -50,6 +52,7 @@ LARGE = Size(
     prompts=(60, 1500),
     generations=(64, 512),
     equal=(512, 256),
+    headline=(1024, 1024),
     streamed=60,
     first=20,
     saturated=48,
@@ -65,6 +68,7 @@ SMALL = Size(
     prompts=(6, 96),
     generations=(16, 64),
     equal=(48, 32),
+    headline=(48, 64),
     streamed=6,
     first=2,
     saturated=8,

@@ -58,7 +58,7 @@ def results(
     make: Callable[[], Service], workers: int, rows: int, gpus_per_worker: float = 0.0
 ) -> batch.Results:
     """What `batch.run` takes: records answered by so many actors, each with the service that `make`
-    returns there, of so many rows.
+    returns there, of so many rows and a line of batch.AHEAD times as many.
 
     A record of a worker that was killed is answered by another, and every record once. ImportError
     without Ray.

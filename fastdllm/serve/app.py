@@ -29,6 +29,7 @@ def app_of(service: Service) -> Any:
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect
+    from starlette.routing import Route
 
     # It writes every chunk, which is somebody's text, into the log where that says everything.
     logging.getLogger("sse_starlette").setLevel(logging.INFO)
@@ -57,7 +58,7 @@ def app_of(service: Service) -> Any:
         app.add_api_route(path, tell, methods=["GET"], dependencies=guarded)
     for path, tell in _probes(service).items():
         app.add_api_route(path, tell, methods=["GET"])
-    paths = frozenset(getattr(route, "path", "") for route in app.routes)
+    paths = frozenset(route.path for route in app.routes if isinstance(route, Route))
     app.add_middleware(Counted, metrics=metrics, paths=paths)
     if settings.origins:
         origins = list(settings.origins)
@@ -163,7 +164,7 @@ async def _streamed(request, data: Any, settings) -> Any:
     first = await _while_connected(request, anext(data))
     # Its own way would end streams at once where the server is told to end.
     return EventSourceResponse(
-        all_of_it(first), sep="\n", shutdown_grace_period=settings.drain_seconds
+        all_of_it(first), sep="\n", shutdown_grace_period=settings.cut_seconds
     )
 
 

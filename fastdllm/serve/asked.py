@@ -250,7 +250,10 @@ def a_chat(value: Any) -> list[dict[str, str]]:
 
 
 def _message(index, message):
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+    # An answer that is sent back names what it has none of, such as a refusal.
+    given = message.items() if isinstance(message, dict) else ()
+    message = {name: value for name, value in given if value is not None}
+    if not {"role", "content"} <= message.keys():
         raise UsageError(f"[{index}]: expected role and content")
     unknown = sorted(message.keys() - {"role", "content", "name"})
     if unknown:

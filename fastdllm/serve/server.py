@@ -1,9 +1,12 @@
 """`fastdllm serve`: uvicorn around the application, from the first signal to the last."""
 
+import asyncio
 import logging
+import math
 import signal
 import socket
 from collections.abc import Callable
+from typing import Any
 
 from .app import app_of
 from .service import Service
@@ -32,9 +35,9 @@ def run(make: Callable[[], Service], host: str, port: int) -> None:
             app_of(service),
             access_log=False,  # a path may hold what is nobody's business
             log_config=None,
-            timeout_graceful_shutdown=max(1, round(service.settings.drain_seconds)),
+            timeout_graceful_shutdown=math.ceil(service.settings.cut_seconds),
         )
-        server = uvicorn.Server(config)
+        server = _server(config, service)
         # When it has ended uvicorn raises the signal again, for the handler that was there before.
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
@@ -43,6 +46,22 @@ def run(make: Callable[[], Service], host: str, port: int) -> None:
             signal.signal(signal.SIGTERM, before)
     if not server.started:
         raise RuntimeError("the server could not start")
+
+
+def _server(config: Any, service: Service) -> Any:
+    """A uvicorn.Server that closes the service once its requests have had their time: they are
+    refused with 503, and their connections end as usual.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            loop, seconds = asyncio.get_running_loop(), service.settings.drain_seconds
+            late = loop.call_later(seconds, loop.run_in_executor, None, service.close)
+            await super().shutdown(sockets)
+            late.cancel()
+
+    return Server(config)
 
 
 def bound(host: str, port: int) -> socket.socket:

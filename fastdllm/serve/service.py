@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..decode import Generation, StepEvent
@@ -90,11 +90,18 @@ class Service:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="fastdllm-reader")
 
     def warm_up(self) -> None:
-        """Make what requests will need; what comes meanwhile waits for it."""
+        """Make what requests will need; what comes meanwhile waits for it. EngineClosed where the
+        engine is closed before its end.
+        """
         rule = self.settings.rule
-        self.engine.warm_up(progress=lambda *_: None, rule=rule)
-        self.engine.warm_up(progress=lambda *_: None, rule=rule, temperature=1.0)
+        self.engine.warm_up(progress=self._go_on, rule=rule)
+        self.engine.warm_up(progress=self._go_on, rule=rule, temperature=1.0)
         self.ready = True
+
+    def _go_on(self, *_):
+        # On a GPU a warm-up takes minutes, which a server that is to end has not.
+        if self.engine.closed:
+            raise EngineClosed("engine: it was closed while it warmed up")
 
     async def read(self, reader: Callable[..., Asked], body: Mapping[str, Any]) -> Asked:
         """What a request asks for, read in another thread: a long prompt stops nobody else."""
@@ -221,7 +228,8 @@ class Service:
 def service_of(
     loaded: TextModel, settings: Settings, *, rows: int, cache: str, queue: int
 ) -> Service:
-    """A Service with an engine of its own."""
+    """A Service with an engine of its own. A request gets no more answers than its line takes."""
+    settings = replace(settings, choices=min(settings.choices, queue))
     engine = Engine(
         loaded.model,
         rows=rows,

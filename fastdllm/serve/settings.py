@@ -7,6 +7,7 @@ from fastdllm_kernels import Threshold
 from ..sampling import Rule
 
 KIB = 1024
+LAST_WORDS = 5.0  # seconds that clients get to be told that their time is over
 
 
 @dataclass(frozen=True)
@@ -30,3 +31,8 @@ class Settings:
     key: str | None = field(default=None, repr=False)
     origins: tuple[str, ...] = ()
     drain_seconds: float = 30.0
+
+    @property
+    def cut_seconds(self) -> float:
+        """After so long nobody is waited for any more."""
+        return self.drain_seconds + LAST_WORDS

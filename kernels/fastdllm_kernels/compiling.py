@@ -15,18 +15,37 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
+
 from .backend import triton
 
 log = logging.getLogger(__name__)
-_only_compiles: ContextVar[bool] = ContextVar("fastdllm_only_compiles", default=False)
+# Inside `side_by_side` what was asked to be compiled; else None.
+_asked: ContextVar[set | None] = ContextVar("fastdllm_asked", default=None)
 
 
 def launch(kernel, grid: tuple, *arguments, **options) -> None:
     """kernel[grid](*arguments, **options); inside `side_by_side` the kernel is only compiled."""
-    if _only_compiles.get():
-        kernel.warmup(*arguments, grid=grid, **options)
-    else:
+    asked = _asked.get()
+    if asked is None:
         kernel[grid](*arguments, **options)
+        return
+    # A model's layers launch alike, and to ask triton again takes longer than a launch.
+    launched = kernel, tuple(map(_kind, arguments)), tuple(options.items())
+    if launched not in asked:
+        asked.add(launched)
+        kernel.warmup(*arguments, grid=grid, **options)
+
+
+def _kind(argument):
+    """What a kernel may be compiled for of an argument: of a tensor its dtype and alignment."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    if isinstance(argument, tuple):
+        return tuple(map(_kind, argument))
+    if hasattr(argument, "block_shape"):  # a TensorDescriptor
+        return argument.base.dtype, tuple(argument.block_shape), repr(argument.layout)
+    return argument
 
 
 @contextmanager
@@ -42,11 +61,11 @@ def side_by_side() -> Iterator[bool]:
         yield False
         return
     with ThreadPoolExecutor(max(4, os.cpu_count() or 4)) as threads, mode(threads):
-        token = _only_compiles.set(True)
+        token = _asked.set(set())
         try:
             yield True
         finally:
-            _only_compiles.reset(token)
+            _asked.reset(token)
 
 
 @dataclass

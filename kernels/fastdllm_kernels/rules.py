@@ -22,9 +22,9 @@ keeps; whoever calls it carries them, and sets them back when a block is done:
 
     commit(scores, candidates, step, token_ids [B, T] int64, memory) -> (mask, memory)
 
-Without a branch `commit` runs after the scoring, in PyTorch, and the mask it returns is checked.
-With one the kernel decides (`select_triton._chosen`) and `commit` is its reference. A subclass does
-not inherit the branch: its `commit` may differ.
+Without a branch, as with a memory, `commit` runs after the scoring, in PyTorch, and the mask it
+returns is checked. With one the kernel decides (`select_triton._chosen`) and `commit` is its
+reference. A subclass does not inherit the branch: its `commit` may differ.
 
 Source: Fast-dLLM (arXiv 2505.22618), sections 3.3 and 4 (threshold, factor); LLaDA's and Dream's
 own samplers (quota); the others name theirs.
@@ -432,17 +432,20 @@ def _read_layout(kind):
     if not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen:
         return None
     fields = {field.name: field.metadata for field in dataclasses.fields(kind)}
-    branch = vars(kind).get("branch")  # not getattr: a subclass has none unless it says so
-    if not isinstance(branch, str) or "branch" in fields:
-        branch = None
-    else:
-        _register(branch, kind)
-    score = getattr(kind, "score", None)
-    if not isinstance(score, str) or "score" in fields:
+    branch, score, memory = (
+        None if name in fields else getattr(kind, name, None)
+        for name in ("branch", "score", "memory")
+    )
+    if not isinstance(branch, str) or "branch" not in vars(kind):
+        branch = None  # a subclass has none unless it says so
+    if not isinstance(score, str):
         score = None
-    memory = getattr(kind, "memory", None)
-    if not isinstance(memory, Mapping) or "memory" in fields:
+    if not isinstance(memory, Mapping):
         memory = {}
+    if memory and branch:
+        raise ValueError(f"rule: {kind.__name__} has a memory, which no branch of the kernel sees")
+    if branch:
+        _register(branch, kind)
     return _Layout(
         tuple((name, data["per_row"]) for name, data in fields.items() if "per_row" in data),
         tuple(name for name, data in fields.items() if "per_row" not in data),

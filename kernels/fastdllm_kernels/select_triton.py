@@ -630,12 +630,11 @@ def _chosen(
 ):
     """The commit mask [WIDTH] of one row: the rule's meaning in rules.py.
 
-    scores [WIDTH] fp32; able [WIDTH]: the candidates; step: int64; width: the block's, which
-    WIDTH is rounded up from. RULE is the name that the rule's
-    class declares as its `branch`. `parameters` holds this row's values of the class's per-row
-    fields in their order, each fp32 or, from a tensor, of the field's dtype; FIXED the values of
-    its other fields, constants. A new rule adds its branch here, and a line that unpacks its own
-    fields.
+    scores [WIDTH] fp32; able [WIDTH]: the candidates; step: int64; width: the block's, which WIDTH
+    is rounded up from. RULE is the name that the rule's class declares as its `branch`.
+    `parameters` holds this row's values of the class's per-row fields in their order, each fp32 or,
+    from a tensor, of the field's dtype; FIXED the values of its other fields, constants. A new rule
+    adds its branch here, and a line that unpacks its own fields.
     """
     order = tl.where(able, scores, -INFINITY)
     if RULE == "threshold":
@@ -653,7 +652,7 @@ def _chosen(
     elif RULE == "entropy_bound":
         gamma = parameters[0]
         entropy = tl.where(able, tl.maximum(-scores, 0.0), 0.0)
-        entropy = (entropy + gamma) - gamma
+        entropy = (entropy + gamma) - gamma  # so that the sums do not round: see rules.py
         chosen = _sums_ahead(entropy, order, WIDTH, CHUNK) <= gamma
     elif RULE == "progress":
         tau, alpha = parameters[0], parameters[1]

@@ -78,6 +78,16 @@ def test_a_chat_gets_what_generate_gives(loaded, client):
     assert done.forwards == forwards
 
 
+def test_an_answer_is_sent_back_as_the_client_holds_it(loaded, client):
+    options = {"model": "tiny-llada", "max_tokens": 64}
+    message = client.chat.completions.create(messages=MESSAGES, **options).choices[0].message
+    turns = [*MESSAGES, {"role": "assistant", "content": message.content}, *MESSAGES]
+    done = client.chat.completions.create(messages=[*MESSAGES, message, *MESSAGES], **options)
+    ids = loaded.tokens(loaded.chat(turns), add_special_tokens=False)
+    assert done.usage.prompt_tokens == len(ids)
+    assert done.choices[0].message.content == expected(loaded, ids, 64)[0]
+
+
 def test_an_answer_that_is_cut_has_its_length(loaded, client):
     done = client.chat.completions.create(model="tiny-llada", messages=MESSAGES, max_tokens=20)
     answer, tokens, _ = expected(loaded, QUESTIONS[0], 20)
@@ -460,17 +470,30 @@ def test_the_curl_line_of_the_readme(served):
 
 
 def test_a_drain_ends_and_so_does_the_server():
-    server = Process("--rows", "1", "--drain-seconds", "1")
-    body = {"prompt": [5] * 8, "max_tokens": 1000, "steps": 32, "stream": True}
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    connection.request(
-        "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
+    """Those whose time is over are told so, and the log holds no traceback."""
+    server = Process("--rows", "2", "--drain-seconds", "1")
+    # So hot that no text ends early.
+    body = {"prompt": [5] * 8, "max_tokens": 1000, "steps": 32, "temperature": 1e6, "seed": 1}
+    kind = {"Content-Type": "application/json"}
+    streamed, whole, waiting = (
+        http.client.HTTPConnection("127.0.0.1", server.port, timeout=30) for _ in range(3)
     )
-    connection.getresponse().readline()
+    streamed.request("POST", "/v1/completions", json.dumps(body | {"stream": True}), kind)
+    stream = streamed.getresponse()
+    stream.readline()
+    whole.request("POST", "/v1/completions", json.dumps(body), kind)
+    waiting.request("POST", "/v1/completions", json.dumps(body | {"stream": True}), kind)
+    time.sleep(0.5)
     began = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
+    *_, last = stream.read().split(b"data: ")
+    assert json.loads(last)["error"]["code"] == "ending"
+    for connection in (whole, waiting):
+        answer = connection.getresponse()
+        assert answer.status == 503 and json.load(answer)["error"]["code"] == "ending"
     code, printed = server.ended()
     assert code == 0 and time.monotonic() - began < 10, printed
+    assert "Traceback" not in printed
 
 
 def test_it_listens_to_this_machine_alone(capsys):
