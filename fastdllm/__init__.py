@@ -6,7 +6,16 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastdllm_kernels import Factor, Quota, Threshold
+    from fastdllm_kernels import (
+        EntropyBound,
+        Factor,
+        Frechet,
+        Neighbours,
+        ProgressThreshold,
+        Quota,
+        Stability,
+        Threshold,
+    )
 
     from .cache import CachePolicy
     from .checkpoint import load
@@ -21,12 +30,17 @@ __all__ = [
     "CachePolicy",
     "Engine",
     "EngineClosed",
+    "EntropyBound",
     "Factor",
+    "Frechet",
     "Generation",
+    "Neighbours",
+    "ProgressThreshold",
     "Quota",
     "QueueFull",
     "Request",
     "RequestCancelled",
+    "Stability",
     "StepEvent",
     "Threshold",
     "generate",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from fastdllm_kernels import Selection
-from fastdllm_kernels.rules import branch_of
+from fastdllm_kernels.rules import Kept, branch_of, memory_of, new_memory
 
 from .forward import PATIENCE, Forward
 from .sampling import Columns, RowSampling, Sampling, row_columns, select
@@ -59,9 +59,17 @@ class Committer:
     def __init__(self, forward: Forward, mask_id: int):
         self.forward = forward
         self.mask_id = mask_id
+        # What rules of a class keep of each slot's block from step to step, by name.
+        self._memories: dict[type, dict[str, tuple[Kept, torch.Tensor]]] = {}
         if forward.space.captures:
             size = len(forward.canvas) * (1 + forward.block_length)
             forward.space.tensor("report", size, dtype=torch.int64, device=forward.canvas.device)
+
+    def forget(self, slot: int) -> None:
+        """Set back what rules keep of a slot's block: a row comes whose blocks begin."""
+        for memory in self._memories.values():
+            for kept, of_slots in memory.values():
+                of_slots[slot] = kept.start
 
     def launch(self, rows: list[Row], works: list[Work], logits: torch.Tensor) -> Launched:
         """Decide for rows of one kind of sampling from their logits [R, T, V], of which there may
@@ -133,9 +141,23 @@ class Committer:
         place = of_rows["slot"][:, None], of_rows["start"][:, None] + in_block
         tokens = self.forward.canvas[place]
         candidates = (tokens == self.mask_id) & (in_block < of_rows["length"][:, None])
-        selection = select(sampling, of_rows, logits, tokens, candidates, self.mask_id)
+        memory = self._memory(sampling.rule)
+        held = {name: of_slots[of_rows["slot"]] for name, (_, of_slots) in memory.items()}
+        selection = select(sampling, of_rows, logits, tokens, candidates, self.mask_id, held)
         self.forward.canvas[place] = tokens
+        for name, (kept, of_slots) in memory.items():
+            block_is_done = selection.remaining[:, None] == 0
+            of_slots[of_rows["slot"]] = held[name].masked_fill(block_is_done, kept.start)
         return selection, torch.cat([selection.remaining[:, None], tokens], dim=1)
+
+    def _memory(self, rule):
+        """What rules of this class keep of all slots' blocks; empty for most."""
+        if type(rule) not in self._memories:
+            canvas, width = self.forward.canvas, self.forward.block_length
+            tensors = new_memory(rule, len(canvas), width, canvas.device)
+            kept = memory_of(rule)
+            self._memories[type(rule)] = {name: (kept[name], tensors[name]) for name in kept}
+        return self._memories[type(rule)]
 
 
 def _columns(samplings, places, forwards):

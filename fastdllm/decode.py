@@ -149,6 +149,7 @@ class Decoder:
 
     def _lay_out(self, row):
         self.forward.write(row.slot, torch.tensor(row.text, dtype=torch.int64, device="cpu"))
+        self.committer.forget(row.slot)
 
     def release(self, row: Row) -> None:
         """Take a row out, finished or not; its slot is free at once."""
@@ -388,7 +389,7 @@ def _opened(
     cache="dual",
     policy=CachePolicy(),  # noqa: B008
     rule=Threshold(0.9),  # noqa: B008
-    score="confidence",
+    score=None,
     temperature=0.0,
     top_p=None,
     top_k=None,
@@ -500,7 +501,7 @@ def generate(
     cache: str = "dual",
     policy: CachePolicy = CachePolicy(),  # noqa: B008
     rule: Rule = Threshold(0.9),  # noqa: B008
-    score: str = "confidence",
+    score: str | None = None,
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -523,7 +524,7 @@ def generate(
     rule: a frozen dataclass such as Threshold, Factor or Quota (whose parameters may be [B]
     tensors), or a function (scores [B, T] fp32, candidates [B, T] bool, step [B] int64) -> commit
     [B, T] bool, called with the rows of one forward. score: "confidence", "margin", "entropy" or
-    "random".
+    "random"; None: the one that the rule reads, or else the confidence.
 
     temperature: 0 is greedy. top_p in (0, 1] and top_k filter the proposals; None, and for top_k 0
     and -1, are off. seed: row b draws as a single row with seed + b would; None takes one from

@@ -285,7 +285,7 @@ class Engine:
         *,
         gen_length: int = 256,
         rule: Rule = Threshold(0.9),  # noqa: B008
-        score: str = "confidence",
+        score: str | None = None,
         temperature: float = 0.0,
         top_p: float | None = None,
         top_k: int | None = None,
@@ -330,7 +330,7 @@ class Engine:
         *,
         gen_length,
         rule=Threshold(0.9),  # noqa: B008
-        score="confidence",
+        score=None,
         temperature=0.0,
         top_p=None,
         top_k=None,

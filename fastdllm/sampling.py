@@ -4,18 +4,20 @@ and commits (arXiv 2505.22618, section 3.3), and which rows share a launch of th
 
 import math
 import struct
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
 from fastdllm_kernels import SCORES, Selection, Threshold, confidence_select
 from fastdllm_kernels.rules import (
+    Kept,
     branch_of,
     fixed_values,
     per_row_fields,
     row_values,
+    score_of,
     with_row_values,
 )
 
@@ -42,8 +44,27 @@ class Commits(Protocol):
     ) -> torch.Tensor: ...
 
 
-Rule = Commits | Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""A rule of either kind: a dataclass, or a function of commit's arguments."""
+class CommitsByMemory(Protocol):
+    """The same of a rule with a memory."""
+
+    memory: ClassVar[Mapping[str, Kept]]
+
+    def commit(
+        self,
+        scores: torch.Tensor,
+        candidates: torch.Tensor,
+        step: torch.Tensor,
+        token_ids: torch.Tensor,
+        memory: Mapping[str, torch.Tensor],
+        /,
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]: ...
+
+
+Rule = (
+    Commits | CommitsByMemory | Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+)
+"""A rule of any kind: a dataclass, with a memory or without, or a function of commit's arguments.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +115,7 @@ class RowSampling(NamedTuple):
 def sampling_of(
     config: ModelConfig,
     rule: Rule,
-    score: str,
+    score: str | None,
     temperature: float,
     top_p: float | None,
     top_k: int | None,
@@ -102,7 +123,9 @@ def sampling_of(
     """The Sampling that these arguments of `generate` ask for. TypeError and ValueError, naming the
     argument.
     """
-    arguments.choice("score", score, SCORES)
+    if score is not None:
+        arguments.choice("score", score, SCORES)
+    score = score_of(rule, score)
     temperature = arguments.number("temperature", temperature, at_least=0)
     if temperature:
         temperature = float(min(max(temperature, COLDEST), HOTTEST))
@@ -213,11 +236,13 @@ def select(
     tokens: torch.Tensor,
     candidates: torch.Tensor,
     mask_id: int,
+    memory: Mapping[str, torch.Tensor] | None = None,
 ) -> Selection:
     """Propose, score and commit for rows of one kind: logits [R, T, V]; of tokens [R, T] int64
     those that are candidates [R, T] bool may be committed, in place.
 
     columns: of `row_columns`, on the device, and "step" [R] int64, the forwards in the row's block.
+    memory: what the rule keeps, [R, T] tensors by name, updated; empty for most.
     A rule that is a function is called with these rows; TypeError and ValueError say what is wrong
     with what it commits.
     """
@@ -241,6 +266,7 @@ def select(
         filtered_score=sampling.filtered_score,
         seed=columns.get("seed"),
         step=columns["step"],
+        memory=memory,
         **numbers,
     )
 

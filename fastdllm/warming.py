@@ -138,7 +138,7 @@ def _warm_selection(
     committer: Committer,
     tell: Progress,
     rule=Threshold(0.9),  # noqa: B008
-    score="confidence",
+    score=None,
     temperature=0.0,
     top_p=None,
     top_k=None,

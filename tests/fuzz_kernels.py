@@ -290,6 +290,7 @@ def attend_row(values, row, span, scale):
 
 # confidence_select and token_confidence.
 
+RULES = "threshold factor even dream frechet entropy_bound progress neighbours".split()
 KINDS_OF_LOGITS = ("normal", "ties", "holes", "flat", "empty", "extreme", "nan", "infinite")
 
 
@@ -303,7 +304,7 @@ def select_sizes(random):
         kind=random.choice(["normal", "normal", *KINDS_OF_LOGITS]),
         score=random.choice(ops.SCORES),
         temperature=random.choice([0.0, 0.0, 0.0, 0.7, 1.0, 3.0]),
-        rule=random.choice(["threshold", "factor", "even", "dream"]),
+        rule=random.choice(RULES),
     )
 
 
@@ -329,17 +330,30 @@ def random_logits(x, kind, *shape):
 
 
 def random_rule(x, name, rows, width):
-    """A rule whose parameter is at times a tensor with one entry for each row."""
+    """A rule each of whose parameters is at times a tensor with one entry for each row."""
     random = x.random
-    maker, draw, dtypes = {
-        "threshold": (ops.Threshold, lambda: random.uniform(-2, 1), (torch.float32, torch.float64)),
-        "factor": (ops.Factor, lambda: random.uniform(0.1, width + 2), (torch.float32,)),
-    }.get(name, (ops.Quota, lambda: random.randint(1, width + 2), (torch.int32, torch.int64)))
-    parameter = draw()
-    if random.random() < 0.5:
+    floats, integers = (torch.float32, torch.float64), (torch.int32, torch.int64)
+
+    def parameter(draw, dtypes=floats):
+        if random.random() < 0.5:
+            return draw()
         each = [draw() for _ in range(rows)]
-        parameter = torch.tensor(each, dtype=random.choice(dtypes), device=x.device)
-    return maker(parameter, name) if maker is ops.Quota else maker(parameter)
+        return torch.tensor(each, dtype=random.choice(dtypes), device=x.device)
+
+    def share():
+        return random.choice([0.0, 1.0, random.random()])
+
+    def count(lowest):
+        return parameter(lambda: random.randint(lowest, width + 2), integers)
+
+    return {
+        "threshold": lambda: ops.Threshold(parameter(lambda: random.uniform(-2, 1))),
+        "factor": lambda: ops.Factor(parameter(lambda: random.uniform(0.1, width + 2))),
+        "frechet": lambda: ops.Frechet(parameter(share)),
+        "entropy_bound": lambda: ops.EntropyBound(parameter(lambda: 4 * share())),
+        "progress": lambda: ops.ProgressThreshold(parameter(share), parameter(share)),
+        "neighbours": lambda: ops.Neighbours(parameter(share), parameter(share), count(0)),
+    }.get(name, lambda: ops.Quota(count(1), name))()
 
 
 def random_seeds(x, count):
@@ -360,6 +374,8 @@ def padded(x, logits, lowest):
 
 def select_check(x, outcome, *, rows, width, vocab, kind, score, temperature, rule):
     random, rule = x.random, random_rule(x, rule, rows, width)
+    if isinstance(rule, ops.EntropyBound):
+        score = ops.score_of(rule)
     mask_id = random.choice([0, vocab - 1, random.randrange(vocab)])
     vocab_size, logits = padded(x, random_logits(x, kind, rows, width, vocab), max(2, mask_id + 1))
     tokens = torch.randint(0, vocab, (rows, width), generator=x.generator)

@@ -71,7 +71,9 @@ def attention():
 def selection():
     logits, tokens = normal(2, 9, 5003), torch.full((2, 9), 7, device=DEVICE)
     rules = ops.Threshold(0.5), ops.Factor(1.0), ops.Quota(4), ops.Quota(4, "dream")
-    for rule, score in zip(rules, ops.SCORES, strict=True):
+    later = ops.Frechet(), ops.EntropyBound(), ops.ProgressThreshold(), ops.Neighbours()
+    scores = *ops.SCORES, *map(ops.score_of, later)
+    for rule, score in zip((*rules, *later), scores, strict=True):
         ops.confidence_select(
             logits, tokens.clone(), mask_id=7, rule=rule, score=score, temperature=0.7, seed=1
         )

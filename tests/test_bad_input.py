@@ -11,7 +11,17 @@ import tiny
 import torch
 
 import fastdllm
-from fastdllm import CachePolicy, Factor, Quota, Threshold
+from fastdllm import (
+    CachePolicy,
+    EntropyBound,
+    Factor,
+    Frechet,
+    Neighbours,
+    ProgressThreshold,
+    Quota,
+    Stability,
+    Threshold,
+)
 from fastdllm import options as written
 from fastdllm import text as texts
 from fastdllm.integrations.lm_eval_options import read_options
@@ -25,6 +35,7 @@ from fastdllm_kernels import (
     linear_rms_norm,
     linear_swiglu,
     merge_confidence_partials,
+    new_memory,
     per_row,
     quantize_weight,
     rms_norm,
@@ -1627,6 +1638,81 @@ RULES = [
         lambda f: Quota(torch.tensor([1, 2**40])),
         ValueError,
         "steps.*1099511627776",
+    ),
+    ("a delta below 0", lambda f: Frechet(-0.1), ValueError, r"delta: .*\[0, 1\].*got -0.1"),
+    ("a delta above 1", lambda f: Frechet(1.5), ValueError, "delta.*got 1.5"),
+    ("a delta of NaN", lambda f: Frechet(NAN), ValueError, "delta.*nan"),
+    ("a delta of text", lambda f: Frechet("0.2"), TypeError, "delta.*str"),
+    ("a delta that vanishes", lambda f: Frechet(1e-60), ValueError, "delta.*1e-60"),
+    (
+        "a tensor with a delta above 1",
+        lambda f: Frechet(torch.tensor([0.2, 1.5])),
+        ValueError,
+        "delta.*got 1.5",
+    ),
+    ("a gamma below 0", lambda f: EntropyBound(-0.1), ValueError, "gamma: .*>= 0.*got -0.1"),
+    ("an infinite gamma", lambda f: EntropyBound(INF), ValueError, "gamma.*got inf"),
+    ("a gamma of None", lambda f: EntropyBound(None), TypeError, "gamma.*NoneType"),
+    ("a tensor of whole gammas", lambda f: EntropyBound(ints(1)), TypeError, "gamma.*int32"),
+    (
+        "an entropy bound of confidences",
+        lambda f: generate(f, rule=EntropyBound(), score="confidence"),
+        ValueError,
+        "^score: expected 'entropy', the one that EntropyBound reads, got 'confidence'",
+    ),
+    (
+        "the same, of confidence_select",
+        lambda f: select(rule=EntropyBound()),
+        ValueError,
+        "^score: expected 'entropy'.*got 'confidence'",
+    ),
+    ("a tau below 0", lambda f: ProgressThreshold(-0.5), ValueError, "tau.*>= 0.*got -0.5"),
+    ("an infinite tau", lambda f: ProgressThreshold(INF), ValueError, "tau.*got inf"),
+    ("an alpha above 1", lambda f: ProgressThreshold(0.9, 1.1), ValueError, "alpha.*got 1.1"),
+    ("an alpha of a bool", lambda f: ProgressThreshold(0.9, True), TypeError, "alpha.*bool"),
+    ("an anchor of NaN", lambda f: Neighbours(NAN), ValueError, "anchor.*nan"),
+    ("a near of -infinity", lambda f: Neighbours(0.9, -INF), ValueError, "near.*-inf"),
+    ("a distance below 0", lambda f: Neighbours(distance=-1), ValueError, "distance.*got -1"),
+    ("a distance of 1.5", lambda f: Neighbours(distance=1.5), TypeError, "distance.*float"),
+    (
+        "a distance past 2^24",
+        lambda f: Neighbours(distance=2**24 + 1),
+        ValueError,
+        "distance.*16777217",
+    ),
+    ("a stability of NaN", lambda f: Stability(NAN), ValueError, "Stability.tau.*nan"),
+    ("a stability of 0 steps", lambda f: Stability(0.7, 0), ValueError, "steps.*got 0"),
+    (
+        "a rule without its memory",
+        lambda f: select(rule=Stability()),
+        ValueError,
+        "^memory: expected what Stability keeps, token_ids, run, got nothing",
+    ),
+    (
+        "a memory of a rule that has none",
+        lambda f: select(memory={"run": ints(1)}),
+        ValueError,
+        "^memory: expected what Threshold keeps, nothing, got run",
+    ),
+    (
+        "a memory that is a tensor",
+        lambda f: select(rule=Stability(), memory=ints(1)),
+        TypeError,
+        "^memory: expected tensors by name, got Tensor",
+    ),
+    (
+        "a memory of one row",
+        lambda f: select(
+            rule=Stability(), memory=new_memory(Stability(), 1, 4, torch.device("cpu"))
+        ),
+        ValueError,
+        r"^memory\['token_ids'\]: expected shape",
+    ),
+    (
+        "distances for other rows",
+        lambda f: generate(f, rule=Neighbours(distance=ints(1, 2, 3))),
+        ValueError,
+        "^rule: expected Neighbours.distance with one entry",
     ),
     (
         "a tensor of truth values for steps",

@@ -476,6 +476,8 @@ half = share(0.5)
         (("--steps", 2), "cache dual, 2 steps a block"),
         (("--rule", "Quota(2, schedule='dream')"), "cache dual, Quota(2, schedule='dream')"),
         (("--rule", "Threshold"), "cache dual, Threshold"),
+        (("--rule", "EntropyBound(gamma=0.5)"), "cache dual, EntropyBound(gamma=0.5)"),
+        (("--rule", "Neighbours(0.8, 0.5)"), "cache dual, Neighbours(0.8, 0.5)"),
         (("--rule", "test_cli:half"), "cache dual, test_cli:half"),
         (("--rule", "test_cli:share(0.5)"), "cache dual, test_cli:share(0.5)"),
     ],

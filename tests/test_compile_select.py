@@ -8,12 +8,21 @@ import compile_check
 import pytest
 import torch
 
-from fastdllm_kernels import Factor, Quota, Threshold
+from fastdllm_kernels import (
+    EntropyBound,
+    Factor,
+    Frechet,
+    Neighbours,
+    ProgressThreshold,
+    Quota,
+    Threshold,
+)
 
 V = 126464
 SCORES = ("confidence", "margin", "entropy", "random")
 THRESHOLD, FACTOR, EVEN, DREAM = Threshold(), Factor(), Quota(4), Quota(4, "dream")
 RULES = (THRESHOLD, FACTOR, EVEN, DREAM)
+FRECHET, BOUND, PROGRESS, NEAR = Frechet(), EntropyBound(), ProgressThreshold(), Neighbours()
 
 
 def cases():
@@ -24,6 +33,10 @@ def cases():
     yield from (
         (1, 32, V, bf16, rule, score, 0.0) for rule, score in zip(RULES, SCORES, strict=True)
     )
+    yield 32, 32, V, bf16, FRECHET, "confidence", 0.0
+    yield 32, 32, V, bf16, BOUND, "entropy", 0.0
+    yield 1, 32, V, bf16, PROGRESS, "margin", 0.0
+    yield 1, 32, V, bf16, NEAR, "margin", 0.0
     yield 1, 32, V, bf16, THRESHOLD, "confidence", 0.5
     yield 1, 32, V, bf16, DREAM, "margin", 0.5
     yield from (
@@ -31,6 +44,8 @@ def cases():
     )  # more tiles a program
     yield 1, 256, V, torch.float32, FACTOR, "margin", 0.0  # ranks over the widest usual block
     yield 1, 2048, 1024, torch.float16, EVEN, "entropy", 0.0  # and over the widest of all
+    yield 1, 256, V, bf16, BOUND, "entropy", 0.0  # sums in float64
+    yield 1, 2048, 1024, torch.float16, NEAR, "confidence", 0.0
     yield 4, 1, 257, bf16, THRESHOLD, "confidence", 0.0  # loads that cannot be wide
     if os.environ.get("FASTDLLM_COMPILE_ALL"):
         for dtype in (bf16, torch.float16, torch.float32):
@@ -87,7 +102,7 @@ def launches(arch):
     """Launch both ops as they would on that chip."""
     from fastdllm_kernels import filter_triton
     from fastdllm_kernels.backend import Chip
-    from fastdllm_kernels.rules import flatten, with_row_values
+    from fastdllm_kernels.rules import flatten, per_row_fields, with_row_values
     from fastdllm_kernels.select import Commit, Rows
     from fastdllm_kernels.select_triton import config, launch_confidence, launch_select
 
@@ -106,7 +121,8 @@ def launches(arch):
         vector = None
         if score in ("margin", "random"):  # whatever may be a tensor for each row is one
             vector = empty(rows, dtype=torch.int64)
-            rule = with_row_values(rule, [empty(rows, dtype=torch.float64)])
+            each = [empty(rows, dtype=torch.float64) for _ in per_row_fields(rule)]
+            rule = with_row_values(rule, each)
         launch_select(
             scoring(logits, 5, vocab, score, temperature, seed=vector),
             Commit(

@@ -192,6 +192,7 @@ def _chosen_decay(
     able,
     parameters,
     step,
+    width,
     RULE: tl.constexpr,
     FIXED: tl.constexpr,
     WIDTH: tl.constexpr,

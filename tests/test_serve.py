@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastdllm
-from fastdllm import Engine, EngineClosed, Factor, Quota, Threshold, text
+from fastdllm import Engine, EngineClosed, Factor, Neighbours, Quota, Threshold, text
 from fastdllm.serve import asked as reading
 from fastdllm.serve.errors import Refused
 from fastdllm.serve.service import Service, service_of
@@ -87,6 +87,13 @@ def test_a_rule_of_the_requests_own(loaded, name, rule):
     assert read(loaded, CHAT | {name: 0.5}).options["rule"] is chosen  # rows of one launch share it
 
 
+def test_a_rule_may_be_written_out(loaded):
+    written = {"rule": "Neighbours(0.8, distance=2)"}
+    rule = read(loaded, CHAT | written).options["rule"]
+    assert (type(rule), rule.anchor, rule.distance) == (Neighbours, 0.8, 2)
+    assert read(loaded, CHAT | written).options["rule"] is rule
+
+
 @pytest.mark.parametrize(
     "prompt, wanted",
     [
@@ -129,6 +136,11 @@ WRONG = [
     ("factor", 0),
     ("steps", 0),
     ("steps", 2.5),
+    ("rule", "Nothing(1)"),
+    ("rule", "Frechet(2)"),
+    ("rule", "os:getcwd"),
+    ("rule", "Quota(" + "(" * 200),
+    ("rule", 0.9),
     ("presence_penalty", 0.5),
     ("frequency_penalty", 1),
     ("logit_bias", {"5": 1}),
@@ -173,6 +185,8 @@ def test_refusals_of_more_than_one_parameter(loaded):
     for body, param, status in (
         (CHAT | {"steps": 4, "threshold": 0.9}, "steps", 400),
         (CHAT | {"max_tokens": 4, "max_completion_tokens": 4}, "max_tokens", 400),
+        (CHAT | {"rule": "Frechet(0.25)", "threshold": 0.9}, "rule", 400),
+        (CHAT | {"rule": "EntropyBound(0.05)", "logprobs": True}, "logprobs", 400),
         (CHAT | {"model": "another"}, "model", 404),
         ({"prompt": ["a", "b"], "n": 3}, "n", 400),
         ({"prompt": "a", "logprobs": 2}, "logprobs", 400),

@@ -13,7 +13,7 @@ from typing import Any
 
 import fastdllm
 from fastdllm_kernels import SCORES
-from fastdllm_kernels.rules import LARGEST_COUNT
+from fastdllm_kernels.rules import LARGEST_COUNT, score_of
 
 from .. import arguments
 from ..arguments import CACHES
@@ -264,7 +264,11 @@ def read_options(given: Mapping[str, Any]) -> Options:
         raise UsageError(f"schedule: expected steps beside it, got {options['schedule']!r} alone")
     if "threshold" in options and options.get("score") != "entropy":
         named("threshold", NUMBERS["threshold"].read, options["threshold"])
-    choose_rule(options)  # one at most
+    rule = choose_rule(options).rule  # one at most
+    try:
+        options["score"] = score_of(rule, options.get("score"))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     return Options(**options)
 
 

@@ -10,12 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastdllm_kernels import score_of
+
 from ..options import NUMBERS, RULES, Number, UsageError, choose_rule
 from ..text import TextModel
 from .errors import Refused, wrong
 from .settings import Settings
 
 MOST_STOPS, LONGEST_STOP = 16, 256
+LONGEST_RULE = 128
 # They describe the caller or how it is billed.
 IDLE = frozenset(
     ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
@@ -135,6 +138,8 @@ def _asked(fields, source, prompts, settings, **others) -> Asked:
     usage = fields.take("stream_options", _includes_usage, False)
     stops = fields.take("stop", stop_strings, ())
     options = _options(fields, settings)
+    if others["logprobs"] and score_of(options["rule"]) != "confidence":
+        raise wrong("logprobs", "expected a rule that reads confidences beside it")
     options["gen_length"] = _gen_length(fields, source, prompts, settings)
     fields.refuse_rest()
     return Asked(prompts, options, n=n, stops=stops, stream=stream, usage=usage, **others)
@@ -149,6 +154,7 @@ def _options(fields, settings) -> dict[str, Any]:
     if options["top_p"] == 1:
         options["top_p"] = None  # all of the probability: the filter is off
     chosen = {name: fields.take(name, number(NUMBERS[name])) for name in RULES}
+    chosen["rule"] = fields.take("rule", a_rule)
     given = [name for name, value in chosen.items() if value is not None]
     options["rule"] = settings.rule
     try:
@@ -226,6 +232,14 @@ def a_text(value: Any) -> str:
     if not isinstance(value, str):
         raise UsageError(f"expected a text, got {_kind(value)}")
     return value
+
+
+def a_rule(value: Any) -> str:
+    """A rule of this project's own, written out: one of a module would run what that holds."""
+    text = a_text(value)
+    if ":" in text or len(text) > LONGEST_RULE:
+        raise UsageError(f"expected a rule such as Frechet(0.25), got {text[:LONGEST_RULE]!r}")
+    return text
 
 
 def a_chat(value: Any) -> list[dict[str, str]]:

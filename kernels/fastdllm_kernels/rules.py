@@ -14,20 +14,27 @@ The class says the rest itself, once, in its body:
     tau: float | torch.Tensor = per_row(0.9)   a field that may be a [B] tensor, one entry a row
     schedule: str = "even"                     any other field is fixed for a whole launch
     branch: ClassVar[str] = "threshold"        the rule's branch in the select kernel, if any
+    score: ClassVar[str] = "entropy"           the one score that it reads, where not any will do
+    memory: ClassVar = {"run": Kept(torch.int64, 0)}    what it keeps of a block from step to step
 
-Without a branch `commit` runs after the scoring, in PyTorch, and the mask it returns is checked.
-With one the kernel decides (`select_triton._chosen`) and `commit` is its reference. A subclass does
-not inherit the branch: its `commit` may differ.
+A rule with a memory is also given the proposals and, by their names, the tensors [B, T] that it
+keeps; whoever calls it carries them, and sets them back when a block is done:
+
+    commit(scores, candidates, step, token_ids [B, T] int64, memory) -> (mask, memory)
+
+Without a branch, as with a memory, `commit` runs after the scoring, in PyTorch, and the mask it
+returns is checked. With one the kernel decides (`select_triton._chosen`) and `commit` is its
+reference. A subclass does not inherit the branch: its `commit` may differ.
 
 Source: Fast-dLLM (arXiv 2505.22618), sections 3.3 and 4 (threshold, factor); LLaDA's and Dream's
-own samplers (quota).
+own samplers (quota); the others name theirs.
 """
 
 import ast
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -36,6 +43,7 @@ import torch
 FLOAT32 = torch.finfo(torch.float32)
 SMALLEST_FLOAT32 = 2.0**-149
 LARGEST_COUNT = 2**24  # float32 holds every integer up to here
+FAR = 2**30  # from any position further than a count says
 
 
 def per_row(default: Any = dataclasses.MISSING, dtype: torch.dtype = torch.float32) -> Any:
@@ -44,6 +52,13 @@ def per_row(default: Any = dataclasses.MISSING, dtype: torch.dtype = torch.float
     dtype is what the rule's commit and its kernel compare it in: torch.float32 or torch.int64.
     """
     return dataclasses.field(default=default, metadata={"per_row": dtype})
+
+
+class Kept(NamedTuple):
+    """What a rule keeps of each position: a number of that dtype, `start` when its block begins."""
+
+    dtype: torch.dtype
+    start: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,11 +128,7 @@ class Quota:
     def commit(self, scores, candidates, step):
         """The commit mask [B, T] for scores [B, T], candidates [B, T] and step [B]."""
         masks = candidates.sum(1)
-        steps = self.steps
-        if not isinstance(steps, torch.Tensor):
-            # Filled, not copied: a copy from the host would wait for the forward.
-            steps = torch.full((), steps, dtype=torch.int64, device=scores.device)
-        steps = steps.to(device=scores.device, dtype=torch.int64)
+        steps = _column_of(torch.int64, self.steps, scores.device)[:, 0]
         count = quota_count(masks, steps, step.to(torch.int64), self.schedule)
         return candidates & (_ranks(scores, candidates) < count[:, None])
 
@@ -145,6 +156,155 @@ def _dream_time(i, steps):
     return torch.where(2 * i < steps + 1, 1 + stride * i, 0.001 - stride * (steps - i))
 
 
+@dataclass(frozen=True, eq=False)
+class Frechet:
+    """Commit the best max(1, n) candidates, n the largest with G(n) > delta.
+
+    G(n) = c(1) + .. + c(n) - (n - 1) - (1 - c(n)) of the scores c(1) >= c(2) >= ...: Frechet's
+    bound on the probability that n tokens are right together, less the doubt about the last. Where
+    all are equal it is `Factor(1 - delta)`; beside surer ones a token passes that `Factor` bars.
+
+    delta: a number in [0, 1], or a [B] tensor; .02 to .30 by task, as published. Scores are those
+    of which 1 is certain: not the entropy. Source: Fast-dLLM++, arXiv 2606.02955.
+    """
+
+    delta: float | torch.Tensor = per_row(0.25)
+    branch: ClassVar[str] = "frechet"
+
+    def __post_init__(self):
+        _check_number("Frechet.delta", self.delta, at_least=0, at_most=1)
+
+    def commit(self, scores, candidates, step):
+        """The commit mask [B, T] for scores [B, T], candidates [B, T] and step [B]."""
+        ranks = _ranks(scores, candidates)
+        # Of scores in [0, 1] fp32 holds these, and their sums below 1, without rounding; a sum of 1
+        # or more fails, however it is rounded. So the order of the additions changes nothing.
+        doubt = (1 - scores).clamp(min=0).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        passes = 1 - (_sums_ahead(doubt, ranks) + 2 * doubt) > _column(self.delta, scores)
+        return candidates & (passes | (ranks == 0))
+
+
+@dataclass(frozen=True, eq=False)
+class EntropyBound:
+    """Commit the longest leading run of candidates, in ascending order of their entropies, whose
+    sum less its largest is <= gamma: what the tokens can still tell about one another.
+
+    gamma: a number >= 0, or a [B] tensor, in nats; .001 to .1 as published, 0 commits one token a
+    step but for those that are certain. The score is the negative entropy. Source: EB-sampler,
+    arXiv 2505.24857.
+    """
+
+    gamma: float | torch.Tensor = per_row(0.01)
+    branch: ClassVar[str] = "entropy_bound"
+    score: ClassVar[str] = "entropy"
+
+    def __post_init__(self):
+        _check_number("EntropyBound.gamma", self.gamma, at_least=0)
+
+    def commit(self, scores, candidates, step):
+        """The commit mask [B, T] for scores [B, T], candidates [B, T] and step [B]."""
+        ranks = _ranks(scores, candidates)
+        entropy = (-scores).clamp(min=0).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        gamma = _column_of(torch.float32, self.gamma, scores.device)
+        # Rounded to what gamma is counted in, at most 2^-23 of it: fp32 then adds without rounding
+        # until a sum is past gamma and fails, so the order of the additions changes nothing.
+        entropy = (entropy + gamma) - gamma
+        # The run's largest is its last. Sums rise, so those that pass are exactly the leading ones.
+        return candidates & (_sums_ahead(entropy, ranks) <= gamma)
+
+
+@dataclass(frozen=True, eq=False)
+class ProgressThreshold:
+    """`Threshold(tau (1 - alpha (1 - r)))`, r the share of the block that is still masked; 1 in a
+    block's first forward.
+
+    tau >= 0 and alpha in [0, 1]: numbers, or [B] tensors; as published .9 and .3, on GSM8K .4 to
+    .6. r counts the candidates of T positions: a block that had fewer masks from the start, as a
+    canvas's last may, is taken for one on its way. Source: Streaming-dLLM, arXiv 2601.17917.
+    """
+
+    tau: float | torch.Tensor = per_row(0.9)
+    alpha: float | torch.Tensor = per_row(0.3)
+    branch: ClassVar[str] = "progress"
+
+    def __post_init__(self):
+        _check_number("ProgressThreshold.tau", self.tau, at_least=0)
+        _check_number("ProgressThreshold.alpha", self.alpha, at_least=0, at_most=1)
+
+    def commit(self, scores, candidates, step):
+        """The commit mask [B, T] for scores [B, T], candidates [B, T] and step [B]."""
+        masks = candidates.sum(1, keepdim=True).to(torch.float32)
+        # By a tensor: a division by a number may be a product with its inverse.
+        share = masks / torch.full_like(masks, scores.shape[1])
+        share = torch.where(step[:, None] == 0, 1, share)
+        tau = _column_of(torch.float32, self.tau, scores.device)
+        alpha = _column_of(torch.float32, self.alpha, scores.device)
+        sure = scores >= tau * (1 - alpha * (1 - share))
+        return candidates & (sure | (_ranks(scores, candidates) == 0))
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbours:
+    """Commit every anchor, a candidate with score >= `anchor`; every candidate at most `distance`
+    positions from one whose score is >= `near`; and always the best one.
+
+    anchor, near: numbers, infinity included, or [B] tensors. distance: an integer in [0, 2^24], or
+    a [B] integer tensor. The defaults are the published ones. Source: LocalLeap, arXiv 2510.07081.
+    """
+
+    anchor: float | torch.Tensor = per_row(0.9)
+    near: float | torch.Tensor = per_row(0.75)
+    distance: int | torch.Tensor = per_row(4, dtype=torch.int64)
+    branch: ClassVar[str] = "neighbours"
+
+    def __post_init__(self):
+        _check_number("Neighbours.anchor", self.anchor, at_most=torch.inf)
+        _check_number("Neighbours.near", self.near, at_most=torch.inf)
+        _check_count("Neighbours.distance", self.distance, at_least=0)
+
+    def commit(self, scores, candidates, step):
+        """The commit mask [B, T] for scores [B, T], candidates [B, T] and step [B]."""
+        anchors = candidates & (scores >= _column(self.anchor, scores))
+        position = torch.arange(scores.shape[1], device=scores.device)
+        # The nearest anchor on either side, or a place that is near none.
+        before = torch.where(anchors, position, -FAR).cummax(1).values
+        after = torch.where(anchors, position, FAR).flip(1).cummin(1).values.flip(1)
+        away = torch.minimum(position - before, after - position)
+        distance = _column_of(torch.int64, self.distance, scores.device)
+        helped = (away <= distance) & (scores >= _column(self.near, scores))
+        return candidates & (anchors | helped | (_ranks(scores, candidates) == 0))
+
+
+@dataclass(frozen=True, eq=False)
+class Stability:
+    """Commit every candidate with score >= tau whose proposal has been the same for `steps` steps
+    running, this one included, and always the best one.
+
+    tau: a number, or a [B] tensor; .6 to .8 as published. steps: an integer in [1, 2^24], or a [B]
+    integer tensor. It has a memory and no branch in the kernel. Source: R2-dLLM, arXiv 2604.18995;
+    KLASS, arXiv 2511.05664, compares distributions where this compares proposals.
+    """
+
+    tau: float | torch.Tensor = per_row(0.7)
+    steps: int | torch.Tensor = per_row(3, dtype=torch.int64)
+    memory: ClassVar[Mapping[str, Kept]] = {
+        "token_ids": Kept(torch.int64, -1),
+        "run": Kept(torch.int64, 0),
+    }
+
+    def __post_init__(self):
+        _check_number("Stability.tau", self.tau, at_most=torch.inf)
+        _check_count("Stability.steps", self.steps)
+
+    def commit(self, scores, candidates, step, token_ids, memory):
+        """The commit mask [B, T] and the new memory; see the head of this file."""
+        run = torch.where(token_ids == memory["token_ids"], memory["run"] + 1, 1)
+        lasted = run >= _column_of(torch.int64, self.steps, scores.device)
+        stable = lasted & (scores >= _column(self.tau, scores))
+        best = _ranks(scores, candidates) == 0
+        return candidates & (stable | best), {"token_ids": token_ids, "run": run}
+
+
 def _ranks(scores, candidates):
     """Each candidate's place [B, T] in descending score, 0 the best, ties to the lower position.
 
@@ -159,6 +319,13 @@ def _ranks(scores, candidates):
     return torch.argsort(by_score.gather(1, first), dim=1)
 
 
+def _sums_ahead(amounts, ranks):
+    """For each position the sum of the amounts [B, T] of those that rank before it."""
+    in_order = torch.zeros_like(amounts).scatter(1, ranks, amounts)
+    before = torch.nn.functional.pad(in_order.cumsum(1)[:, :-1], (1, 0))
+    return before.gather(1, ranks)
+
+
 def _column(value, scores):
     """A rule's parameter as something that broadcasts over [B, T]."""
     if isinstance(value, torch.Tensor):
@@ -166,9 +333,17 @@ def _column(value, scores):
     return value
 
 
-def _check_number(name, value, above=-torch.inf, at_most=FLOAT32.max):
-    """A number in (above, at_most], or a tensor of them, that neither overflows nor vanishes in
-    float32. Tensors are read where that costs nothing, on the CPU.
+def _column_of(dtype, value, device):
+    """The same as a tensor [B or 1, 1] of that dtype, for arithmetic that a kernel repeats."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device=device, dtype=dtype)[:, None]
+    # Filled, not copied: a copy from the host would wait for the forward.
+    return torch.full((1, 1), value, dtype=dtype, device=device)
+
+
+def _check_number(name, value, *, above=-torch.inf, at_least=-torch.inf, at_most=FLOAT32.max):
+    """A number in that range, or a tensor of them, that neither overflows nor vanishes in float32;
+    infinity where at_most is. Tensors are read where that costs nothing, on the CPU.
     """
     if isinstance(value, torch.Tensor):
         if not value.is_floating_point():
@@ -182,17 +357,25 @@ def _check_number(name, value, above=-torch.inf, at_most=FLOAT32.max):
     else:
         values = [value]
     for number in values:
-        in_range = number == at_most or (above < number and abs(number) <= FLOAT32.max)
-        if not in_range or 0 < abs(number) < SMALLEST_FLOAT32:
-            bound = "" if above == -torch.inf else f" above {above}"
+        in_range = above < number and at_least <= number <= at_most
+        held = number == at_most or abs(number) <= FLOAT32.max
+        if not in_range or not held or 0 < abs(number) < SMALLEST_FLOAT32:
             raise ValueError(
-                f"{name}: expected numbers{bound} that float32 holds (size {SMALLEST_FLOAT32:.1e} "
-                f"to {FLOAT32.max:.1e}), got {number}"
+                f"{name}: expected numbers{_range_words(above, at_least, at_most)} that float32 "
+                f"holds (size {SMALLEST_FLOAT32:.1e} to {FLOAT32.max:.1e}), got {number}"
             )
 
 
-def _check_count(name, value):
-    """An int in [1, LARGEST_COUNT], or an integer tensor of them."""
+def _range_words(above, at_least, at_most):
+    if above > -torch.inf:
+        return f" above {above}"
+    if at_least == -torch.inf:
+        return ""
+    return f" >= {at_least}" if at_most >= FLOAT32.max else f" in [{at_least}, {at_most}]"
+
+
+def _check_count(name, value, at_least=1):
+    """An int in [at_least, LARGEST_COUNT], or an integer tensor of them."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name}: expected an integer tensor, got {value.dtype}")
@@ -205,8 +388,10 @@ def _check_count(name, value):
     else:
         values = [value]
     for number in values:
-        if not 1 <= number <= LARGEST_COUNT:
-            raise ValueError(f"{name}: expected an int in [1, {LARGEST_COUNT}], got {number}")
+        if not at_least <= number <= LARGEST_COUNT:
+            raise ValueError(
+                f"{name}: expected an int in [{at_least}, {LARGEST_COUNT}], got {number}"
+            )
 
 
 def _check_held(name, value):
@@ -220,12 +405,14 @@ def _check_held(name, value):
 
 class _Layout(NamedTuple):
     """What a frozen dataclass says of its rules: (name, dtype) of the per-row fields, the names of
-    the others, the branch.
+    the others, the branch, the score, the memory.
     """
 
     per_row: tuple[tuple[str, torch.dtype], ...]
     fixed: tuple[str, ...]
     branch: str | None
+    score: str | None
+    memory: tuple[tuple[str, Kept], ...]
 
 
 _CLASSES: dict[str, type] = {}  # the class of each branch, for `unflatten`
@@ -245,15 +432,26 @@ def _read_layout(kind):
     if not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen:
         return None
     fields = {field.name: field.metadata for field in dataclasses.fields(kind)}
-    branch = vars(kind).get("branch")  # not getattr: a subclass has none unless it says so
-    if not isinstance(branch, str) or "branch" in fields:
-        branch = None
-    else:
+    branch, score, memory = (
+        None if name in fields else getattr(kind, name, None)
+        for name in ("branch", "score", "memory")
+    )
+    if not isinstance(branch, str) or "branch" not in vars(kind):
+        branch = None  # a subclass has none unless it says so
+    if not isinstance(score, str):
+        score = None
+    if not isinstance(memory, Mapping):
+        memory = {}
+    if memory and branch:
+        raise ValueError(f"rule: {kind.__name__} has a memory, which no branch of the kernel sees")
+    if branch:
         _register(branch, kind)
     return _Layout(
         tuple((name, data["per_row"]) for name, data in fields.items() if "per_row" in data),
         tuple(name for name, data in fields.items() if "per_row" not in data),
         branch,
+        score,
+        tuple(memory.items()),
     )
 
 
@@ -322,6 +520,33 @@ def branch_of(rule) -> str | None:
     return layout.branch if layout else None
 
 
+def score_of(rule, asked: str | None = None) -> str:
+    """The score that a rule is asked about: its own, or else the one asked for, by default the
+    confidence. ValueError where these differ.
+    """
+    layout = _layout(type(rule))
+    own = layout.score if layout else None
+    if own is not None and asked not in (None, own):
+        raise ValueError(
+            f"score: expected {own!r}, the one that {type(rule).__name__} reads, got {asked!r}"
+        )
+    return own or asked or "confidence"
+
+
+def memory_of(rule) -> dict[str, Kept]:
+    """What the rule keeps from step to step, by name; empty for most."""
+    layout = _layout(type(rule))
+    return dict(layout.memory) if layout else {}
+
+
+def new_memory(rule, rows: int, width: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """The rule's memory for blocks that begin: [rows, width] tensors by name."""
+    return {
+        name: torch.full((rows, width), kept.start, dtype=kept.dtype, device=device)
+        for name, kept in memory_of(rule).items()
+    }
+
+
 def row_values(rule, rows: int) -> list[list[float]]:
     """For each per-row field its value for each of `rows` rows, as numbers that float64 holds.
 
@@ -351,15 +576,33 @@ def with_row_values(rule, columns):
     return changed
 
 
-def commit_of(rule) -> Callable:
+def commit_of(
+    rule,
+    token_ids: torch.Tensor | None = None,
+    memory: Mapping[str, torch.Tensor] | None = None,
+) -> Callable:
     """The rule's commit; where it has no branch, a commit that checks the mask it returns.
 
     What nobody but its author knows could lose tokens, or commit nothing for ever. The check reads
-    the device.
+    the device. token_ids [B, T] and memory, which is updated: for a rule that has a memory.
     """
     if branch_of(rule) is not None:
         return rule.commit
-    return functools.partial(_checked, rule if _layout(type(rule)) is None else rule.commit)
+    commit = rule if _layout(type(rule)) is None else rule.commit
+    if memory_of(rule):
+        commit = functools.partial(_remembering, commit, token_ids, memory)
+    return functools.partial(_checked, commit)
+
+
+def _remembering(commit, token_ids, memory, scores, candidates, step):
+    """commit's mask; what it wants to keep goes into `memory`."""
+    mask, kept = commit(scores, candidates, step, token_ids, dict(memory))
+    if not isinstance(kept, Mapping) or kept.keys() != memory.keys():
+        names = ", ".join(memory)
+        raise TypeError(f"rule: expected commit to return a mask and its memory, {names}")
+    for name, tensor in memory.items():
+        tensor.copy_(kept[name])
+    return mask
 
 
 def _checked(commit, scores, candidates, step):

@@ -16,13 +16,14 @@ softmax in float64 over [32, 126464] alone moves 40 times the bytes.
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
 from . import backend, checks
 from .noise import gumbel_noise, inverse_of_rows, uniform
-from .rules import branch_of, check_rule, commit_of, flatten, unflatten
+from .rules import branch_of, check_rule, commit_of, flatten, memory_of, score_of, unflatten
 
 MOST_IDS = 2**31 - 1  # kernels count columns in int32
 SCORES = ("confidence", "margin", "entropy", "random")
@@ -397,6 +398,7 @@ def confidence_select_reference(
     seed=None,
     vocab_size=None,
     step=None,
+    memory=None,
 ):
     """See `confidence_select`."""
     return _select_with(
@@ -406,6 +408,7 @@ def confidence_select_reference(
         rule,
         candidates,
         step,
+        memory,
         mask_id=mask_id,
         score=score,
         temperature=temperature,
@@ -417,7 +420,7 @@ def confidence_select_reference(
     )
 
 
-def _select_with(propose, logits, tokens, rule, candidates, step, **options) -> Selection:
+def _select_with(propose, logits, tokens, rule, candidates, step, memory, **options) -> Selection:
     """confidence_select in two parts: `propose` (token_confidence or its reference), then the rule
     in PyTorch.
     """
@@ -429,7 +432,8 @@ def _select_with(propose, logits, tokens, rule, candidates, step, **options) -> 
             options[name] = options[name].repeat_interleave(width)
     position = torch.arange(width, device=tokens.device).repeat(rows)
     best = propose(logits.reshape(-1, vocab), position=position, **options)
-    return commit_proposals(commit_of(rule), best.token_ids, best.score, tokens, candidates, step)
+    commit = commit_of(rule, best.token_ids.reshape(tokens.shape), memory)
+    return commit_proposals(commit, best.token_ids, best.score, tokens, candidates, step)
 
 
 def commit_proposals(commit, token_ids, score, tokens, candidates, step) -> Selection:
@@ -622,6 +626,7 @@ def confidence_select(
     seed=None,
     vocab_size=None,
     step=None,
+    memory=None,
 ):
     """Propose, score, choose and commit the tokens of an active block (Fast-dLLM, arXiv 2505.22618,
     3.3; spec of the rules).
@@ -631,9 +636,10 @@ def confidence_select(
     is never proposed. rule: a frozen dataclass with `commit`, or a function like it (see rules.py);
     parameters may be [B] tensors. A rule without a branch in the kernel commits in PyTorch, after
     the kernels that propose and score, and its mask is checked. candidates [B, T] bool: default
-    tokens == mask_id. score: "confidence", "margin", "entropy" or "random". vocab_size: entries
-    past it are padding. step [B] int64 or int32: the row's step in its block, from 0, which Quota
-    counts by (default 0).
+    tokens == mask_id. score: "confidence", "margin", "entropy" or "random"; a rule that reads one
+    alone refuses the others. vocab_size: entries past it are padding. step [B] int64 or int32: the
+    row's step in its block, from 0, which Quota counts by (default 0). memory: of a rule that has
+    one (rules.memory_of), its [B, T] tensors by name, updated in place.
 
     temperature: a number, or [B] float32; 0 proposes the argmax, above 0 draws from softmax(logits
     / temperature). seed: an int, or [B] int64, the key of a row's draws; needed with a temperature
@@ -656,6 +662,8 @@ def confidence_select(
     checks.tensor("tokens", tokens, (torch.int64,), logits.shape[:2], logits.device)
     checks.written("tokens", tokens)
     check_rule(rule, len(tokens), tokens.device)
+    score_of(rule, score)
+    memory = _check_memory(rule, memory, tokens)
     checks.tensor(
         "candidates", candidates, (torch.bool,), tokens.shape, tokens.device, optional=True
     )
@@ -671,6 +679,7 @@ def confidence_select(
             rule,
             candidates,
             step,
+            memory,
             mask_id=mask_id,
             score=score,
             temperature=temperature,
@@ -685,6 +694,25 @@ def confidence_select(
     commit = Commit(tokens, candidates, step, *flatten(rule, tokens.device), *selection)
     torch.ops.fastdllm.confidence_select(*scoring, *commit)
     return selection
+
+
+def _check_memory(rule, memory, tokens):
+    """`memory`, {} for None, if it is what the rule keeps of tokens [B, T]."""
+    wanted = memory_of(rule)
+    memory = {} if memory is None else memory
+    if not isinstance(memory, Mapping):
+        raise TypeError(f"memory: expected tensors by name, got {type(memory).__name__}")
+    if sorted(memory) != sorted(wanted):  # torch.compile does not compare keys()
+        names = ", ".join(wanted) or "nothing"
+        raise ValueError(
+            f"memory: expected what {type(rule).__name__} keeps, {names}, "
+            f"got {', '.join(memory) or 'nothing'}"
+        )
+    for name, kept in wanted.items():
+        value = memory[name]
+        checks.tensor(f"memory[{name!r}]", value, (kept.dtype,), tokens.shape, tokens.device)
+        checks.written(f"memory[{name!r}]", value)
+    return memory
 
 
 def _empty_selection(tokens) -> Selection:

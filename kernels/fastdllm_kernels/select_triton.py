@@ -40,6 +40,7 @@ TOKEN, NAN = map(tl.constexpr, range(FIELDS, FIELDS + INTEGERS))
 REGISTERS = {"maxnreg": 128} if torch.version.hip is None else {}
 # More than the largest noise there is: -ln E of the smallest E, 2^-65, is 45.06.
 NOISE_BOUND = tl.constexpr(45.25)
+FAR = tl.constexpr(2**30)  # further than a rule can look
 
 
 @dataclass(frozen=True)
@@ -527,22 +528,54 @@ def _scores(maximum, total, weighted, logit, top, second, SCORE: tl.constexpr):
 
 
 @triton.jit
-def _ranks(order, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """Places in descending order [WIDTH], equals to the lower position; compared CHUNK others at a
-    time.
+def _sums_ahead(amounts, order, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """For each place the sum of the amounts >= 0 of those ahead of it in descending order, equals
+    to the lower position; None counts them. CHUNK others are compared at a time.
     """
     mine = tl.arange(0, WIDTH)
-    rank = tl.zeros([WIDTH], tl.int32)
     grid = tl.reshape(order, [WIDTH // CHUNK, CHUNK])
     line = tl.arange(0, WIDTH // CHUNK)
+    sums = tl.zeros([WIDTH], tl.int32 if amounts is None else tl.float32)
     for i in range(WIDTH // CHUNK):
         others = tl.max(tl.where(line[:, None] == i, grid, -INFINITY), 0)[:, None]
         position = i * CHUNK + tl.arange(0, CHUNK)[:, None]
         ahead = (others > order[None, :]) | (
             (others == order[None, :]) & (position < mine[None, :])
         )
-        rank += tl.sum(ahead.to(tl.int32), 0)
-    return rank
+        if amounts is None:
+            sums += tl.sum(ahead.to(tl.int32), 0)
+        else:
+            held = tl.reshape(amounts, [WIDTH // CHUNK, CHUNK])
+            held = tl.max(tl.where(line[:, None] == i, held, 0.0), 0)[:, None]
+            sums += tl.sum(tl.where(ahead, held, 0.0), 0)
+    return sums
+
+
+@triton.jit
+def _ranks(order, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Places in descending order [WIDTH], equals to the lower position."""
+    return _sums_ahead(None, order, WIDTH, CHUNK)
+
+
+@triton.jit
+def _best(order, able, WIDTH: tl.constexpr):
+    """Whether a place is the first in descending order: `_ranks(..) == 0` of what is able."""
+    position = tl.arange(0, WIDTH)
+    return position == tl.min(tl.where(able & (order == tl.max(order)), position, WIDTH))
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _distances(marked, WIDTH: tl.constexpr):
+    """How far each place [WIDTH] is from the nearest that is marked; FAR and more without one."""
+    position = tl.arange(0, WIDTH)
+    before = tl.associative_scan(tl.where(marked, position, -FAR), 0, _larger)
+    after = tl.associative_scan(tl.where(marked, -position, -FAR), 0, _larger, reverse=True)
+    return tl.minimum(position - before, -after - position)
 
 
 @triton.jit
@@ -589,6 +622,7 @@ def _chosen(
     able,
     parameters,
     step,
+    width,
     RULE: tl.constexpr,
     FIXED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -596,22 +630,43 @@ def _chosen(
 ):
     """The commit mask [WIDTH] of one row: the rule's meaning in rules.py.
 
-    scores [WIDTH] fp32; able [WIDTH]: the candidates; step: int64. RULE is the name that the rule's
-    class declares as its `branch`. `parameters` holds this row's values of the class's per-row
-    fields in their order, each fp32 or, from a tensor, of the field's dtype; FIXED the values of
-    its other fields, constants. A new rule adds its branch here, and a line that unpacks its own
-    fields.
+    scores [WIDTH] fp32; able [WIDTH]: the candidates; step: int64; width: the block's, which WIDTH
+    is rounded up from. RULE is the name that the rule's class declares as its `branch`.
+    `parameters` holds this row's values of the class's per-row fields in their order, each fp32 or,
+    from a tensor, of the field's dtype; FIXED the values of its other fields, constants. A new rule
+    adds its branch here, and a line that unpacks its own fields.
     """
     order = tl.where(able, scores, -INFINITY)
     if RULE == "threshold":
         tau = parameters[0]
-        position = tl.arange(0, WIDTH)
-        first = tl.min(tl.where(able & (order == tl.max(order)), position, WIDTH))
-        chosen = (scores >= tau) | (position == first)
+        chosen = (scores >= tau) | _best(order, able, WIDTH)
     elif RULE == "factor":
         f = parameters[0]
         rank = _ranks(order, WIDTH, CHUNK)
         chosen = ((rank + 2).to(tl.float32) * (1.0 - scores) <= f) | (rank == 0)
+    elif RULE == "frechet":
+        delta = parameters[0]
+        doubt = tl.where(able, tl.maximum(1.0 - scores, 0.0), 0.0)
+        passes = 1.0 - (_sums_ahead(doubt, order, WIDTH, CHUNK) + 2.0 * doubt) > delta
+        chosen = passes | _best(order, able, WIDTH)
+    elif RULE == "entropy_bound":
+        gamma = parameters[0]
+        entropy = tl.where(able, tl.maximum(-scores, 0.0), 0.0)
+        entropy = (entropy + gamma) - gamma  # so that the sums do not round: see rules.py
+        chosen = _sums_ahead(entropy, order, WIDTH, CHUNK) <= gamma
+    elif RULE == "progress":
+        tau, alpha = parameters[0], parameters[1]
+        masks = tl.sum(able.to(tl.int32))
+        share = tl.div_rn(masks.to(tl.float32), width.to(tl.float32))
+        share = tl.where(step == 0, 1.0, share)
+        bound = tau * (1.0 - alpha * (1.0 - share))
+        chosen = (scores >= bound) | _best(order, able, WIDTH)
+    elif RULE == "neighbours":
+        anchor, near = parameters[0], parameters[1]
+        distance = tl.cast(parameters[2], tl.int64)
+        anchors = able & (scores >= anchor)
+        helped = (_distances(anchors, WIDTH) <= distance) & (scores >= near)
+        chosen = anchors | helped | _best(order, able, WIDTH)
     else:
         tl.static_assert(RULE == "quota", "no branch of this name")
         steps = tl.cast(parameters[0], tl.int64)
@@ -688,7 +743,8 @@ def commit_kernel(
     broken = candidate & (score != score)
     step = tl.full([], 0, tl.int64) if steps is None else tl.load(steps + b).to(tl.int64)
     able = candidate & (score == score)
-    commits = _chosen(score, able, _of_row(parameters, b), step, RULE, FIXED, WIDTH, CHUNK)
+    values_of_row = _of_row(parameters, b)
+    commits = _chosen(score, able, values_of_row, step, width, RULE, FIXED, WIDTH, CHUNK)
     proposal = tl.where(candidate, token.to(tl.int64), held)
     tl.store(token_ids + row, proposal, mask=inside)
     tl.store(values + row, score, mask=inside)

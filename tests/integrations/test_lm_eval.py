@@ -23,7 +23,7 @@ import tiny  # noqa: E402
 from tiny_models.problems import make_problem  # noqa: E402
 
 import fastdllm  # noqa: E402
-from fastdllm import Factor, Quota, Threshold, text  # noqa: E402
+from fastdllm import EntropyBound, Factor, Quota, Threshold, text  # noqa: E402
 from fastdllm.integrations import lm_eval as integration  # noqa: E402
 from fastdllm.integrations.lm_eval_options import READERS, Options, read_options  # noqa: E402
 
@@ -215,6 +215,13 @@ def test_a_rule_may_be_written_out():
     assert decoding(rule=written) == ("dual", 32, repr(Quota(4, "dream")), "confidence")
     published = {"model_path": "x", "use_cache": True, "steps": 32}
     assert decoding(**published, rule="Factor(0.5)")[2] == repr(Factor(0.5))
+
+
+def test_a_rule_says_which_score_it_reads():
+    written = "EntropyBound(0.05)"
+    assert decoding(rule=written) == ("dual", 32, repr(EntropyBound(0.05)), "entropy")
+    with pytest.raises(ValueError, match="^score: expected 'entropy', .*EntropyBound.*'margin'"):
+        read_options({"pretrained": "x", "rule": written, "score": "margin"})
 
 
 def test_what_published_arguments_drop_is_said(caplog):
