@@ -657,7 +657,7 @@ def _chosen(
     elif RULE == "progress":
         tau, alpha = parameters[0], parameters[1]
         masks = tl.sum(able.to(tl.int32))
-        share = tl.div_rn(masks.to(tl.float32), width.to(tl.float32))
+        share = tl.div_rn(masks.to(tl.float32), tl.cast(width, tl.float32))
         share = tl.where(step == 0, 1.0, share)
         bound = tau * (1.0 - alpha * (1.0 - share))
         chosen = (scores >= bound) | _best(order, able, WIDTH)
