@@ -37,7 +37,8 @@ class Launched:
     """Rows of one forward and of one kind of sampling, and what was decided of them.
 
     report: on its way to the host; of each row how many masks are left (below 0: as in Selection),
-    and what its block holds. selection: None where it was captured. failure: what the rule raised.
+    what its block holds, and where the rule has no branch in the kernel, last, what is wrong with
+    its mask. selection: None where it was captured. failure: what the rule raised.
     """
 
     rows: list[Row]
@@ -45,6 +46,12 @@ class Launched:
     selection: Selection | None = None
     report: torch.Tensor | None = None
     failure: Exception | None = field(default=None, repr=False)
+
+    def faults(self, report: list[list[int]]) -> list[int]:
+        """What is wrong with the mask of each row's rule, of the report on the host; 0 nothing."""
+        sampling = sampling_of_work(self.rows[0], self.works[0]).sampling
+        checked = branch_of(sampling.rule) is None
+        return [of_row[-1] if checked else 0 for of_row in report]
 
 
 def sampling_of_work(row: Row, work: Work) -> RowSampling:
@@ -143,12 +150,18 @@ class Committer:
         candidates = (tokens == self.mask_id) & (in_block < of_rows["length"][:, None])
         memory = self._memory(sampling.rule)
         held = {name: of_slots[of_rows["slot"]] for name, (_, of_slots) in memory.items()}
-        selection = select(sampling, of_rows, logits, tokens, candidates, self.mask_id, held)
+        faults = None
+        if branch_of(sampling.rule) is None:
+            faults = torch.zeros(len(tokens), dtype=torch.int32, device=tokens.device)
+        mask_id = self.mask_id
+        selection = select(sampling, of_rows, logits, tokens, candidates, mask_id, held, faults)
         self.forward.canvas[place] = tokens
         for name, (kept, of_slots) in memory.items():
             block_is_done = selection.remaining[:, None] == 0
             of_slots[of_rows["slot"]] = held[name].masked_fill(block_is_done, kept.start)
-        return selection, torch.cat([selection.remaining[:, None], tokens], dim=1)
+        report = [selection.remaining[:, None], tokens]
+        report += [] if faults is None else [faults[:, None]]
+        return selection, torch.cat(report, dim=1)
 
     def _memory(self, rule):
         """What rules of this class keep of all slots' blocks; empty for most."""

@@ -20,7 +20,7 @@ from fastdllm_kernels import Threshold
 from fastdllm_kernels.backend import forced
 from fastdllm_kernels.checks import FLOATS
 from fastdllm_kernels.compiling import side_by_side
-from fastdllm_kernels.rules import branch_of, check_rule
+from fastdllm_kernels.rules import branch_of, check_rule, fault_error
 
 from . import arguments
 from .arguments import Ids, Padding, Prompts
@@ -241,12 +241,15 @@ class Decoder:
             for row in launched.rows:
                 _fail(row, launched.failure)
             return
-        for row, (left, *_) in zip(launched.rows, report, strict=True):
+        faults = launched.faults(report)
+        for row, (left, *_), fault in zip(launched.rows, report, faults, strict=True):
+            number = row.options.number
             if left < 0:
                 position = row.start - 1 - left
-                number = row.options.number
                 error = f"logits: NaN or infinity in row {number} at position {position}"
                 _fail(row, ValueError(error))
+            elif fault:
+                _fail(row, fault_error(number, fault))
         self._tell(launched)
         for row, work, (_, *tokens) in zip(launched.rows, launched.works, report, strict=True):
             if not row.done:

@@ -237,14 +237,15 @@ def select(
     candidates: torch.Tensor,
     mask_id: int,
     memory: Mapping[str, torch.Tensor] | None = None,
+    faults: torch.Tensor | None = None,
 ) -> Selection:
     """Propose, score and commit for rows of one kind: logits [R, T, V]; of tokens [R, T] int64
     those that are candidates [R, T] bool may be committed, in place.
 
     columns: of `row_columns`, on the device, and "step" [R] int64, the forwards in the row's block.
-    memory: what the rule keeps, [R, T] tensors by name, updated; empty for most.
-    A rule that is a function is called with these rows; TypeError and ValueError say what is wrong
-    with what it commits.
+    memory: what the rule keeps, [R, T] tensors by name, updated; empty for most. faults: as in
+    `confidence_select`.
+    A rule that is a function is called with these rows; TypeError says what is no mask at all.
     """
     rule = sampling.rule
     values = [column for name, column in columns.items() if name.startswith("rule")]
@@ -267,6 +268,7 @@ def select(
         seed=columns.get("seed"),
         step=columns["step"],
         memory=memory,
+        faults=faults,
         **numbers,
     )
 

@@ -222,6 +222,34 @@ def test_failure_stays_with_its_request():
         assert_as_alone(again, alone(model, prompts[2], {"block_length": 4}, **options))
 
 
+def test_a_wrong_mask_fails_its_row_alone():
+    """One rule for all requests: what it does to one does not touch the others."""
+    model, config, _ = case("llada")
+    prompts = random_prompts(config, (5, 4, 6), 2)
+
+    def rule(scores, candidates, step):
+        few = candidates.sum(1, keepdim=True)
+        last = torch.arange(scores.shape[1]) == 3
+        nothing, outside = few == 2, (few == 3) & last
+        return candidates & ~nothing | outside
+
+    options = {"rule": rule, "stop_ids": ()}
+    with Engine(model, rows=3, positions=64, block_length=4) as engine:
+        lengths = (8, 2, 3)
+        requests = [
+            engine.submit(prompt, gen_length=length, **options)
+            for prompt, length in zip(prompts, lengths, strict=True)
+        ]
+        with pytest.raises(ValueError, match="rule: row 0 commits nothing"):
+            requests[1].result(timeout=60)
+        with pytest.raises(ValueError, match="rule: row 0 commits position 3, which is no"):
+            requests[2].result(timeout=60)
+        expected = alone(model, prompts[0], {"block_length": 4}, gen_length=8, **options)
+        assert_as_alone(requests[0], expected)
+    with pytest.raises(ValueError, match="rule: row 1 commits nothing"):
+        fastdllm.generate(model, prompts[:2], gen_length=2, block_length=4, **options)
+
+
 def test_on_final_sees_what_becomes_final_and_ends_the_text():
     model, config, _ = case("llada")
     (prompt,) = random_prompts(config, (5,), 2)

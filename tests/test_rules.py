@@ -17,6 +17,7 @@ from fastdllm_kernels import (
     branch_of,
     check_rule,
     commit_of,
+    fault_error,
     fixed_values,
     per_row,
     per_row_fields,
@@ -458,7 +459,7 @@ def test_what_is_a_rule_passes():
         (lambda c: c.float(), TypeError, r"rule: .*bool \(2, 3\), got torch.float32 \(2, 3\)"),
         (lambda c: c[:, :2], TypeError, r"rule: .*got torch.bool \(2, 2\)"),
         (lambda c: c.to("meta"), TypeError, "rule: .*on cpu, got meta"),
-        (lambda c: ~c, ValueError, r"rule: row 0 commits position 0.*candidates are \[1, 2\]"),
+        (lambda c: ~c, ValueError, "rule: row 0 commits position 0, which is no candidate"),
         (lambda c: c & False, ValueError, "rule: row 0 commits nothing"),
     ],
 )
@@ -499,3 +500,23 @@ def test_a_value_that_no_kernel_can_be_compiled_for_is_named():
 def test_a_threshold_that_float32_holds(number):
     assert Threshold(number).tau == number
     assert not Threshold(torch.tensor([number], dtype=torch.float64)).tau.float().isnan()
+
+
+def test_what_is_wrong_with_a_mask_may_be_told_on_the_device(device):
+    """Of each row; only candidates are committed then."""
+    candidates = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 1]]).bool()
+    mask = torch.tensor([[0, 1, 0], [0, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]]).bool()
+    mask[2, 0] = True
+    candidates, mask = candidates.to(device), mask.to(device)
+    faults = torch.full((5,), 7, dtype=torch.int32, device=device)
+    commit = commit_of(lambda scores, candidates, step: mask, faults=faults)
+    scores, step = torch.rand(5, 3, device=device), torch.zeros(5, device=device).long()
+    assert torch.equal(commit(scores, candidates, step), mask & candidates)
+    assert faults.tolist() == [0, 2, 1, -1, -1]
+    said = [str(fault_error(row, fault)) for row, fault in enumerate(faults.tolist()) if fault]
+    assert said == [
+        "rule: row 1 commits position 1, which is no candidate",
+        "rule: row 2 commits position 0, which is no candidate",
+        "rule: row 3 commits nothing, and must commit at least one of its candidates",
+        "rule: row 4 commits nothing, and must commit at least one of its candidates",
+    ]

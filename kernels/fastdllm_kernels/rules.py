@@ -580,18 +580,21 @@ def commit_of(
     rule,
     token_ids: torch.Tensor | None = None,
     memory: Mapping[str, torch.Tensor] | None = None,
+    faults: torch.Tensor | None = None,
 ) -> Callable:
     """The rule's commit; where it has no branch, a commit that checks the mask it returns.
 
     What nobody but its author knows could lose tokens, or commit nothing for ever. The check reads
-    the device. token_ids [B, T] and memory, which is updated: for a rule that has a memory.
+    the device, but with faults [B] int32: what is wrong with each row's mask then lies there
+    (`fault_error` says it), and of the mask only what is a candidate is committed. token_ids [B, T]
+    and memory, which is updated: for a rule that has a memory.
     """
     if branch_of(rule) is not None:
         return rule.commit
     commit = rule if _layout(type(rule)) is None else rule.commit
     if memory_of(rule):
         commit = functools.partial(_remembering, commit, token_ids, memory)
-    return functools.partial(_checked, commit)
+    return functools.partial(_checked, commit, faults)
 
 
 def _remembering(commit, token_ids, memory, scores, candidates, step):
@@ -605,7 +608,7 @@ def _remembering(commit, token_ids, memory, scores, candidates, step):
     return mask
 
 
-def _checked(commit, scores, candidates, step):
+def _checked(commit, faults, scores, candidates, step):
     """commit's mask, if it is one: TypeError or ValueError naming what came."""
     mask = commit(scores.nan_to_num(nan=-torch.inf), candidates.clone(), step)
     if not isinstance(mask, torch.Tensor):
@@ -619,21 +622,34 @@ def _checked(commit, scores, candidates, step):
         raise TypeError(
             f"rule: expected commit to return a mask on {candidates.device}, got {mask.device}"
         )
-    outside = mask & ~candidates
-    empty = candidates.any(1) & ~mask.any(1)
-    lost, idle = torch.stack([outside.any(), empty.any()]).tolist()  # waits for the device once
-    if lost:
-        row, position = outside.nonzero()[0].tolist()
-        raise ValueError(
-            f"rule: row {row} commits position {position}, which is no candidate; its candidates "
-            f"are {candidates[row].nonzero()[:, 0].tolist()}"
-        )
-    if idle:
-        raise ValueError(
-            f"rule: row {empty.nonzero()[0].item()} commits nothing, and must commit at least one "
-            "of its candidates"
-        )
+    found = _faults(mask, candidates)
+    if faults is not None:
+        faults.copy_(found)
+        return mask & candidates
+    for row, fault in enumerate(found.tolist()):  # waits for the device
+        if fault:
+            raise fault_error(row, fault)
     return mask
+
+
+def _faults(mask, candidates):
+    """What is wrong with each row's mask, [B] int64: 0 nothing, p + 1 that it commits position p,
+    which is no candidate, -1 that it commits none of its candidates.
+    """
+    width = mask.shape[1]
+    position = torch.arange(1, width + 1, device=mask.device)
+    outside = torch.where(mask & ~candidates, position, width + 1).amin(1)
+    empty = candidates.any(1) & ~mask.any(1)
+    return torch.where(outside <= width, outside, -empty.to(torch.int64))
+
+
+def fault_error(row: int, fault: int) -> ValueError:
+    """The error that a row's entry of `faults` stands for; fault is not 0."""
+    if fault < 0:
+        return ValueError(
+            f"rule: row {row} commits nothing, and must commit at least one of its candidates"
+        )
+    return ValueError(f"rule: row {row} commits position {fault - 1}, which is no candidate")
 
 
 # A rule with a branch as an operator's flat arguments, and back.

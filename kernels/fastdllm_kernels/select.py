@@ -399,6 +399,7 @@ def confidence_select_reference(
     vocab_size=None,
     step=None,
     memory=None,
+    faults=None,
 ):
     """See `confidence_select`."""
     return _select_with(
@@ -409,6 +410,7 @@ def confidence_select_reference(
         candidates,
         step,
         memory,
+        faults,
         mask_id=mask_id,
         score=score,
         temperature=temperature,
@@ -420,7 +422,9 @@ def confidence_select_reference(
     )
 
 
-def _select_with(propose, logits, tokens, rule, candidates, step, memory, **options) -> Selection:
+def _select_with(
+    propose, logits, tokens, rule, candidates, step, memory, faults, **options
+) -> Selection:
     """confidence_select in two parts: `propose` (token_confidence or its reference), then the rule
     in PyTorch.
     """
@@ -432,7 +436,7 @@ def _select_with(propose, logits, tokens, rule, candidates, step, memory, **opti
             options[name] = options[name].repeat_interleave(width)
     position = torch.arange(width, device=tokens.device).repeat(rows)
     best = propose(logits.reshape(-1, vocab), position=position, **options)
-    commit = commit_of(rule, best.token_ids.reshape(tokens.shape), memory)
+    commit = commit_of(rule, best.token_ids.reshape(tokens.shape), memory, faults)
     return commit_proposals(commit, best.token_ids, best.score, tokens, candidates, step)
 
 
@@ -627,6 +631,7 @@ def confidence_select(
     vocab_size=None,
     step=None,
     memory=None,
+    faults=None,
 ):
     """Propose, score, choose and commit the tokens of an active block (Fast-dLLM, arXiv 2505.22618,
     3.3; spec of the rules).
@@ -639,7 +644,9 @@ def confidence_select(
     tokens == mask_id. score: "confidence", "margin", "entropy" or "random"; a rule that reads one
     alone refuses the others. vocab_size: entries past it are padding. step [B] int64 or int32: the
     row's step in its block, from 0, which Quota counts by (default 0). memory: of a rule that has
-    one (rules.memory_of), its [B, T] tensors by name, updated in place.
+    one (rules.memory_of), its [B, T] tensors by name, updated in place. faults [B] int32, written
+    where the rule has no branch: instead of a ValueError that waits for the device, what is wrong
+    with its mask, as rules.fault_error says it; of that mask candidates alone are committed.
 
     temperature: a number, or [B] float32; 0 proposes the argmax, above 0 draws from softmax(logits
     / temperature). seed: an int, or [B] int64, the key of a row's draws; needed with a temperature
@@ -671,6 +678,7 @@ def confidence_select(
     checks.tensor(
         "step", step, (torch.int64, torch.int32), tokens.shape[:1], tokens.device, optional=True
     )
+    checks.tensor("faults", faults, (torch.int32,), tokens.shape[:1], tokens.device, optional=True)
     if branch_of(rule) is None or backend.wants_derivative("confidence_select", logits):
         return _select_with(
             token_confidence,
@@ -680,6 +688,7 @@ def confidence_select(
             candidates,
             step,
             memory,
+            faults,
             mask_id=mask_id,
             score=score,
             temperature=temperature,
