@@ -246,7 +246,7 @@ def test_a_wrong_mask_fails_its_row_alone():
             requests[2].result(timeout=60)
         expected = alone(model, prompts[0], {"block_length": 4}, gen_length=8, **options)
         assert_as_alone(requests[0], expected)
-    with pytest.raises(ValueError, match="rule: row 1 commits nothing"):
+    with pytest.raises(ValueError, match="rule: row 0 commits nothing"):
         fastdllm.generate(model, prompts[:2], gen_length=2, block_length=4, **options)
 
 
