@@ -495,6 +495,8 @@ def merged(x, starts, options, **merging):
     """The Confidence of the partials of the columns between `starts`."""
     width, partials = x.views["logits"].shape[1], []
     starts = [start for start in starts if start < width]
+    if options.get("mask_id") == starts[-1] == width - 1:
+        starts.pop()  # a part of the mask alone is refused
     for start, end in zip(starts, [*starts[1:], width], strict=True):
         part = x.guards["logits"].view[:, start:end]
         x.views = {"logits": part}
