@@ -1,6 +1,6 @@
 """Requests that come and go: the Engine beside static batches and one by one.
 
-    python bench/traffic.py [--part cold,options,stream,saturated,open,host] [--seconds 10]
+    python bench/traffic.py [--part cold,options,rules,stream,saturated,open,host] [--seconds 10]
     python bench/traffic.py --part soak
     python bench/traffic.py --smoke
     python bench/traffic.py --report FILE [--readme FILE]
@@ -14,6 +14,8 @@ cold       In fresh processes, with an empty compile cache and with what the pro
            compiled, loaded and captured.
 options    Without warm_up, one request six times under each option that trades accuracy for time:
            the first time, the second, and later ones.
+rules      A cached step at batch 1 under rules with a branch in the kernel, without one, functions,
+           and with filters, in turns.
 stream     After warm_up, requests one after another, three times over: means, the worst, each over
            its own best. Anything that is compiled, loaded or captured in it is a failure.
 check      Before anything is told: requests at once in the engine get the tokens that `generate`
@@ -46,12 +48,12 @@ from pathlib import Path
 import tables
 import timing
 import torch
-from traffic_parts import cold, figures, measuring, options, report
+from traffic_parts import cold, figures, measuring, options, report, rules
 from traffic_parts.answering import Answering
 from traffic_parts.asked import LARGE, SMALL, mixed
 from traffic_parts.soak import soak
 
-TIMED = ("cold", "options", "stream", "saturated", "open", "host")
+TIMED = ("cold", "options", "rules", "stream", "saturated", "open", "host")
 PARTS = (*TIMED, "soak")
 # Lists of rows in the results file.
 LISTS = (
@@ -59,6 +61,7 @@ LISTS = (
     "check",
     "cold",
     "options",
+    "rules",
     "stream",
     "stream_requests",
     "saturated",
@@ -92,7 +95,11 @@ class Benchmark:
             with elapsed("options"):
                 rows = options.options(self.size, self.device)
             self.keep(options=rows)
-        if set(parts) - {"cold", "options", "soak"}:
+        if "rules" in parts:
+            with elapsed("rules"):
+                rows = rules.rules(self.size, self.device)
+            self.keep(rules=rows)
+        if set(parts) - {"cold", "options", "rules", "soak"}:
             self.measure_in_this_process(parts)
         if "soak" in parts:
             with elapsed("soak"):

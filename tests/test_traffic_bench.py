@@ -26,6 +26,7 @@ from traffic_parts import (  # noqa: E402
     measuring,
     options,
     report,
+    rules,
 )
 from traffic_parts import soak as soaking  # noqa: E402
 from traffic_parts.answering import Answer, Answering  # noqa: E402
@@ -249,6 +250,21 @@ def test_options_are_timed_again_and_again(run, tmp_path):
     assert "fp8, prompt kept" in (tmp_path / "traffic.md").read_text()
 
 
+def test_rules_of_every_kind_take_turns(run, tmp_path):
+    status, results = run("--part", "rules")
+    assert status == 0 and [row["rule"] for row in results["rules"]] == [
+        kind.name for kind in rules.KINDS
+    ]
+    assert all(len(row["ms"]) == rules.ROUNDS for row in results["rules"])
+    text = (tmp_path / "traffic.md").read_text()
+    assert text.count("ms over a fused rule (target: at most 0.5)") == 3
+
+
+def test_what_a_rule_costs():
+    rows = [{"rule": rules.FUSED, "ms": [4.0, 5.0, 6.0]}, {"rule": "other", "ms": [5.5, 5.25, 5.0]}]
+    assert rules.over_fused(rows, rows[1]) == 0.25 and rules.over_fused(rows, rows[0]) == 0
+
+
 def test_figures_of_options():
     row = {"fewer": [9.0, 1.5, 1.0, 1.0, 1.0, 2.0], "more": [1.8, 1.8, 1.8, 1.8, 1.8, 5.0]}
     assert options.later_times(row) == 1.5
@@ -309,8 +325,9 @@ def test_bad_choices_are_refused(run, capsys):
     for arguments in (["--part", "stream,other"], ["--seconds", "0"], ["--seconds", "x"]):
         with pytest.raises(SystemExit):
             traffic.main(arguments)
-    assert "expected some of cold, options, stream, saturated, open, host, soak, got other" in (
-        capsys.readouterr().err
+    assert (
+        "expected some of cold, options, rules, stream, saturated, open, host, soak, got other"
+        in (capsys.readouterr().err)
     )
     with pytest.raises(SystemExit, match="--part saturated"):
         run("--part", "open")

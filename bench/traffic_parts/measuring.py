@@ -207,7 +207,7 @@ def host_share(answering: Answering) -> list[dict]:
     for count in HOST_ROWS:
         model = answering.alone if count == 1 else answering.batched
         count = min(count, size.rows)
-        taken = _turns(model, [one.prompt] * count, size.turns)
+        taken = turns(model, [one.prompt] * count, size.turns)
         replay = ms_on_gpu(cached_steps(model)[-1]) if model.device.type == "cuda" else None
         rows.append(
             {"rows": count, "turns": len(taken), "ms_turn": median(taken), "ms_replay": replay}
@@ -215,13 +215,15 @@ def host_share(answering: Answering) -> list[dict]:
     return rows
 
 
-def _turns(model, prompts, count) -> list[float]:
-    """Milliseconds of turns in which every row gets a cached step and nothing is captured."""
+def turns(model, prompts, count, rule=Quota(BLOCK), **sampling) -> list[float]:  # noqa: B008
+    """Milliseconds of turns in which every row gets a cached step and nothing is captured.
+
+    rule: of one token a forward; after a block's refresh come as many cached steps as it can have.
+    """
     taken: list[float] = []
     blocks = 2 + count // (BLOCK - 1)
     options = {"gen_length": blocks * BLOCK, "block_length": BLOCK, "stop_ids": ()}
-    # One token a forward: after a block's refresh come as many cached steps as it can have.
-    with decoding(model, prompts, rule=Quota(BLOCK), **options) as decoder:
+    with decoding(model, prompts, rule=rule, **options, **sampling) as decoder:
         first = decoder.rows[0]
         while len(taken) < count:
             step = first.step

@@ -24,6 +24,7 @@ from .figures import (
 )
 from .measuring import made_in_traffic
 from .options import later_times, of_the_paper
+from .rules import over_fused
 
 TARGETS = {  # on an H200, at LLaDA-8B's shape
     ("warm_up", "empty"): 20.0,
@@ -60,6 +61,9 @@ OPTIONS = """\
 One request, prompt 1,024 and 1,024 tokens generated, again and again with `generate` under each
 option; nothing was warmed up. At 128 forwards; ~ is the paper's number, 32 refreshes and 108 cached
 steps, between 128 and 160 forwards, the medians from the second time on."""
+RULES = """\
+A turn of one row's cached step, one token a step, by wall clock: captured forward, selection, and
+the way of its result to the host. Medians of rounds in which the rules take turns."""
 SOAK = """\
 Small requests of many kinds (rules with and without a kernel, filters, seeds, stop ids; one whose
 rule raises) from several threads, on a CPU, a tiny model: more at once than rows and line hold.
@@ -88,7 +92,8 @@ def markdown(results: dict) -> str:
     """The whole report."""
     gpus = [facts["gpu"] for facts in results["environments"] if facts["gpu"]]
     measured = any(
-        results[part] for part in ("cold", "options", "stream", "saturated", "open", "host")
+        results[part]
+        for part in ("cold", "options", "rules", "stream", "saturated", "open", "host")
     )
     parts = [f"# Traffic on {gpus[0] if gpus else 'a CPU'}"]
     if measured:
@@ -110,6 +115,7 @@ def verdicts(results: dict) -> list[str]:
         worst = max(map(later_times, results["options"]))
         what = f"under every option a request's second time takes at most {times(worst)} its best"
         lines.append(f"{what} (target: at most {TARGETS['second time']:g})")
+    lines += [rule_verdict(results["rules"], row) for row in results["rules"] if row["most"]]
     if results["stream"]:
         lines += stream_verdicts(results["stream"][0], results["stream_requests"])
     for lengths in ("equal", "mixed"):
@@ -197,6 +203,26 @@ def options_table(results: dict) -> str:
         for row in results["options"]
     ]
     return OPTIONS + "\n\n" + tables.table(heads, lines, "lrrrrrr")
+
+
+def rule_verdict(rows: list[dict], row: dict) -> str:
+    what = f"a cached step with {row['rule']}: {over_fused(rows, row):+.2f} ms over a fused rule"
+    return f"{what} (target: at most {row['most']:g})"
+
+
+def rules_table(results: dict) -> str:
+    rows = results["rules"]
+    heads = ["rule", "ms a turn", "rounds", "over the fused one"]
+    lines = [
+        [
+            row["rule"],
+            number(median(row["ms"])),
+            ", ".join(map(number, row["ms"])),
+            f"{over_fused(rows, row):+.2f}",
+        ]
+        for row in rows
+    ]
+    return RULES + "\n\n" + tables.table(heads, lines, "lrrr")
 
 
 def made(row: dict) -> list:
@@ -356,6 +382,7 @@ def soak_table(rows: list[dict]) -> str:
 SECTIONS = (
     ("cold", "The first seconds of a process", cold_table),
     ("options", "The same request again", options_table),
+    ("rules", "Rules of every kind", rules_table),
     ("stream", "A stream", stream_table),
     ("saturated", "Saturated", saturated_table),
     ("open", "Requests that come at random", open_table),
