@@ -29,7 +29,7 @@ host       What the host adds to a turn: its wall time over that of its captured
 soak       On a CPU with a tiny model: 10,000 requests, nothing lost or doubled, memory and threads
            flat. Goes to bench/results/traffic-cpu.json.
 
-Without --part all but soak are measured: six to seven minutes on an H200. On a machine
+Without --part all but soak are measured: some nine minutes on an H200. On a machine
 without a GPU, or with --smoke, the same parts run at small sizes on a CPU: that says that the
 benchmark works, and nothing about speed; the results go to the folder for temporary files.
 """
