@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastdllm_kernels.checks import integer
+from fastdllm_kernels.checks import flag, integer
 
 from .config import ModelConfig
 
@@ -31,16 +31,28 @@ class CachePolicy:
     active block, at min(total, end + w * block_length); None: with the row's last mask. Cached
     steps see the same part as their refresh.
 
+    keep_finished: the refreshes that do not compute the prompt begin with the block that was
+    finished last, so that blocks before it keep the keys of the refresh after they were finished.
+    With suffix_blocks such a refresh is w + 2 blocks long, wherever the active block stands. Needs
+    prompt_refreshes other than 1.
+
     Raises TypeError and ValueError, naming the field.
     """
 
     prompt_refreshes: int = 1
     suffix_blocks: int | None = None
+    keep_finished: bool = False
 
     def __post_init__(self):
         integer("CachePolicy.prompt_refreshes", self.prompt_refreshes, 0)
         if self.suffix_blocks is not None:
             integer("CachePolicy.suffix_blocks", self.suffix_blocks, 0)
+        flag("CachePolicy.keep_finished", self.keep_finished)
+        if self.keep_finished and self.prompt_refreshes == 1:
+            raise ValueError(
+                "CachePolicy.keep_finished: expected prompt_refreshes other than 1, which computes "
+                "the prompt and all that follows in every refresh"
+            )
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ class Row:
     text: its token ids, prompt included, masks where nothing is committed yet. slot: the row of the
     device's canvas and cache that it occupies. prompt_length: what comes before the first block.
     given: positions past the prompt that hold real text (only in infilling). stops: the ids that
-    end a text. [start, end): the active block; step: the forwards made in it.
+    end a text. [start, end): the active block; step: the forwards made in it. finished: where the
+    block before it began.
     options: whatever the loop keeps with a row. turn: the last turn of the loop it had a part in.
     """
 
@@ -50,6 +51,7 @@ class Row:
     turn: int = 0
     start: int = 0
     end: int = 0
+    finished: int = 0
     step: int = 0
     refreshes: int = 0
     cached_steps: int = 0
@@ -108,6 +110,7 @@ class Schedule:
                 for step, refreshes in ((0, 0), (0, 1), (1, 1)):
                     row = Row(text, min(prompt, start), step=step)
                     row.start, row.end, row.refreshes = start, end, refreshes
+                    row.finished = max(0, start - self.block_length)
                     yield self.work(row)
 
     def advance(self, row: Row, tokens: list[int]) -> None:
@@ -134,6 +137,7 @@ class Schedule:
 
     def _open_block(self, row, position):
         """The block that begins with the first mask at `position` or after it."""
+        row.finished = row.start
         try:
             row.start = row.text.index(self.mask_id, position)
         except ValueError:
@@ -150,14 +154,19 @@ class Schedule:
         return min(row.total, row.end + ahead * self.block_length)
 
     def _refresh_origin(self, row):
-        """The first position that a refresh computes: 0, or past the prompt whose keys are kept.
+        """The first position that a refresh computes: 0, or past the prompt whose keys are kept, or
+        the block that was finished last.
 
         Where outputs are shifted, the output at the prompt's last position is the first generated
         token's, so that position is computed too.
         """
         every = self.policy.prompt_refreshes
         kept = row.refreshes % every if every else row.refreshes
-        return max(0, row.prompt_length - self.logit_shift) if kept else 0
+        if not kept:
+            return 0
+        if self.policy.keep_finished:
+            return row.finished
+        return max(0, row.prompt_length - self.logit_shift)
 
     def _refresh_commits_one(self):
         """Whether a refresh commits the block's first position alone: with shifted outputs and a

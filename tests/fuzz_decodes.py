@@ -74,6 +74,7 @@ class Case:
     cache: str = "dual"
     prompt_refreshes: int = 1
     suffix_blocks: int | None = None
+    keep_finished: bool = False
     rule: tuple = ("threshold", 0.25)
     score: str = "confidence"
     temperature: float = 0.0
@@ -163,14 +164,16 @@ def random_case(seed: int, index: int) -> Case:
     gen_length = random.randint(1, 3 if kernels else 10)
     prompts = random_prompts(random, model, gen_length, kernels)
     cache = random.choice(CACHES)
+    prompt_refreshes = 1 if cache == "none" else random.choice([1, 1, 0, 2, 3])
     return Case(
         model=model,
         prompts=prompts,
         gen_length=gen_length,
         block_length=random.choice([*range(1, 10), gen_length, gen_length + 3]),
         cache=cache,
-        prompt_refreshes=1 if cache == "none" else random.choice([1, 1, 0, 2, 3]),
+        prompt_refreshes=prompt_refreshes,
         suffix_blocks=random.choice([None, None, 0, 1, 2, 3]),
+        keep_finished=prompt_refreshes != 1 and random.random() < 0.4,
         stop_ids=random_stops(random, model),
         kernels=kernels,
         **random_decisions(random, model, len(prompts)),
@@ -326,7 +329,8 @@ def decode(case: Case, loaded, row=None, **more):
 
 def blocks(case: Case) -> dict:
     """What all rows of a call share, and all requests to an engine."""
-    policy = fastdllm.CachePolicy(case.prompt_refreshes, case.suffix_blocks)
+    fields = case.prompt_refreshes, case.suffix_blocks, case.keep_finished
+    policy = fastdllm.CachePolicy(*fields)
     return {"block_length": case.block_length, "cache": case.cache, "policy": policy}
 
 
@@ -605,6 +609,7 @@ def stated_row(case, source, row):
         stop_ids=stops_of(case),
         prompt_refreshes=case.prompt_refreshes,
         suffix_blocks=case.suffix_blocks,
+        keep_finished=case.keep_finished,
     )
 
 
@@ -628,6 +633,7 @@ def options_of(case: Case):
     sampling = "drawn" if case.temperature else "greedy"
     filters = "filtered" if case.top_p is not None or case.top_k is not None else "whole vocabulary"
     kept_prompt = "" if case.prompt_refreshes == 1 else ", prompt kept"
+    finished = ", finished kept" if case.keep_finished else ""
     near_suffix = "" if case.suffix_blocks is None else ", suffix cut"
     per_row = " per row" if isinstance(case.rule[1], tuple) else ""
     return {
@@ -635,7 +641,7 @@ def options_of(case: Case):
         "layers": str(case.model.layers),
         "rows": str(len(case.prompts)),
         "cache": case.cache,
-        "policy": (kept_prompt + near_suffix).removeprefix(", ") or "default",
+        "policy": (kept_prompt + finished + near_suffix).removeprefix(", ") or "default",
         "rule": case.rule[0] + per_row,
         "score": case.score,
         "proposals": f"{sampling}, {filters}",
@@ -676,6 +682,7 @@ PLAIN_FIRST = (
     "score",
     "rule",
     "suffix_blocks",
+    "keep_finished",
     "prompt_refreshes",
     "cache",
 )

@@ -173,13 +173,15 @@ def decode_row(
     stop_ids=(),
     prompt_refreshes=1,
     suffix_blocks=None,
+    keep_finished=False,
 ):
     """Decodes one prompt (a list of ids) greedily. shift 1: the logits of position i are output i -
     1.
 
     prompt_refreshes n: of the refreshes, numbers 0, n, 2n ... run over the canvas (n 0: number 0
-    alone), the others from `shift` positions before the prompt's end on. suffix_blocks w: the
-    canvas ends w blocks after the active one.
+    alone), the others from `shift` positions before the prompt's end on, or with keep_finished from
+    the block before the active one on. suffix_blocks w: the canvas ends w blocks after the active
+    one.
     """
     prompt_length, length = len(prompt), len(prompt) + gen_length
     canvas = list(prompt) + [mask_id] * gen_length
@@ -201,7 +203,7 @@ def decode_row(
             ):
                 positions, known = list(range(seen)), None
             else:
-                kept = prompt_length - shift
+                kept = start - block_length if keep_finished else prompt_length - shift
                 positions, known = list(range(kept, seen)), prompt_alone(store, kept, seen)
             outputs, new_store = source([canvas[p] for p in positions], positions, known)
             if full:

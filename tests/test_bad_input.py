@@ -426,6 +426,18 @@ GENERATE = [
         "prompt_refreshes.*bool",
     ),
     (
+        "keep_finished a number",
+        lambda f: CachePolicy(0, keep_finished=1),
+        TypeError,
+        "CachePolicy.keep_finished: expected a bool, got int",
+    ),
+    (
+        "keep_finished where every refresh computes all",
+        lambda f: CachePolicy(keep_finished=True),
+        ValueError,
+        "CachePolicy.keep_finished: expected prompt_refreshes other than 1",
+    ),
+    (
         "negative suffix_blocks",
         lambda f: CachePolicy(suffix_blocks=-1),
         ValueError,

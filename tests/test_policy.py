@@ -30,15 +30,17 @@ from test_graph import BATCH, check_equal, model_of, records, replaced, told  # 
 import fastdllm
 from fastdllm import CachePolicy, Quota, Threshold
 
-# prompt_refreshes, suffix_blocks: each alone, both together, the extremes of both.
+FIELDS = ("prompt_refreshes", "suffix_blocks", "keep_finished")
+# Each alone, together, the extremes of all.
 POLICIES = [(0, None), (2, None), (1, 0), (1, 1), (0, 1), (3, 0), (2, 2)]
+POLICIES += [(0, None, True), (0, 0, True), (2, 1, True), (3, None, True)]
 BLOCKS = {"gen_length": 19, "block_length": 4}  # five blocks, the last of them short
 
 
 def options_of(family, cache, kind, policy):
     """What generate and the oracle both take, the policy as the oracle says it."""
     rule = (kind, RULES[family][kind]["confidence"])
-    return dict(zip(("prompt_refreshes", "suffix_blocks"), policy, strict=True)), {
+    return dict(zip(FIELDS, policy, strict=False)), {
         "cache": cache,
         "rule": rule,
         **BLOCKS,

@@ -58,6 +58,20 @@ TABLE = {
         ("cached", 7, 4, 11),
         ("refresh", 3, 10, 13),
     ],
+    ("dual", 0, 0, True): [
+        ("refresh", 0, 7, 7),
+        ("cached", 3, 4, 7),
+        ("refresh", 3, 8, 11),
+        ("cached", 7, 4, 11),
+        ("refresh", 7, 6, 13),
+    ],
+    ("prefix", 2, None, True): [
+        ("refresh", 0, 13, 13),
+        ("cached", 3, 10, 13),
+        ("refresh", 3, 10, 13),
+        ("cached", 7, 6, 13),
+        ("refresh", 0, 13, 13),
+    ],
     ("prefix", 2, 1): [
         ("refresh", 0, 11, 11),
         ("cached", 3, 8, 11),
@@ -70,8 +84,8 @@ TABLE = {
 
 @pytest.mark.parametrize("case", TABLE, ids=str)
 def test_what_each_forward_computes_and_sees(case):
-    cache, prompt_refreshes, suffix_blocks = case
-    policy = CachePolicy(prompt_refreshes, suffix_blocks)
+    cache, *fields = case
+    policy = CachePolicy(*fields)
     row = row_of()
     works = walked(Schedule(cache, policy, 4, 0, MASK), row)
     assert spans(works) == TABLE[case]

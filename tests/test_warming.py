@@ -15,6 +15,7 @@ POLICIES = {
     "all": CachePolicy(),
     "kept": CachePolicy(prompt_refreshes=0, suffix_blocks=1),
     "near": CachePolicy(suffix_blocks=0),
+    "finished": CachePolicy(prompt_refreshes=0, suffix_blocks=0, keep_finished=True),
 }
 
 
@@ -39,7 +40,7 @@ def launch_bound(records, monkeypatch):  # noqa: F811
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_stream_after_it_captures_nothing(family, cache, policy, launch_bound):
-    if cache == "none" and policy == "kept":
+    if cache == "none" and policy in ("kept", "finished"):
         pytest.skip("nothing keeps the prompt")
     model, config = model_of(family), tiny.FAMILIES[family]
     policy = POLICIES[policy]

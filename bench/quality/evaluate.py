@@ -58,6 +58,12 @@ POLICIES = {
     "suffix_blocks 4": {"suffix_blocks": 4},
     "prompt_refreshes 0, suffix_blocks 2": {"prompt_refreshes": 0, "suffix_blocks": 2},
     "prompt_refreshes 0, suffix_blocks 4": {"prompt_refreshes": 0, "suffix_blocks": 4},
+    "prompt_refreshes 0, keep_finished": {"prompt_refreshes": 0, "keep_finished": True},
+    "prompt_refreshes 0, suffix_blocks 4, keep_finished": {
+        "prompt_refreshes": 0,
+        "suffix_blocks": 4,
+        "keep_finished": True,
+    },
 }
 # What is recorded of a setting, beside its name.
 MEASURED = (
