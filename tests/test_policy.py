@@ -299,7 +299,7 @@ def test_the_evaluation_measures_every_policy(tmp_path, monkeypatch):
     evaluate.main(command)
     results = json.loads((tmp_path / "tiny-llada-policies.json").read_text())["results"]
     keys = sorted(map(evaluate.key_of, results))
-    assert keys == sorted(map(evaluate.key_of, evaluate.policy_settings())) and len(set(keys)) == 24
+    assert keys == sorted(map(evaluate.key_of, evaluate.policy_settings())) and len(set(keys)) == 30
     assert (
         "| dual, prompt_refreshes 0, suffix_blocks 2 |"
         in (tmp_path / "tiny-llada-policies.md").read_text()
