@@ -45,6 +45,12 @@ def triton_backend(monkeypatch):
     monkeypatch.setenv(backend.VARIABLE, "triton")
 
 
+@pytest.fixture(params=["reference", "triton"])
+def either_backend(request, monkeypatch):
+    """Both backends must do the same."""
+    monkeypatch.setenv(backend.VARIABLE, request.param)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU and the real compiler")
 

@@ -20,12 +20,6 @@ INF, NAN = math.inf, math.nan
 HALF = torch.float16
 
 
-@pytest.fixture(params=["reference", "triton"])
-def either_backend(request, monkeypatch):
-    """Both backends must do the same."""
-    monkeypatch.setenv(backend.VARIABLE, request.param)
-
-
 def random_logits(device, dtype, *shape, seed=0, spread=4.0):
     generator = torch.Generator().manual_seed(seed)
     return (spread * torch.randn(*shape, generator=generator)).to(device=device, dtype=dtype)

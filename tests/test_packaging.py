@@ -2,6 +2,7 @@
 shares; and what checks the sources.
 """
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import sys
 import zipfile
 
 import pytest
-from test_floors import ROOT
+from test_floors import LAZY, ROOT
 
 CHECK = """
 import sys, kernels, transformers
@@ -89,6 +90,55 @@ def test_from_the_repository_root_with_transformers_and_the_kernels_client():
     pytest.importorskip("kernels", reason="Hugging Face's kernels is in the test extra")
     paths = python(CHECK, ROOT).split()
     assert all(path.startswith(str(ROOT)) for path in paths)
+
+
+ALONE = """
+import sys
+sys.modules.update(dict.fromkeys({unwanted!r}))
+import fastdllm_kernels, triton
+print(fastdllm_kernels.__file__)
+{page}
+assert not (canvas[:, :20] == MASK).any()
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The operators' own distribution, installed from a copy: a build leaves folders behind."""
+    pytest.importorskip("setuptools", minversion="77", reason="setuptools 77 builds it")
+    source, folder = tmp_path_factory.mktemp("kernels") / "kernels", tmp_path_factory.mktemp("site")
+    shutil.copytree(ROOT / "kernels", source, ignore=shutil.ignore_patterns("__pycache__", "build"))
+    options = "--quiet --no-index --no-deps --no-build-isolation --target".split()
+    command = [sys.executable, "-m", "pip", "install", *options, folder, source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_operators_install_alone_and_run_their_page(site, tmp_path):
+    unwanted = LAZY | {"fastdllm", "safetensors"}
+    page = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    code = ALONE.format(unwanted=unwanted, page="".join(snippets[:2]))
+    assert python(code, tmp_path, PYTHONPATH=str(site)).startswith(str(site))
+    held = {path.name.split("-")[0] for path in site.iterdir()}
+    assert held == {"fastdllm_kernels"}
+
+
+def test_the_two_distributions_agree(site, wheel):
+    """One version, the same files of the operators, the same torch and triton; no other library."""
+    alone = importlib.metadata.Distribution.at(next(site.glob("*.dist-info")))
+    assert {re.match(r"\w+", line)[0] for line in alone.requires} == {"torch", "triton"}
+    with zipfile.ZipFile(wheel) as whole:
+        (metadata,) = [name for name in whole.namelist() if name.endswith("/METADATA")]
+        text = whole.read(metadata).decode()
+        files = [name for name in whole.namelist() if name.startswith("fastdllm_kernels/")]
+        assert all((site / name).read_bytes() == whole.read(name) for name in files)
+    required = {line.lower() for line in re.findall(r"^Requires-Dist: (.+)$", text, re.MULTILINE)}
+    assert {line.lower() for line in alone.requires} <= required
+    assert f"\nVersion: {alone.version}\n" in text
+    installed = {str(file) for file in alone.files if str(file).startswith("fastdllm_kernels/")}
+    assert {name for name in installed if "__pycache__" not in name} == set(files)
 
 
 def test_a_commit_is_checked_by_what_make_lint_runs():

@@ -13,19 +13,23 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from oracle_decode import decode_row
+from oracle_models import attention, rotate
 from test_floors import ROOT
 
 import fastdllm
 from fastdllm import Threshold, cli
-from fastdllm_kernels import rules, select
+from fastdllm_kernels import rules, select, token_confidence_reference
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 TO_CONTRIBUTE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+FOR_ENGINES = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
 PYTHON = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 SNIPPETS, SNIPPETS_TO_CONTRIBUTE = PYTHON.findall(TEXT), PYTHON.findall(TO_CONTRIBUTE)
+SNIPPETS_FOR_ENGINES = PYTHON.findall(FOR_ENGINES)
 PROSE = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
 WORDS = 900
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", "kernels/README.md")
 RESULTS = ROOT / "bench" / "results"
 TINY = ROOT / "fastdllm" / "assets" / "tiny-llada"
 
@@ -161,6 +165,119 @@ def test_a_rule_of_two_parameters():
         assert together.nfe[row] == alone.nfe[0]
 
 
+# The page of the operators, kernels/README.md.
+
+
+def host():
+    """What the page's engine has, and the functions of its loop; and the line that decodes."""
+    setup, loop, _ = SNIPPETS_FOR_ENGINES
+    loop, call = loop.rsplit("\n\n\n", 1)
+    names = {}
+    exec(setup, names)
+    exec(loop, names)
+    return names, call
+
+
+def source_of(names):
+    """The page's model as a source of oracle_decode: fp64, no cache but a list, no kernels."""
+    kinds = [names["HEADS"], names["KV_HEADS"], names["KV_HEADS"]]
+    layers = [[matrix.cpu().double() for matrix in layer] for layer in names["layers"]]
+    embedding, head = names["embedding"].cpu().double(), names["head"].cpu().double()
+
+    def normed(x):
+        return x / x.square().mean(-1, keepdim=True).sqrt()
+
+    def source(tokens, positions, store):
+        x, new_store, positions = embedding[tokens], [], torch.as_tensor(positions)
+        for layer, (qkv, out) in enumerate(layers):
+            heads = (normed(x) @ qkv.T).unflatten(1, (-1, names["DIM"]))
+            q, k, v = (part.transpose(0, 1) for part in heads.split(kinds, dim=1))
+            q, k = (torch.stack([rotate(h, positions, 10000) for h in part]) for part in (q, k))
+            if store is not None:
+                keys, values = (held.clone() for held in store[layer])
+                keys[:, positions], values[:, positions] = k, v
+                k, v = keys, values
+            new_store.append((k, v))
+            x = x + attention(q.transpose(0, 1), k, v, *kinds[:2]) @ out.T
+        return normed(x) @ head.T, new_store
+
+    return source
+
+
+def test_the_host_loop_decodes_as_a_plain_one(either_backend):
+    """Ragged rows over pages that held NaN: the tokens and forwards of each row alone."""
+    names, call = host()
+    forward, asked = names["forward"], []
+
+    def counted(*arguments, refresh):
+        asked.append("refresh" if refresh else "cached")
+        return forward(*arguments, refresh=refresh)
+
+    names["forward"] = counted
+    before = names["canvas"].tolist()
+    exec(call, names)
+    cached = []
+    for row, prompt_length in enumerate(names["prompt_length"].tolist()):
+        alone = decode_row(
+            source_of(names),
+            before[row][:prompt_length],
+            mask_id=names["MASK"],
+            gen_length=16,
+            block_length=8,
+            cache="dual",
+            rule=("threshold", 0.9),
+        )
+        assert alone.slack > 1e-3
+        end = prompt_length + 16
+        assert names["canvas"][row].tolist() == alone.tokens + before[row][end:]
+        kinds = "".join(kind[0] for kind, _ in alone.steps).split("r")[1:]
+        cached.append([len(steps) for steps in kinds])
+    assert all(2 < steps < 14 for steps in map(sum, cached))  # not all at once, nor one by one
+    most = map(max, zip(*cached, strict=True))
+    assert asked == [kind for n in most for kind in ["refresh", *["cached"] * n]]
+
+
+@pytest.mark.gpu
+def test_a_step_of_the_host_loop_is_captured_and_replays_with_other_spans():
+    names, call = host()
+    exec(call, names)
+    device, select, rule = names["device"], names["confidence_select"], Threshold(0.9)
+    start, kv_len = (torch.zeros(2, dtype=torch.int32, device=device) for _ in range(2))
+    tokens = torch.full((2, 8), names["MASK"], device=device)
+
+    def step():
+        logits = names["forward"](tokens, start, kv_len, refresh=False)
+        return select(logits, tokens, mask_id=names["MASK"], rule=rule)
+
+    def stand(starts):
+        start.copy_(torch.tensor(starts))
+        kv_len.copy_(names["prompt_length"] + 16)
+        tokens.fill_(names["MASK"])
+
+    stand([9, 4])
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for starts in ([9, 4], [17, 12], [9, 12]):
+        stand(starts)
+        graph.replay()
+        after, replayed = tokens.clone(), [field.clone() for field in captured]
+        stand(starts)
+        for got, wanted in zip(replayed, step(), strict=True):
+            assert torch.equal(got, wanted)
+        assert torch.equal(after, tokens) and (tokens != names["MASK"]).any()
+
+
+def test_the_parts_of_a_vocabulary_propose_what_the_whole_does(either_backend, device):
+    logits = torch.randn(5, 96, generator=torch.Generator().manual_seed(0)).to(device)
+    names = {"logits": logits, "MASK": 95}
+    exec(SNIPPETS_FOR_ENGINES[2], names)
+    whole = token_confidence_reference(logits, mask_id=95)
+    assert torch.equal(names["best"].token_ids, whole.token_ids)
+    torch.testing.assert_close(names["best"].score, whole.score)
+
+
 # Where `_chosen` in select_triton.py gets the branch.
 LAST_BRANCH = '    else:\n        tl.static_assert(RULE == "quota"'
 
@@ -211,6 +328,7 @@ def test_a_rule_of_two_parameters_with_a_branch(
 
 def test_there_is_a_test_for_each_snippet():
     assert len(SNIPPETS) == 7 and len(SNIPPETS_TO_CONTRIBUTE) == 2
+    assert len(SNIPPETS_FOR_ENGINES) == 3
 
 
 def test_it_is_read_in_a_few_minutes():

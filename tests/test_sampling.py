@@ -11,7 +11,6 @@ import torch
 
 from fastdllm import Quota, Threshold, sampling
 from fastdllm.families import FAMILIES
-from fastdllm_kernels import backend
 from fastdllm_kernels.noise import gumbel_noise
 
 T, V, MASK = 3, 40, 39
@@ -29,12 +28,6 @@ BOTH = [
 ]
 GREEDY = [{"top_p": 0.9, "top_k": 5}, {"top_p": 0.2, "top_k": 1}]
 MIXES = [DRAWS, LARGEST, BOTH, GREEDY]
-
-
-@pytest.fixture(params=["reference", "triton"])
-def either_backend(request, monkeypatch):
-    """Both backends must do the same."""
-    monkeypatch.setenv(backend.VARIABLE, request.param)
 
 
 def row_of(family, rule, seed=0, score="confidence", temperature=0.0, top_p=None, top_k=None):

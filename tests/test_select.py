@@ -23,12 +23,6 @@ SCORES = select.SCORES
 RULES = [Threshold(0.3), Factor(1.0), Quota(3), Quota(3, schedule="dream")]
 
 
-@pytest.fixture(params=["reference", "triton"])
-def either_backend(request, monkeypatch):
-    """Both backends must do the same."""
-    monkeypatch.setenv(backend.VARIABLE, request.param)
-
-
 def random_logits(device, dtype, *shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return (4 * torch.randn(*shape, generator=generator)).to(device=device, dtype=dtype)

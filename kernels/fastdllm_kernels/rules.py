@@ -349,7 +349,7 @@ def _check_number(name, value, *, above=-torch.inf, at_least=-torch.inf, at_most
         if not value.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
         _check_held(name, value)
-        if value.device.type != "cpu":
+        if not _readable(value):
             return
         values = value.flatten().tolist()
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -366,6 +366,11 @@ def _check_number(name, value, *, above=-torch.inf, at_least=-torch.inf, at_most
             )
 
 
+def _readable(value):
+    """Whether a tensor's numbers may be looked at: on the CPU, and not while a compiler traces."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _range_words(above, at_least, at_most):
     if above > -torch.inf:
         return f" above {above}"
@@ -380,7 +385,7 @@ def _check_count(name, value, at_least=1):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name}: expected an integer tensor, got {value.dtype}")
         _check_held(name, value)
-        if value.device.type != "cpu":
+        if not _readable(value):
             return
         values = value.flatten().tolist()
     elif isinstance(value, bool) or not isinstance(value, int):
