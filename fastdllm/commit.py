@@ -4,7 +4,6 @@ Where one kind of sampling with a branch in the select kernel serves all rows of
 and nobody listens, this too is captured: some ten small launches become one.
 """
 
-import functools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -90,16 +89,16 @@ class Committer:
         forwards = [row.forwards for row in rows]
         launched = Launched(rows, works)
         heard = any(row.options.listener is not None for row in rows)
-        if branch_of(samplings[0].sampling.rule) and not heard and self.forward.captured(logits):
+        branch = branch_of(samplings[0].sampling.rule)
+        if branch and not heard and self.forward.captured(logits):
             report = self._run(samplings, places, forwards, logits)
         else:
-            columns = _columns(samplings, places, forwards)
-            on_device = self.forward.space.upload(columns.table)
-            decide = self._decide(samplings[0].sampling, columns, logits[: len(rows)])
             try:
-                launched.selection, report = decide(on_device)
+                launched.selection, report = self._run_eagerly(
+                    samplings, places, forwards, logits[: len(rows)]
+                )
             except Exception as error:
-                if branch_of(samplings[0].sampling.rule):
+                if branch:
                     raise
                 launched.failure = error
                 return launched
@@ -111,10 +110,8 @@ class Committer:
         decided.
         """
         count = len(samplings)
-        columns = _columns(samplings, [NOWHERE] * count, [0] * count)
         logits = self.forward.logits(count, width)
-        decide = self._decide(samplings[0].sampling, columns, logits)
-        decide(self.forward.space.upload(columns.table))
+        self._run_eagerly(samplings, [NOWHERE] * count, [0] * count, logits)
 
     def capture(self, samplings: list[RowSampling], width: int) -> None:
         """Capture what these rows need after a captured forward; nothing is decided."""
@@ -122,27 +119,31 @@ class Committer:
         logits = self.forward.logits(count, width)
         self._run(samplings, [NOWHERE] * count, [0] * count, logits, patience=0)
 
+    def _run_eagerly(self, samplings, places, forwards, logits):
+        """(Selection, report) of these rows."""
+        columns = _columns(samplings, places, forwards)
+        table = self.forward.space.upload(columns.table)
+        return self._decide(samplings[0].sampling, columns, logits, table)
+
     def _run(self, samplings, places, forwards, logits, patience=PATIENCE):
         """The report on these rows, from a captured graph once they have come often enough."""
         missing = len(logits) - len(samplings)
         slots = self.forward.spare([place.slot for place in places], missing)
         columns = _columns(
             samplings + samplings[:1] * missing,
-            places + [Place(slot, 0, 0, 0) for slot in slots],
+            places + [NOWHERE._replace(slot=slot) for slot in slots],
             forwards + [0] * missing,
         )
         sampling = samplings[0].sampling
         key = self.forward.key, sampling.kind(), columns.layout, tuple(logits.shape)
-        decide = self._decide(sampling, columns, logits)
-        return self.forward.space.run(
-            key, None, lambda table: decide(table)[1], columns.table, patience, "report"
-        )
 
-    def _decide(self, sampling: Sampling, columns: Columns, logits):
-        """The function from such columns' table on the device to (Selection, report)."""
-        return functools.partial(self._decided, sampling, columns, logits)
+        def report(table):
+            return self._decide(sampling, columns, logits, table)[1]
 
-    def _decided(self, sampling, columns, logits, table):
+        return self.forward.space.run(key, None, report, columns.table, patience, "report")
+
+    def _decide(self, sampling: Sampling, columns: Columns, logits, table):
+        """(Selection, report) of rows with these columns, whose table lies on the device."""
         of_rows = columns.on(table)
         in_block = self.forward.positions[: logits.shape[1]]
         place = of_rows["slot"][:, None], of_rows["start"][:, None] + in_block

@@ -32,11 +32,6 @@ def leftmost(scores, candidates, step):
     return candidates & (candidates.cumsum(1) == 1)
 
 
-def sorted_quota(scores, candidates, step):
-    """Quota's own commit in PyTorch, which sorts three times."""
-    return Quota(BLOCK).commit(scores, candidates, step)
-
-
 @dataclass(frozen=True)
 class Kind:
     """A rule and how its tokens are drawn. most: milliseconds over FUSED that are aimed at."""
@@ -52,7 +47,8 @@ KINDS = (
     Kind(FUSED, Quota(BLOCK)),
     Kind("a function, the first mask", leftmost, 0.5),
     Kind("a dataclass, the best mask", Best(), 0.5),
-    Kind("a function, Quota by three sorts", sorted_quota, 0.5),
+    # Its reference in PyTorch, which sorts three times.
+    Kind("a function, Quota by three sorts", Quota(BLOCK).commit, 0.5),
     Kind("Quota, temperature 0.2", Quota(BLOCK), 0.1, DRAWN),
     Kind("Quota, temperature 0.2, top_p 0.95", Quota(BLOCK), 0.1, DRAWN | {"top_p": 0.95}),
     Kind("Quota, top_k 50", Quota(BLOCK), 0.1, {"top_k": 50}),
