@@ -16,7 +16,7 @@ from fastdllm_kernels import filter_triton  # noqa: E402
 
 INF, NAN = math.inf, math.nan
 # What the operators make of a cut does not depend on the dtype that it was searched in; the search
-# takes half the passes in this one.
+# takes half the steps in this one.
 HALF = torch.float16
 
 
@@ -129,13 +129,33 @@ def test_vocabularies_of_other_sizes(device, vocab, temperature, top_p, top_k):
     assert_keeps_the_same(z, 1, temperature, top_p, top_k)
 
 
-def test_the_cut_does_not_depend_on_the_parts(device, dtype):
-    passes = 4 if dtype.itemsize == 2 else 8
-    z = with_ties(device, dtype, 6, 400)[4:5]
-    for tile, tiles in ((64, 2), (128, 1), (512, 1)):
+def test_the_cut_depends_neither_on_the_parts_nor_on_their_lists(device, dtype):
+    """capacity 1: lists of a part do not suffice, and the rows themselves are searched."""
+    z = with_ties(device, dtype, 6, 400)[[1, 4]]
+    for tile, tiles, capacity in ((64, 2, 128), (128, 1, 1), (512, 1, 16)):
         parts = -(-400 // (tile * tiles))
-        config = filter_triton.Config(tile, tiles, parts, passes)
+        config = filter_triton.Config(tile, tiles, parts, capacity)
         assert_keeps_the_same(z, 7, 1.0, 0.93, 30, config)
+
+
+def test_a_cut_next_to_zero(device, dtype):
+    """-0 equals 0, and the numbers beside them are subnormal."""
+    tiny = torch.finfo(dtype).tiny / 4
+    numbers = torch.tensor([-0.0, 0.0, -tiny, tiny, -1e-3], device=device).to(dtype)
+    z = numbers.repeat(4, 40)
+    top_p = torch.tensor([0.1001, 0.3001, 0.6501, 0.9001], device=device)
+    assert_keeps_the_same(z, 7, 1.0, top_p, None)
+    top_k = torch.tensor([39, 41, 121, 170], dtype=torch.int32, device=device)
+    assert_keeps_the_same(z, 7, 1.0, None, top_k)
+
+
+@pytest.mark.parametrize("low", [-INF, -60000.0])
+def test_logits_put_far_down_do_not_hide_the_others(device, dtype, low):
+    z = random_logits(device, dtype, 3, 600, seed=4)
+    z[:, 250:] = low
+    top_k = torch.tensor([1, 249, 260], dtype=torch.int32, device=device)
+    assert_keeps_the_same(z, 7, 1.0, None, top_k)
+    assert_keeps_the_same(z, 7, 1.0, 0.9, None)
 
 
 def test_a_real_vocabulary(device):
@@ -433,8 +453,7 @@ def test_the_passes_cover_the_vocabulary(rows, vocab, itemsize, both):
     config = filter_triton.config(rows, vocab, itemsize, H200, both)
     covered = config.tile_vocab * config.tiles
     assert covered * (config.parts - 1) < vocab <= covered * config.parts
-    keys = 2 ** (8 * itemsize)
-    assert filter_triton.BINS**config.passes >= keys
+    assert covered / 4 <= config.capacity <= covered / 4 + 16
 
 
 def nearly_top_p(z, mask_id, temperature, top_p):

@@ -6,19 +6,29 @@ Let z be a row's logits without the mask's, T its temperature (1 where that is 0
 
 The filters keep the z_i > cut, and of those equal to it the lowest ids up to `last`, where cut is
 the smallest u with above(u) <= top_p * above(-inf) and higher(u) < top_k. Both sides only grow as u
-falls. So the cut is searched among the bit patterns of the logits' dtype, ordered as the numbers
-are (keys): each pass over the logits, which lie in L2 by now, adds up both sides at 15 thresholds
-at once and leaves one of 16 bins of the interval. Four passes tell the 2^16 keys of 16 bits apart,
-eight those of 32 bits. A token of less than (1 - top_p) / V of the largest probability is never
-kept, so that at a low temperature the search starts close to the maximum and two passes do.
+falls. So the cut is searched for: one pass over the logits adds up both sides at 7 thresholds and
+leaves one of 8 bins; the next copies the logits of that bin, a few percent of all, and bisection of
+the copy does the rest. It halves the bit patterns of the logits' dtype, ordered as the numbers are
+(keys), so that 16 steps tell all numbers of 16 bits apart, 32 those of 32.
 
-peak_kernel     one program for each (row, part of the vocabulary): the part's largest logit
-narrow_kernel   the same programs: from the sums of the pass before the interval that is left, and
-                its own part's sums at the thresholds inside it
-cut_kernel      one program for each row: the cut, and the last id kept of those equal to it
+A token of less than (1 - top_p) / V of the largest probability is never kept: at a low temperature
+the bins start close to the maximum. Elsewhere they start at the least of many small groups' largest
+logits, below which only a cut in the bulk of the vocabulary lies. They are of equal width as
+numbers, as of equal width in keys one would hold half of all logits: those between 0 and 1.
+
+peak_kernel     one program for each (row, part of the vocabulary): the part's largest logit, and
+                the least of its groups' largest
+narrow_kernel   the same programs: the bins, and the part's sums at the thresholds between them
+gather_kernel   the same programs: from the sums of all parts the bin that holds the cut, and a list
+                of the part's logits inside
+cut_kernel      one program for each row: bisects the lists, then finds in the one part where it
+                lies the last id kept of those equal to the cut
+
+A list holds a quarter of its part. Where one does not suffice (a cut in the bulk of a flat row, or
+most logits equal), the same bisection reads the row itself: right as well, some 10 us a step.
 
 Each program adds up in a fixed order, so equal inputs give equal bits. Programs whose row is no
-candidate, or is not filtered, return at once, and so does a pass that has nothing left to narrow.
+candidate, or is not filtered, return at once.
 """
 
 from dataclasses import dataclass
@@ -34,23 +44,31 @@ from .backend import Chip, ceil_div, chip_of, dense, pdl, power_of_2
 from .noise import inverse
 
 NOTHING, INFINITY, LOG2E = map(tl.constexpr, (2**31 - 1, float("inf"), 1.4426950408889634))
-BINS = 16  # a pass leaves one of so many bins
+# The first pass costs three instructions for each logit and threshold; with 16 bins instead of 8 it
+# takes twice as long, and halves lists that are short anyway.
+BINS = 8
 STEPS: tl.constexpr = tl.constexpr(BINS)
+# The logits of a group whose largest says where the bulk begins: the least of 30,000 groups of four
+# normal logits lies 1.4 deviations below their mean; of groups of 32 it would lie above it.
+GROUPED: tl.constexpr = tl.constexpr(4)
+# How far below the maximum the bins start at most: further down lie only logits that were put there
+# to be dropped.
+DEPTH: tl.constexpr = tl.constexpr(60.0)
 
 
 @dataclass(frozen=True)
 class Config:
     """How a pass is cut: `parts` programs to a row, each `tiles` tiles of tile_vocab logits.
 
-    resident: the programs that an SM is to hold at once. overlap: a launch may begin while the one
-    before it drains, and waits on the device.
+    capacity: the logits that a part's list holds. resident: the programs that an SM is to hold at
+    once. overlap: a launch may begin while the one before it drains, and waits on the device.
     """
 
     tile_vocab: int
     tiles: int
     parts: int
-    passes: int
-    resident: int = 4
+    capacity: int
+    resident: int = 8
     num_warps: int = 4
     overlap: bool = False
 
@@ -63,19 +81,21 @@ def config(rows: int, vocab: int, itemsize: int, chip: Chip, both: bool = False)
     # One load of 16 bytes for each thread of four warps, so that it holds one sum a threshold.
     tile = min(2048 // itemsize, max(64, power_of_2(vocab)))
     count = ceil_div(vocab, tile)
-    # Bound by arithmetic, three instructions for each logit and threshold: as many programs of four
-    # warps as all SMs hold at once, which is four where a thread takes 128 registers. Masses and
-    # counts together spill then. No more than 16 parts: every program of the next pass merges them.
-    resident = 3 if both else 4
-    parts = min(count, 16, max(1, resident * chip.multiprocessors // rows))
+    # Bound by arithmetic: as many programs of four warps as all SMs hold at once, which is eight
+    # where a thread takes 64 registers. Masses and counts together spill then. No more than 32
+    # parts: every program that gathers merges them.
+    resident = 5 if both else 8
+    parts = min(count, 32, max(1, resident * chip.multiprocessors // rows))
     tiles = ceil_div(count, parts)
-    passes = 4 if itemsize == 2 else 8
-    return Config(tile, tiles, ceil_div(count, tiles), passes, resident, overlap=chip.overlap)
+    capacity = 16 * ceil_div(tile * tiles, 64)
+    return Config(tile, tiles, ceil_div(count, tiles), capacity, resident, overlap=chip.overlap)
 
 
-def _registers(chosen: Config) -> dict:
-    """The launch option that bounds a thread's registers, so that `resident` programs fit."""
-    most = 65536 // (32 * chosen.num_warps * chosen.resident) // 8 * 8
+def _registers(num_warps: int, resident: int = 1) -> dict:
+    """The launch option that bounds a thread's registers, so that `resident` programs fit on an SM.
+    Left alone, the assembler may spill a few bytes so that more do.
+    """
+    most = min(255, 65536 // (32 * num_warps * resident) // 8 * 8)
     return {"maxnreg": most} if torch.version.hip is None else {}
 
 
@@ -124,6 +144,12 @@ def _number(key, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _largest_number(key, DTYPE: tl.constexpr):
+    """The largest number whose key is `key` or less: that of -1 would be -0, which equals 0."""
+    return _number(tl.where(key == -1, -2, key), DTYPE)
+
+
+@triton.jit
 def _limits(top_ps, top_p, top_ks, top_k, b, TOP_P: tl.constexpr, TOP_K: tl.constexpr):
     """(share, most) of row b: its top_p, 1 where that is off, and its top_k, NOTHING where off."""
     share = tl.full([], 1.0, tl.float32)
@@ -137,13 +163,6 @@ def _limits(top_ps, top_p, top_ks, top_k, b, TOP_P: tl.constexpr, TOP_K: tl.cons
 
 
 @triton.jit
-def _maximum(maxima, row, parts, PARTS: tl.constexpr):
-    """The row's largest logit, from its parts'."""
-    part = tl.arange(0, PARTS)
-    return tl.max(tl.load(maxima + row * parts + part, mask=part < parts, other=-INFINITY))
-
-
-@triton.jit
 def _power(z, maximum, scale):
     """exp((z - maximum) / T): the mass of a logit, 1 for the largest."""
     shift = tl.where(maximum == -INFINITY, 0.0, maximum)
@@ -151,73 +170,38 @@ def _power(z, maximum, scale):
 
 
 @triton.jit
-def _first_interval(maximum, scale, share, vocab, DTYPE: tl.constexpr):
-    """(low, width): the keys that the cut may have before any pass."""
+def _offered(source, first, end, barred, TILE: tl.constexpr):
+    """The logits first .. first + TILE - 1 as fp32, -inf for the mask's and from `end` on."""
+    lane = tl.arange(0, TILE)
+    z = tl.load(source + first + lane, mask=lane < end - first, other=-INFINITY)
+    return tl.where(first + lane == barred, -INFINITY, z.to(tl.float32))
+
+
+@triton.jit
+def _of_parts(values, row, parts, other, PARTS: tl.constexpr):
+    """A row's values [PARTS], of its parts."""
+    part = tl.arange(0, PARTS)
+    return tl.load(values + row * parts + part, mask=part < parts, other=other)
+
+
+@triton.jit
+def _bins(maximum, least, scale, share, vocab, DTYPE: tl.constexpr):
+    """(edges, end): the first keys of the bins, and the first key above them all, as int32.
+
+    least: about where the bulk of the logits begins.
+    """
     # All tokens with less than (1 - share) / vocab of the largest one's probability have less than
     # 1 - share together: the cut lies above them. A hundredth more, for rounding.
     far = (tl.log(vocab / tl.maximum(1.0 - share, 1e-9)) * 1.01 + 0.01) / scale
     lowest = tl.where(share < 1, maximum - far, -INFINITY)
-    low = _key(lowest.to(DTYPE)).to(tl.int64)
-    return low, _key(maximum.to(DTYPE)) - low + 1
-
-
-@triton.jit
-def _next_interval(
-    bounds,
-    sums,
-    masses,
-    counts,
-    level,
-    row,
-    rows,
-    parts,
-    share,
-    most,
-    TOP_P: tl.constexpr,
-    TOP_K: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """(low, width, above, total) that pass `level` leaves of a row.
-
-    The cut's key is one of low .. low + width - 1; above is the mass over all of these, total the
-    whole. What pass i has read and written lies in half i % 2 of each array.
-    """
-    half = level % 2
-    at = half * 2 * rows + row
-    low, width = tl.load(bounds + at), tl.load(bounds + at + rows)
-    above, total = tl.load(sums + at), tl.load(sums + at + rows)
-    if (width > 1) | ((level == 0) & (width == 1)):
-        step = (width + (STEPS - 1)) // STEPS
-        high = low + width - 1
-        bin, part = tl.arange(0, STEPS), tl.arange(0, PARTS)[:, None]
-        slot = ((half * rows + row) * parts + part) * STEPS + bin[None, :]
-        # Whether the cut may lie at the last key of a bin, or below.
-        holds = tl.full([STEPS], 1, tl.int1)
-        mass = tl.zeros([STEPS], tl.float32)
-        if TOP_P:
-            mass = tl.sum(tl.load(masses + slot, mask=part < parts, other=0.0), 0)
-            if level == 0:
-                total = tl.sum(tl.where(bin == STEPS - 1, mass, 0.0))
-            holds = tl.where(share < 1, mass <= share * total, holds)
-        if TOP_K:
-            holds &= tl.sum(tl.load(counts + slot, mask=part < parts, other=0), 0) < most
-        holds |= bin == STEPS - 1
-        chosen = STEPS - tl.sum(holds.to(tl.int32))
-        if chosen < STEPS - 1:
-            above = tl.sum(tl.where(bin == chosen, mass, 0.0))
-        low = tl.minimum(low + chosen * step, high)
-        width = tl.minimum(step, high - low + 1)
-    return low, width, above, total
-
-
-@triton.jit
-def _thresholds(low, width):
-    """The first keys above each bin but the last of the interval, as int32."""
-    step = (width + (STEPS - 1)) // STEPS
-    keys = ()
-    for j in tl.static_range(STEPS - 1):
-        keys = keys + (tl.minimum(low + (j + 1) * step, low + width).to(tl.int32),)
-    return keys
+    low, high = _key(lowest.to(DTYPE)), _key(maximum.to(DTYPE))
+    start = tl.maximum(least, maximum - tl.minimum(far, DEPTH))
+    edges = (low,)
+    for j in tl.static_range(1, STEPS):
+        edge = _key((start + (maximum - start) * (j / STEPS)).to(DTYPE))
+        # A number that is none (infinities) may become any edge, as long as they are in order.
+        edges = edges + (tl.maximum(tl.minimum(edge, high), low + 1),)
+    return edges, high + 1
 
 
 @triton.jit
@@ -226,49 +210,99 @@ def _sums_of_part(
     first,
     end,
     barred,
-    low,
-    width,
+    edges,
     maximum,
     scale,
-    FIRST: tl.constexpr,
     TOP_P: tl.constexpr,
     TOP_K: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """(masses, counts, total) of the logits first .. end - 1 of the row at source.
 
-    masses, counts: for each threshold what lies at or over it, a lane's sums. total: the whole
-    mass, in the first pass.
+    masses, counts: of each bin but the last what lies above it, a lane's sums. total: of all.
     """
-    GROUP: tl.constexpr = 128 // source.dtype.element_ty.primitive_bitwidth
-    thresholds = _thresholds(low, width)
+    DTYPE: tl.constexpr = source.dtype.element_ty
+    GROUP: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    thresholds = ()
+    for j in tl.static_range(1, STEPS):
+        thresholds = thresholds + (_number(edges[j], DTYPE),)
     nothing = tl.zeros([TILE // GROUP], tl.float32)
     total = nothing
     masses = (nothing,) * (STEPS - 1)
     counts = (nothing.to(tl.int32),) * (STEPS - 1)
-    lane = tl.arange(0, TILE)
     for start in range(first, end, TILE):
-        z = tl.load(source + start + lane, mask=lane < end - start, other=-INFINITY)
-        z = tl.where(start + lane == barred, -INFINITY, z)
-        key = _key(z)
-        if TOP_P and FIRST:
-            power = _power(z.to(tl.float32), maximum, scale)
-            total += tl.sum(tl.reshape(power, [TILE // GROUP, GROUP]), 1)
-        if tl.max(key) >= low:  # else the tile adds to no threshold
-            power = _power(z.to(tl.float32), maximum, scale)
+        z = tl.reshape(_offered(source, start, end, barred, TILE), [TILE // GROUP, GROUP])
+        power = _power(z, maximum, scale)
+        if TOP_P:
+            total += tl.sum(power, 1)
+        if tl.max(z) >= thresholds[0]:  # else the tile adds to no threshold
             more_masses, more_counts = (), ()
             for j in tl.static_range(STEPS - 1):
-                over = tl.reshape(key, [TILE // GROUP, GROUP]) >= thresholds[j]
+                over = z >= thresholds[j]
                 mass, count = masses[j], counts[j]
                 if TOP_P:
-                    mass += tl.sum(
-                        tl.where(over, tl.reshape(power, [TILE // GROUP, GROUP]), 0.0), 1
-                    )
+                    mass += tl.sum(tl.where(over, power, 0.0), 1)
                 if TOP_K:
                     count += tl.sum(over.to(tl.int32), 1)
                 more_masses, more_counts = more_masses + (mass,), more_counts + (count,)
             masses, counts = more_masses, more_counts
     return masses, counts, total
+
+
+@triton.jit
+def _holds(mass, count, total, share, most, TOP_P: tl.constexpr, TOP_K: tl.constexpr):
+    """Whether the cut may lie at a number or below, given the mass and count of what is above."""
+    holds = count == count
+    if TOP_P:
+        holds = tl.where(share < 1, mass <= share * total, holds)
+    if TOP_K:
+        holds &= count < most
+    return holds
+
+
+@triton.jit
+def _bin_of_cut(
+    edges,
+    masses,
+    counts,
+    row,
+    parts,
+    share,
+    most,
+    TOP_P: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """(low, high, above, higher, total): the first and the last key of the bin that holds the cut,
+    the mass and the number of the logits above the bin, and the whole mass.
+    """
+    bin, part = tl.arange(0, STEPS), tl.arange(0, PARTS)[:, None]
+    slot = (row * parts + part) * STEPS + bin[None, :]
+    mass, count = tl.zeros([STEPS], tl.float32), tl.zeros([STEPS], tl.int32)
+    if TOP_P:
+        mass = tl.sum(tl.load(masses + slot, mask=part < parts, other=0.0), 0)
+    if TOP_K:
+        count = tl.sum(tl.load(counts + slot, mask=part < parts, other=0), 0)
+    total = tl.sum(tl.where(bin == STEPS - 1, mass, 0.0))
+    is_last = bin == STEPS - 1
+    holds = _holds(mass, count, total, share, most, TOP_P, TOP_K) | is_last
+    chosen = STEPS - tl.sum(holds.to(tl.int32))
+    is_chosen = (bin == chosen) & (chosen < STEPS - 1)
+    above = tl.sum(tl.where(is_chosen, mass, 0.0))
+    higher = tl.sum(tl.where(is_chosen, count, 0))
+    at = edges + row * (STEPS + 1)
+    last = tl.load(at + STEPS) - 1
+    low = tl.minimum(tl.load(at + chosen), last)
+    high = tl.maximum(tl.load(at + chosen + 1) - 1, low)
+    return low, tl.minimum(high, last), above, higher, total
+
+
+@triton.jit
+def _largest_of_lanes(largest, source, first, end, barred, TILE: tl.constexpr):
+    """largest [TILE] with the logits first .. end - 1, those TILE apart in one lane."""
+    for start in range(first, end, TILE):
+        largest = tl.maximum(largest, _offered(source, start, end, barred, TILE))
+    return largest
 
 
 @triton.jit(do_not_specialize=["mask_id", "width", "token_b", "token_t"])
@@ -277,6 +311,7 @@ def peak_kernel(
     tokens,
     candidates,
     maxima,
+    leasts,
     stride_b,
     stride_t,
     vocab,
@@ -288,7 +323,9 @@ def peak_kernel(
     TILES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The largest logit of one part of one row, the mask's aside. Grid (rows, parts)."""
+    """The largest logit of one part of one row, the mask's aside, and the least of the largest of
+    its lanes in the first tiles; +inf where none is above -inf. Grid (rows, parts).
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -300,16 +337,16 @@ def peak_kernel(
     source = logits + b * stride_b + t * stride_t
     first = part * (TILES * TILE_VOCAB)
     end = tl.minimum(first + TILES * TILE_VOCAB, vocab)
-    lane = tl.arange(0, TILE_VOCAB)
     largest = tl.full([TILE_VOCAB], -INFINITY, tl.float32)
-    for start in range(first, end, TILE_VOCAB):
-        z = tl.load(source + start + lane, mask=lane < end - start, other=-INFINITY)
-        z = tl.where(start + lane == mask_id, -INFINITY, z.to(tl.float32))
-        largest = tl.maximum(largest, z)
-    tl.store(maxima + row.to(tl.int64) * tl.num_programs(1) + part, tl.max(largest))
+    grouped = tl.minimum(first + GROUPED * TILE_VOCAB, end)
+    largest = _largest_of_lanes(largest, source, first, grouped, mask_id, TILE_VOCAB)
+    at = row.to(tl.int64) * tl.num_programs(1) + part
+    tl.store(leasts + at, tl.min(tl.where(largest > -INFINITY, largest, INFINITY)))
+    largest = _largest_of_lanes(largest, source, grouped, end, mask_id, TILE_VOCAB)
+    tl.store(maxima + at, tl.max(largest))
 
 
-@triton.jit(do_not_specialize=["level", "mask_id", "top_k", "width", "token_b", "token_t"])
+@triton.jit(do_not_specialize=["mask_id", "top_k", "width", "token_b", "token_t"])
 def narrow_kernel(
     logits,
     tokens,
@@ -318,11 +355,14 @@ def narrow_kernel(
     top_ps,
     top_ks,
     maxima,
-    bounds,
-    sums,
+    leasts,
+    edges,
     masses,
     counts,
-    level,
+    bounds,
+    sums,
+    sizes,
+    lists,
     inverse_temperature,
     top_p,
     top_k,
@@ -333,7 +373,6 @@ def narrow_kernel(
     width,
     token_b,
     token_t,
-    FIRST: tl.constexpr,
     TOP_P: tl.constexpr,
     TOP_K: tl.constexpr,
     FILTERED_SCORE: tl.constexpr,
@@ -342,7 +381,146 @@ def narrow_kernel(
     PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Pass `level` of one row over one part of the vocabulary. Grid (rows, parts)."""
+    """The bins of one row, all empty where it is not filtered, and one part's sums above each.
+    Grid (rows, parts).
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    parts, part = tl.num_programs(1), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
+    b, t = row // width, row % width
+    if tokens is not None:
+        if not is_candidate(tokens, candidates, row, b, t, mask_id, token_b, token_t):
+            return
+    inverse = inverse_of_row(temperatures, inverse_temperature, b)
+    scale = tl.where(inverse > 0, inverse, 1.0)
+    share, most = _limits(top_ps, top_p, top_ks, top_k, b, TOP_P, TOP_K)
+    maximum = tl.max(_of_parts(maxima, row, parts, -INFINITY, PARTS))
+    least = tl.min(_of_parts(leasts, row, parts, INFINITY, PARTS))
+    bins, bins_end = _bins(maximum, least, scale, share, vocab, logits.dtype.element_ty)
+    unused = (inverse == 0) & (not FILTERED_SCORE)  # the largest logit stays, and its score
+    whole_row = ((share >= 1) & (most >= vocab)) | unused
+    if part == 0:
+        for j in tl.static_range(STEPS):
+            tl.store(edges + row * (STEPS + 1) + j, tl.where(whole_row, bins_end, bins[j]))
+        tl.store(edges + row * (STEPS + 1) + STEPS, bins_end)
+    if whole_row:
+        return
+    source = logits + b * stride_b + t * stride_t
+    first = part * (TILES * TILE_VOCAB)
+    end = tl.minimum(first + TILES * TILE_VOCAB, vocab)
+    mass, count, total = _sums_of_part(
+        source, first, end, mask_id, bins, maximum, scale, TOP_P, TOP_K, TILE_VOCAB
+    )
+    at = (row * parts + part) * STEPS
+    for j in tl.static_range(STEPS - 1):
+        if TOP_P:
+            tl.store(masses + at + j, tl.sum(mass[j]))
+        if TOP_K:
+            tl.store(counts + at + j, tl.sum(count[j]))
+    if TOP_P:
+        tl.store(masses + at + STEPS - 1, tl.sum(total))
+    if TOP_K:
+        tl.store(counts + at + STEPS - 1, 0)
+
+
+@triton.jit
+def _inside(z, bottom, top):
+    """Whether logits lie between two numbers, both included; -inf never does."""
+    return (z >= bottom) & (z <= top) & (z > -INFINITY)
+
+
+@triton.jit
+def _columns(z, LENGTH: tl.constexpr, COUNT: tl.constexpr):
+    """The COUNT columns [LENGTH] of z, in some order. Each thread holds one row: stored whole, z
+    would first go through shared memory.
+    """
+    columns = (z,)
+    for i in tl.static_range(COUNT.bit_length() - 1):
+        halves = ()
+        for j in tl.static_range(len(columns)):
+            halves += tl.split(tl.reshape(columns[j], [LENGTH, COUNT >> (i + 1), 2]))
+        columns = halves
+    rows = ()
+    for j in tl.static_range(COUNT):
+        rows = rows + (tl.reshape(columns[j], [LENGTH]),)
+    return rows
+
+
+@triton.jit
+def _gather(
+    source,
+    first,
+    end,
+    barred,
+    bottom,
+    top,
+    places,
+    capacity,
+    TILE: tl.constexpr,
+):
+    """Copy the logits first .. end - 1 that lie between bottom and top to `places`, in a fixed
+    order. Returns how many there are; none is copied where they are more than capacity.
+    """
+    DTYPE: tl.constexpr = source.dtype.element_ty
+    GROUP: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    # A lane's logits follow one another, so that one running sum over lanes serves all tiles.
+    sizes = tl.zeros([TILE // GROUP], tl.int32)
+    for start in range(first, end, TILE):
+        z = tl.reshape(_offered(source, start, end, barred, TILE), [TILE // GROUP, GROUP])
+        sizes += tl.sum(_inside(z, bottom, top).to(tl.int32), 1)
+    place = tl.cumsum(sizes, 0) - sizes
+    size = tl.sum(sizes)
+    if (size > 0) & (size <= capacity):
+        for start in range(first, end, TILE):
+            z = tl.reshape(_offered(source, start, end, barred, TILE), [TILE // GROUP, GROUP])
+            columns = _columns(z, TILE // GROUP, GROUP)
+            for j in tl.static_range(GROUP):
+                inside = _inside(columns[j], bottom, top)
+                tl.store(places + place, columns[j].to(DTYPE), mask=inside)
+                place += inside.to(tl.int32)
+    return size
+
+
+@triton.jit(do_not_specialize=["mask_id", "top_k", "width", "token_b", "token_t"])
+def gather_kernel(
+    logits,
+    tokens,
+    candidates,
+    temperatures,
+    top_ps,
+    top_ks,
+    maxima,
+    leasts,
+    edges,
+    masses,
+    counts,
+    bounds,
+    sums,
+    sizes,
+    lists,
+    inverse_temperature,
+    top_p,
+    top_k,
+    stride_b,
+    stride_t,
+    vocab,
+    mask_id,
+    width,
+    token_b,
+    token_t,
+    capacity,
+    TOP_P: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TILE_VOCAB: tl.constexpr,
+    TILES: tl.constexpr,
+    PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """The list of one part of one row: its logits in the bin that holds the cut. Grid (rows,
+    parts).
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -352,58 +530,134 @@ def narrow_kernel(
     if tokens is not None:
         if not is_candidate(tokens, candidates, row, b, t, mask_id, token_b, token_t):
             return
-    inverse = inverse_of_row(temperatures, inverse_temperature, b)
-    scale = tl.where(inverse > 0, inverse, 1.0)
-    share, most = _limits(top_ps, top_p, top_ks, top_k, b, TOP_P, TOP_K)
-    maximum = _maximum(maxima, row, parts, PARTS)
-    if FIRST:
-        low, keys = _first_interval(maximum, scale, share, vocab, logits.dtype.element_ty)
-        above, total = 0.0, 0.0
-        unused = (inverse == 0) & (not FILTERED_SCORE)  # the largest logit stays, and its score
-        if ((share >= 1) & (most >= vocab)) | unused:
-            keys = tl.zeros_like(keys)
-    else:
-        low, keys, above, total = _next_interval(
-            bounds,
-            sums,
-            masses,
-            counts,
-            level - 1,
-            row,
-            rows,
-            parts,
-            share,
-            most,
-            TOP_P,
-            TOP_K,
-            PARTS,
-        )
-    half = level % 2
-    if part == 0:
-        at = half * 2 * rows + row
-        tl.store(bounds + at, low)
-        tl.store(bounds + at + rows, keys)
-        tl.store(sums + at, above)
-        tl.store(sums + at + rows, total)
-    if keys < (1 if FIRST else 2):
+    DTYPE: tl.constexpr = logits.dtype.element_ty
+    if not _is_filtered(edges, row):
         return
-    source = logits + b * stride_b + t * stride_t
-    first = part * (TILES * TILE_VOCAB)
-    end = tl.minimum(first + TILES * TILE_VOCAB, vocab)
-    mass, count, whole = _sums_of_part(
-        source, first, end, mask_id, low, keys, maximum, scale, FIRST, TOP_P, TOP_K, TILE_VOCAB
+    share, most = _limits(top_ps, top_p, top_ks, top_k, b, TOP_P, TOP_K)
+    low, high, above, higher, total = _bin_of_cut(
+        edges, masses, counts, row, parts, share, most, TOP_P, TOP_K, PARTS
     )
-    at = ((half * rows + row) * parts + part) * STEPS
-    for j in tl.static_range(STEPS - 1):
+    if part == 0:
+        tl.store(bounds + row, low)
+        tl.store(bounds + rows + row, high)
+        tl.store(bounds + 2 * rows + row, higher)
+        tl.store(sums + row, above)
+        tl.store(sums + rows + row, total)
+    at = row * parts + part
+    size = tl.full([], 0, tl.int32)
+    bottom = _number(low, DTYPE)
+    if tl.load(maxima + at) >= bottom:
+        source = logits + b * stride_b + t * stride_t
+        first = part * (TILES * TILE_VOCAB)
+        end = tl.minimum(first + TILES * TILE_VOCAB, vocab)
+        size = _gather(
+            source,
+            first,
+            end,
+            mask_id,
+            bottom,
+            _largest_number(high, DTYPE),
+            lists + at * capacity,
+            capacity,
+            TILE_VOCAB,
+        )
+    tl.store(sizes + at, size)
+
+
+@triton.jit
+def _is_filtered(edges, row):
+    """Whether a row has a bin that is not empty."""
+    at = edges + row * (STEPS + 1)
+    return tl.load(at) < tl.load(at + STEPS)
+
+
+@triton.jit
+def _column(source, stride, lengths, start, barred, PARTS: tl.constexpr, CHUNK: tl.constexpr):
+    """The entries start .. start + CHUNK - 1 of each of PARTS lists as fp32 [PARTS, CHUNK]; -inf
+    after a list's length, and for the entry `barred`, counted from source.
+    """
+    place = start + tl.arange(0, CHUNK)[None, :]
+    at = tl.arange(0, PARTS)[:, None] * stride + place
+    z = tl.load(source + at, mask=place < lengths[:, None], other=-INFINITY)
+    return tl.where(at == barred, -INFINITY, z.to(tl.float32))
+
+
+@triton.jit
+def _bisect(
+    source,
+    stride,
+    lengths,
+    barred,
+    low,
+    high,
+    above,
+    higher,
+    total,
+    share,
+    most,
+    maximum,
+    scale,
+    TOP_P: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """(cut, above, equal): the cut, one of the keys low .. high, as a number; the mass above it;
+    and how many logits of each list equal it [PARTS].
+
+    source, stride, lengths, barred: PARTS lists that hold all logits of these keys, as `_column`
+    takes them. above, higher: the mass and the number of all logits above these keys.
+    """
+    DTYPE: tl.constexpr = source.dtype.element_ty
+    longest = tl.max(lengths)
+    while low < high:
+        middle = low + ((high.to(tl.int64) - low + 1) // 2).to(tl.int32)
+        bottom, top = _number(middle, DTYPE), _largest_number(high, DTYPE)
+        mass = tl.zeros([PARTS, CHUNK], tl.float32)
+        count = tl.zeros([PARTS, CHUNK], tl.int32)
+        for start in range(0, longest, CHUNK):
+            z = _column(source, stride, lengths, start, barred, PARTS, CHUNK)
+            over = (z >= bottom) & (z <= top)
+            if TOP_P:
+                mass += tl.where(over, _power(z, maximum, scale), 0.0)
+            if TOP_K:
+                count += over.to(tl.int32)
+        more_above, more = above, higher
         if TOP_P:
-            tl.store(masses + at + j, tl.sum(mass[j]))
+            more_above += tl.sum(mass)
         if TOP_K:
-            tl.store(counts + at + j, tl.sum(count[j]))
-    if TOP_P:
-        tl.store(masses + at + STEPS - 1, tl.sum(whole))
+            more += tl.sum(count)
+        if _holds(more_above, more, total, share, most, TOP_P, TOP_K):
+            high, above, higher = middle - 1, more_above, more
+        else:
+            low = middle
+    cut, top = _number(low, DTYPE), _largest_number(low, DTYPE)
+    equal = tl.zeros([PARTS], tl.int32)
+    for start in range(0, longest, CHUNK):
+        z = _column(source, stride, lengths, start, barred, PARTS, CHUNK)
+        equal += tl.sum(_inside(z, cut, top).to(tl.int32), 1)
+    return cut, above, equal
 
 
-@triton.jit(do_not_specialize=["level", "mask_id", "top_k", "width", "token_b", "token_t", "parts"])
+@triton.jit
+def _id_of_equal(source, first, end, cut, wanted, barred, TILE: tl.constexpr):
+    """The id of the wanted-th (from 1) of the logits first .. end - 1 that equal the cut; NOTHING
+    where there are fewer.
+    """
+    found = tl.full([], NOTHING, tl.int32)
+    seen = tl.full([], 0, tl.int32)
+    for start in range(first, end, TILE):
+        if seen < wanted:
+            equal = _inside(_offered(source, start, end, barred, TILE), cut, cut).to(tl.int32)
+            count = tl.sum(equal)
+            if seen + count >= wanted:
+                is_it = (equal > 0) & (seen + tl.cumsum(equal, 0) == wanted)
+                found = tl.min(tl.where(is_it, start + tl.arange(0, TILE), NOTHING))
+            seen += count
+    return found
+
+
+@triton.jit(do_not_specialize=["mask_id", "top_k", "width", "token_b", "token_t", "parts"])
 def cut_kernel(
     logits,
     tokens,
@@ -412,14 +666,14 @@ def cut_kernel(
     top_ps,
     top_ks,
     maxima,
-    bounds,
-    sums,
+    leasts,
+    edges,
     masses,
     counts,
-    cuts,
-    lasts,
-    level,
-    parts,
+    bounds,
+    sums,
+    sizes,
+    lists,
     inverse_temperature,
     top_p,
     top_k,
@@ -430,14 +684,21 @@ def cut_kernel(
     width,
     token_b,
     token_t,
+    cuts,
+    lasts,
+    parts,
+    part_vocab,
+    capacity,
     TOP_P: tl.constexpr,
     TOP_K: tl.constexpr,
     TILE_VOCAB: tl.constexpr,
     PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """What pass `level`, the last, leaves of one row: its cut, and the last id kept of those equal
-    to it, NOTHING for all. Grid (rows,).
+    """The cut of one row, and the last id kept of those equal to it, NOTHING for all. Grid (rows,).
+
+    part_vocab: the logits of a part.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -447,45 +708,73 @@ def cut_kernel(
     if tokens is not None:
         if not is_candidate(tokens, candidates, row, b, t, mask_id, token_b, token_t):
             return
+    if not _is_filtered(edges, row):
+        tl.store(cuts + row, -INFINITY)
+        tl.store(lasts + row, NOTHING)
+        return
     share, most = _limits(top_ps, top_p, top_ks, top_k, b, TOP_P, TOP_K)
-    low, keys, above, total = _next_interval(
-        bounds, sums, masses, counts, level, row, rows, parts, share, most, TOP_P, TOP_K, PARTS
-    )
-    key = low.to(tl.int32)
-    cut = _number(key, logits.dtype.element_ty)
+    inverse = inverse_of_row(temperatures, inverse_temperature, b)
+    scale = tl.where(inverse > 0, inverse, 1.0)
+    maximum = tl.max(_of_parts(maxima, row, parts, -INFINITY, PARTS))
+    low, high = tl.load(bounds + row), tl.load(bounds + rows + row)
+    higher = tl.load(bounds + 2 * rows + row)
+    above, total = tl.load(sums + row), tl.load(sums + rows + row)
+    source = logits + b * stride_b + t * stride_t
+    lengths = _of_parts(sizes, row, parts, 0, PARTS)
+    if tl.max(lengths) <= capacity:
+        cut, above, equal = _bisect(
+            lists + row * parts * capacity,
+            capacity,
+            lengths,
+            -1,
+            low,
+            high,
+            above,
+            higher,
+            total,
+            share,
+            most,
+            maximum,
+            scale,
+            TOP_P,
+            TOP_K,
+            PARTS,
+            CHUNK,
+        )
+    else:
+        first = tl.arange(0, PARTS) * part_vocab
+        cut, above, equal = _bisect(
+            source,
+            part_vocab,
+            tl.minimum(tl.maximum(vocab - first, 0), part_vocab),
+            mask_id,
+            low,
+            high,
+            above,
+            higher,
+            total,
+            share,
+            most,
+            maximum,
+            scale,
+            TOP_P,
+            TOP_K,
+            PARTS,
+            CHUNK,
+        )
     last = tl.full([], NOTHING, tl.int32)
-    if keys == 0:  # not filtered
-        cut = tl.full([], -INFINITY, tl.float32)
-    elif share < 1:
-        inverse = inverse_of_row(temperatures, inverse_temperature, b)
-        scale = tl.where(inverse > 0, inverse, 1.0)
-        power = _power(cut, _maximum(maxima, row, parts, PARTS), scale)
+    if share < 1:
         # So many of the equal ones fit as have no more than the share before them.
-        fit = (share * total - above) / power
+        fit = (share * total - above) / _power(cut, maximum, scale)
         wanted = tl.where(fit > 0, tl.minimum(fit, vocab), 0.0).to(tl.int32) + 1
-        source = logits + b * stride_b + t * stride_t
-        last = _id_of_equal(source, key, wanted, mask_id, vocab, TILE_VOCAB)
+        until = tl.cumsum(equal, 0)
+        part = tl.sum((until < wanted).to(tl.int32))
+        wanted -= tl.max(tl.where(until < wanted, until, 0))
+        end = tl.minimum((part + 1) * part_vocab, vocab)
+        if part < parts:
+            last = _id_of_equal(source, part * part_vocab, end, cut, wanted, mask_id, TILE_VOCAB)
     tl.store(cuts + row, cut)
     tl.store(lasts + row, last)
-
-
-@triton.jit
-def _id_of_equal(source, key, wanted, barred, vocab, TILE: tl.constexpr):
-    """The id of the wanted-th logit (from 1) that has this key; NOTHING where there are fewer."""
-    found = tl.full([], NOTHING, tl.int32)
-    seen = tl.full([], 0, tl.int32)
-    lane = tl.arange(0, TILE)
-    for start in range(0, vocab, TILE):
-        if seen < wanted:
-            ids = start + lane
-            z = tl.load(source + ids, mask=ids < vocab, other=-INFINITY)
-            equal = ((_key(z) == key) & (ids < vocab) & (ids != barred)).to(tl.int32)
-            count = tl.sum(equal)
-            if seen + count >= wanted:
-                place = seen + tl.cumsum(equal, 0)
-                found = tl.min(tl.where((equal > 0) & (place == wanted), ids, NOTHING))
-            seen += count
-    return found
 
 
 def launch(scoring, strides, tokens=None, candidates=None, chosen=None):
@@ -495,91 +784,92 @@ def launch(scoring, strides, tokens=None, candidates=None, chosen=None):
     confidence_select; without tokens each row of logits [N, V] is filtered. chosen: a Config to run
     in place of the one that `config` picks.
     """
-    logits = scoring.logits
+    logits, vocab = scoring.logits, scoring.vocab_size
     rows, width, token_strides = len(logits), 1, (0, 0)
     if tokens is not None:
         rows, width, token_strides = tokens.numel(), tokens.shape[1], tokens.stride()
-    chip = chip_of(logits.device)
     both = scoring.by_mass and scoring.by_count
-    chosen = chosen or config(rows, scoring.vocab_size, logits.element_size(), chip, both)
-    mask_id = -1 if scoring.mask_id is None else scoring.mask_id
-    space = _workspace(scoring, rows, chosen.parts)
+    chosen = chosen or config(rows, vocab, logits.element_size(), chip_of(logits.device), both)
+    space = _workspace(scoring, rows, chosen)
     place = (logits, tokens, candidates)
-    shape = (*strides, scoring.vocab_size, mask_id, width, *token_strides)
+    mask_id = -1 if scoring.mask_id is None else scoring.mask_id
+    shape = (*strides, vocab, mask_id, width, *token_strides)
     limits = (dense(scoring.temperatures), dense(scoring.top_ps), dense(scoring.top_ks))
     numbers = (inverse(scoring.temperature), scoring.top_p, scoring.top_k)
-    cut = {"TILE_VOCAB": chosen.tile_vocab, "TILES": chosen.tiles, "num_warps": chosen.num_warps}
-    flags = {
-        "TOP_P": scoring.by_mass,
-        "TOP_K": scoring.by_count,
-        "PARTS": power_of_2(chosen.parts),
-    }
+    row = (*place, *limits, *space, *numbers, *shape)
+    parts = power_of_2(chosen.parts)
+    flags = {"TOP_P": scoring.by_mass, "TOP_K": scoring.by_count, "PARTS": parts}
     options = {"OVERLAP": chosen.overlap, "enable_fp_fusion": True, **pdl(chosen.overlap)}
+    part = {"TILE_VOCAB": chosen.tile_vocab, "TILES": chosen.tiles, "num_warps": chosen.num_warps}
+    part |= options
     grid = (rows, chosen.parts)
-    compiling.launch(peak_kernel, grid, *place, space.maxima, *shape, **cut, **options)
-    for level in range(chosen.passes):
-        compiling.launch(
-            narrow_kernel,
-            grid,
-            *place,
-            *limits,
-            *space,
-            level,
-            *numbers,
-            *shape,
-            FIRST=level == 0,
-            FILTERED_SCORE=scoring.filtered_score,
-            **flags,
-            **cut,
-            **options,
-            **_registers(chosen),
-        )
-    cuts = torch.empty_like(space.maxima[:, 0], memory_format=torch.contiguous_format)
-    lasts = torch.empty_like(cuts, dtype=torch.int32)
+    compiling.launch(peak_kernel, grid, *place, space.maxima, space.leasts, *shape, **part)
+    score = {
+        "FILTERED_SCORE": scoring.filtered_score,
+        **_registers(chosen.num_warps, chosen.resident),
+    }
+    compiling.launch(narrow_kernel, grid, *row, **score, **flags, **part)
+    compiling.launch(gather_kernel, grid, *row, chosen.capacity, **flags, **part)
+    cuts = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    lasts = torch.empty(rows, dtype=torch.int32, device=logits.device)
     compiling.launch(
         cut_kernel,
         (rows,),
-        *place,
-        *limits,
-        *space,
+        *row,
         cuts,
         lasts,
-        chosen.passes - 1,
         chosen.parts,
-        *numbers,
-        *shape,
+        chosen.tile_vocab * chosen.tiles,
+        chosen.capacity,
         **flags,
-        TILE_VOCAB=min(16384, power_of_2(scoring.vocab_size)),
+        TILE_VOCAB=min(4096, power_of_2(vocab)),
+        CHUNK=4096 // parts,
         num_warps=16,
+        **_registers(16),
         **options,
     )
     return cuts, lasts
 
 
 class _Workspace(NamedTuple):
-    """What the passes leave each other, of each row.
+    """What the kernels leave each other, of each row.
 
-    maxima [rows, parts] fp32: the parts' largest logits. bounds [2, 2, rows] int64, sums [2, 2,
-    rows] fp32: (low, width) and (above, total) of `_next_interval`, of the even passes and the odd.
-    masses, counts [2, rows, parts, BINS] fp32 and int32: the parts' sums over each threshold; in
-    the last place of the first pass the whole mass. None where nothing is filtered by them.
+    maxima, leasts [rows, parts] fp32: of the parts the largest logit, and the least of their lanes'
+    largest. edges [rows, BINS + 1] int32: the keys between the bins. masses, counts [rows, parts,
+    BINS] fp32 and int32: the parts' sums above each bin, and in the last place the whole mass; None
+    where nothing is filtered by them. bounds [3, rows] int32: the first and the last key of the bin
+    with the cut, and the number of logits above it. sums [2, rows] fp32: their mass, and the whole.
+    sizes [rows, parts] int32, lists [rows, parts, capacity]: the parts' logits in that bin.
     """
 
     maxima: torch.Tensor
-    bounds: torch.Tensor
-    sums: torch.Tensor
+    leasts: torch.Tensor
+    edges: torch.Tensor
     masses: torch.Tensor | None
     counts: torch.Tensor | None
+    bounds: torch.Tensor
+    sums: torch.Tensor
+    sizes: torch.Tensor
+    lists: torch.Tensor
 
 
-def _workspace(scoring, rows, parts) -> _Workspace:
+def _workspace(scoring, rows, chosen) -> _Workspace:
+    parts = chosen.parts
+
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=scoring.logits.device)
 
+    def integers(*shape):
+        return empty(*shape, dtype=torch.int32)
+
     return _Workspace(
         empty(rows, parts),
-        empty(2, 2, rows, dtype=torch.int64),
-        empty(2, 2, rows),
-        empty(2, rows, parts, BINS) if scoring.by_mass else None,
-        empty(2, rows, parts, BINS, dtype=torch.int32) if scoring.by_count else None,
+        empty(rows, parts),
+        integers(rows, BINS + 1),
+        empty(rows, parts, BINS) if scoring.by_mass else None,
+        integers(rows, parts, BINS) if scoring.by_count else None,
+        integers(3, rows),
+        empty(2, rows),
+        integers(rows, parts),
+        empty(rows, parts, chosen.capacity, dtype=scoring.logits.dtype),
     )
