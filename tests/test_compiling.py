@@ -1,5 +1,7 @@
 """Launches that only compile: each kind of launch is asked for once."""
 
+import threading
+
 import pytest
 import torch
 
@@ -51,3 +53,25 @@ def test_what_launches_alike_is_compiled_once(only_compiles):
         compiling.launch(one, (3,), *arguments, **options)
     assert len(kernel.compiled) == 8 and len(other.compiled) == 1
     assert not kernel.launched and not other.launched
+
+
+def test_what_compiles_side_by_side_is_loaded_there_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    here, loaded_by = threading.get_ident(), []
+
+    class Loads:
+        @property
+        def run(self):
+            loaded_by.append(threading.get_ident())
+
+    class Fails:
+        @property
+        def run(self):
+            raise RuntimeError("no room for this kernel")
+
+    with compiling._Compilers(2) as threads:
+        assert isinstance(threads.submit(Loads).result(), Loads)
+        with pytest.raises(RuntimeError, match="no room"):
+            threads.submit(Fails).result()
+    assert len(loaded_by) == 1 and loaded_by[0] != here

@@ -60,12 +60,32 @@ def side_by_side() -> Iterator[bool]:
     if mode is None or os.environ.get("TRITON_INTERPRET") == "1":
         yield False
         return
-    with ThreadPoolExecutor(max(4, os.cpu_count() or 4)) as threads, mode(threads):
+    with _Compilers(max(4, os.cpu_count() or 4)) as threads, mode(threads):
         token = _asked.set(set())
         try:
             yield True
         finally:
             _asked.reset(token)
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that compile kernels and load them. To load one triton may build its launcher with a
+    C compiler, 0.3 seconds each, which the first launches would do one after another.
+    """
+
+    def __init__(self, most: int):
+        device = torch.cuda.current_device()
+        super().__init__(most, initializer=torch.cuda.set_device, initargs=(device,))
+
+    def submit(self, compiles, /):
+        """The kernel that compiles() returns, later."""
+
+        def loaded():
+            kernel = compiles()
+            _ = kernel.run
+            return kernel
+
+        return super().submit(loaded)
 
 
 @dataclass
