@@ -657,6 +657,76 @@ def _id_of_equal(source, first, end, cut, wanted, barred, TILE: tl.constexpr):
     return found
 
 
+@triton.jit
+def _cut_of_row(
+    source,
+    lists,
+    lengths,
+    capacity,
+    part_vocab,
+    vocab,
+    barred,
+    low,
+    high,
+    above,
+    higher,
+    total,
+    share,
+    most,
+    maximum,
+    scale,
+    TOP_P: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """`_bisect` of the parts' lists, or of the row itself where a list could not hold its part's
+    logits.
+    """
+    if tl.max(lengths) <= capacity:
+        cut, above, equal = _bisect(
+            lists,
+            capacity,
+            lengths,
+            -1,
+            low,
+            high,
+            above,
+            higher,
+            total,
+            share,
+            most,
+            maximum,
+            scale,
+            TOP_P,
+            TOP_K,
+            PARTS,
+            CHUNK,
+        )
+    else:
+        first = tl.arange(0, PARTS) * part_vocab
+        cut, above, equal = _bisect(
+            source,
+            part_vocab,
+            tl.minimum(tl.maximum(vocab - first, 0), part_vocab),
+            barred,
+            low,
+            high,
+            above,
+            higher,
+            total,
+            share,
+            most,
+            maximum,
+            scale,
+            TOP_P,
+            TOP_K,
+            PARTS,
+            CHUNK,
+        )
+    return cut, above, equal
+
+
 @triton.jit(do_not_specialize=["mask_id", "top_k", "width", "token_b", "token_t", "parts"])
 def cut_kernel(
     logits,
@@ -721,47 +791,28 @@ def cut_kernel(
     above, total = tl.load(sums + row), tl.load(sums + rows + row)
     source = logits + b * stride_b + t * stride_t
     lengths = _of_parts(sizes, row, parts, 0, PARTS)
-    if tl.max(lengths) <= capacity:
-        cut, above, equal = _bisect(
-            lists + row * parts * capacity,
-            capacity,
-            lengths,
-            -1,
-            low,
-            high,
-            above,
-            higher,
-            total,
-            share,
-            most,
-            maximum,
-            scale,
-            TOP_P,
-            TOP_K,
-            PARTS,
-            CHUNK,
-        )
-    else:
-        first = tl.arange(0, PARTS) * part_vocab
-        cut, above, equal = _bisect(
-            source,
-            part_vocab,
-            tl.minimum(tl.maximum(vocab - first, 0), part_vocab),
-            mask_id,
-            low,
-            high,
-            above,
-            higher,
-            total,
-            share,
-            most,
-            maximum,
-            scale,
-            TOP_P,
-            TOP_K,
-            PARTS,
-            CHUNK,
-        )
+    cut, above, equal = _cut_of_row(
+        source,
+        lists + row * parts * capacity,
+        lengths,
+        capacity,
+        part_vocab,
+        vocab,
+        mask_id,
+        low,
+        high,
+        above,
+        higher,
+        total,
+        share,
+        most,
+        maximum,
+        scale,
+        TOP_P,
+        TOP_K,
+        PARTS,
+        CHUNK,
+    )
     last = tl.full([], NOTHING, tl.int32)
     if share < 1:
         # So many of the equal ones fit as have no more than the share before them.
