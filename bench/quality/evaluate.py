@@ -16,9 +16,10 @@ puts short tables of all that FOLDER holds of the two shipped models between the
 `<!-- accuracy -->` and `<!-- options -->` of a file.
 
 accuracy: the answer ends in `#### n` with the right n. exact: the whole worked answer is right:
-letter for letter, or for chains every line in one of its wordings with the right numbers. Both with
-Wilson's interval of 95 %. For chains the table ends in what the models were made to meet. tokens per forward: generated tokens before the first end-of-text, over all
-problems, divided by all forwards (NFE), full and cached.
+letter for letter, or for chains every line in one of its wordings with the right numbers. Both have
+Wilson's interval of 95 %. For chains the report ends in what the models were made to meet. tokens
+per forward: generated tokens before the first end-of-text, over all problems, divided by all
+forwards (NFE), full and cached.
 """
 
 from __future__ import annotations
@@ -295,8 +296,8 @@ def markdown(report: dict) -> str:
         f"gen_length {report['gen_length']}, {dtype}"
     )
     how = (
-        f"{tables.measured_with(report['environment'])}. Accuracy in % with its 95 % interval; counts are means per "
-        "problem; tokens are those before the end of text."
+        f"{tables.measured_with(report['environment'])}. Accuracy in % with its 95 % interval; "
+        "counts are means per problem; tokens are those before the end of text."
     )
     rows = [_cells(result, report["problems"]) for result in report["results"]]
     text = f"{title}\n\n{how}\n\n{tables.table(HEADS, rows, align='rll' + 'r' * 6)}\n"

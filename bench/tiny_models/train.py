@@ -222,7 +222,8 @@ class Run:
         args, family = self.args, self.model.config.family
         source = args.start_from
         command = f"{self.name} --task {args.task} --out DIR --minutes {args.minutes:g}"
-        command += f" --problems {args.problems} --rows {args.rows} --muon-lr {args.muon_lr} --adam-lr {args.adam_lr}"
+        command += f" --problems {args.problems} --rows {args.rows}"
+        command += f" --muon-lr {args.muon_lr} --adam-lr {args.adam_lr}"
         command += f" --start-from fastdllm/assets/{source.name}" if source else ""
         command += " --compile" if args.compile else ""
         on_gpu = self.device.type == "cuda"
