@@ -458,8 +458,8 @@ def update_card(folder: Path, report: dict) -> None:
         "threshold 0.9 and dual cache": found.get(f"dual/{PARALLEL}/32"),
     }
     parts = [
-        f"{100 * result['accuracy']:.1f}% with {label} ({100 * result['exact']:.1f}% letter for "
-        f"letter, {result['tokens_per_forward']:.1f} tokens a forward)"
+        f"{100 * result['accuracy']:.1f}% with {label} ({100 * result['exact']:.1f}% whole "
+        f"answers, {result['tokens_per_forward']:.1f} tokens a forward)"
         for label, result in shown.items()
         if result
     ]

@@ -23,8 +23,9 @@ TAIL = 16
 BLOCK_LENGTHS = (8, 16, 32)
 # The loss's weight of a token after the first end-of-text: half the canvas, and trivial.
 TAIL_WEIGHT = 0.05
-# The weight of a token in a block after the active one: no proposal is asked of it yet.
-LATER_WEIGHT = 0.25
+# The weight of a token in a block after the active one: no proposal is asked of it yet, and in a
+# chain most of them cannot be known.
+LATER_WEIGHT = 0.1
 # (tokens [rows, canvas], prompt lengths [rows], answer lengths [rows])
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -354,7 +354,10 @@ def arguments(argv=None) -> argparse.Namespace:
         "--examined", type=int, default=200, help="unseen problems that are solved every minute"
     )
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes that make the pool"
+        "--workers",
+        type=int,
+        default=min(16, os.cpu_count() or 1),
+        help="processes that make the pool",
     )
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=3e-3)
