@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from quality import evaluate
 from tiny_models.problems import make_problem
+from tiny_models.tasks import TASKS
 from tokenizers import Tokenizer
 
 from fastdllm import generate, load
@@ -103,7 +104,7 @@ def key_of(name, cache, rule) -> str:
 def answers(model, prompts, cache, rule, captured) -> list[list[int]]:
     """The tokens generated after each prompt."""
     options = {
-        "gen_length": evaluate.GEN_LENGTH,
+        "gen_length": TASKS["stories"].gen_length,
         "block_length": BLOCK,
         "cache": cache,
         "rule": evaluate.rules()[rule](BLOCK),

@@ -3,6 +3,7 @@ training, and the scoring.
 """
 
 import dataclasses
+import json
 import re
 import sys
 from collections import Counter
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import tables  # noqa: E402
 from quality import evaluate  # noqa: E402
-from tiny_models import data, problems, train  # noqa: E402
+from tiny_models import data, problems, tasks, train  # noqa: E402
 from tiny_models import tokenizer as tiny_tokenizer  # noqa: E402
 from tiny_models.optimizer import Optimizer, orthogonalize  # noqa: E402
 
@@ -120,7 +121,8 @@ def test_lengths_fit_the_canvas_and_span_several_blocks():
     for problem in TRAIN[:5000] + TEST:
         prompt, answer = map(len, tiny_tokenizer.encode_problem(problem))
         assert prompt <= 75 and 40 <= answer <= 110
-        assert prompt + answer < min(data.CANVASES) and min(data.CANVASES) - prompt >= 112
+        canvas = min(tasks.TASKS["stories"].canvases)
+        assert prompt + answer < canvas and canvas - prompt >= 112
 
 
 def test_autotokenizer_loads_it(auto_tokenizer):
@@ -162,25 +164,57 @@ def test_the_chat_template_makes_the_prompt(auto_tokenizer):
         assert text == tiny_tokenizer.prompt_of(problem)
 
 
-def test_batches_are_canvases_of_fresh_problems():
-    loader = iter(data.loader(5, 4, 0, torch.device("cpu")))
-    for number in (5, 6):
-        tokens, prompt, answer = next(loader)
-        assert tokens.shape == (4, data.CANVASES[number % 2]) and tokens.dtype == torch.int16
-        for row in range(4):
-            ids = sum(
-                tiny_tokenizer.encode_problem(problems.make_problem(number * 4 + row, "train")),
-                [],
-            )
-            assert prompt[row] + answer[row] == len(ids)
-            assert tokens[row].tolist() == ids + [tiny_tokenizer.EOS_ID] * (
-                tokens.shape[1] - len(ids)
-            )
+@pytest.fixture(scope="module", params=tasks.TASKS)
+def pool(request):
+    return request.param, data.Pool(request.param, 400, 16, seed=3)
+
+
+def test_a_pool_holds_its_problems_once_in_canvases_that_fit(pool):
+    task, pool = pool
+    rows = {
+        (canvas, *tokens[row].tolist())
+        for canvas, (tokens, _, _) in pool.parts.items()
+        for row in range(len(tokens))
+    }
+    assert sum(len(tokens) for tokens, _, _ in pool.parts.values()) == len(rows) == 400
+    assert set(pool.parts) == set(tasks.TASKS[task].canvases)
+    for index in range(100):
+        ids = sum(tiny_tokenizer.encode_problem(tasks.TASKS[task].make(index, "train")), [])
+        filled = {
+            (canvas, *ids, *[tiny_tokenizer.EOS_ID] * (canvas - len(ids))) for canvas in pool.parts
+        }
+        assert len(filled & rows) == 1
+
+
+def test_a_pass_takes_every_batch_once_and_a_new_one_shuffles(pool):
+    task, pool = pool
+    count = len(pool.places)
+    first = [pool.batch(number)[0] for number in range(count)]
+    seen = [tuple(row) for tokens in first for row in tokens.tolist()]
+    assert len(set(seen)) == len(seen) == 16 * count
+    assert not all(
+        torch.equal(pool.batch(count + number)[0], tokens) for number, tokens in enumerate(first)
+    )
+    again = data.Pool(task, 400, 16, seed=3)
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.batch(count), pool.batch(count), strict=True)
+    )
+
+
+def test_workers_make_the_same_pool(monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 20)
+    alone, shared = (data.Pool("chains", 50, 8, workers=workers) for workers in (0, 2))
+    for number in range(3):
+        for a, b in zip(alone.batch(number), shared.batch(number), strict=True):
+            assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="problems: expected enough for a batch of 64, got 50"):
+        data.Pool("chains", 50, 64)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_corruption_spares_the_prompt_and_masks_something(seed):
-    tokens, prompt, answer = (part.long() for part in data.make_batch(seed, 64, "train"))
+def test_corruption_spares_the_prompt_and_masks_something(seed, pool):
+    tokens, prompt, answer = pool[1].batch(seed)
+    rows = len(tokens)
     noisy, weights = data.corrupt(tokens, prompt, answer, torch.Generator().manual_seed(seed))
     masked = noisy == tiny_tokenizer.MASK_ID
     assert torch.equal(masked, weights > 0) and torch.equal(noisy[~masked], tokens[~masked])
@@ -189,7 +223,7 @@ def test_corruption_spares_the_prompt_and_masks_something(seed):
     assert masked.any(1).all()
     assert (weights[position > answer[:, None]] <= data.TAIL_WEIGHT + 1e-6).all()
     for row in range(
-        1, 64, 2
+        1, rows, 2
     ):  # block-wise: all masked from the end of a block on, all clean before its start
         generated = masked[row, prompt[row] :]
         full = (weights[row, prompt[row] :] == data.LATER_WEIGHT).nonzero().flatten()
@@ -212,47 +246,43 @@ def test_schedule_warms_up_stays_and_falls_to_zero():
 
 
 @pytest.mark.parametrize("name", train.CONFIGS)
-def test_twenty_steps_lower_the_loss(name):
+def test_a_few_steps_lower_the_loss(name):
     torch.manual_seed(0)
     model = train.initialize(train.DiffusionTransformer(micro_config(name)), seed=0)
     optimizer, losses = Optimizer(model, 0.02, 3e-3), []
-    for number in range(20):
-        tokens, prompt, answer = (part.long() for part in data.make_batch(number, 8, "train"))
+    pool = data.Pool("stories", 160, 8)
+    for number in range(16):
+        tokens, prompt, answer = pool.batch(number)
         losses.append(train.masked_loss(model, tokens, *data.corrupt(tokens, prompt, answer)))
         losses[-1].backward()
         optimizer.step(1.0)
     assert losses[0] > 5.5 and sum(losses[-3:]) / 3 < losses[0] - 1
 
 
-@pytest.mark.parametrize("name", train.CONFIGS)
-def test_a_run_saves_resumes_and_leaves_a_checkpoint_that_loads(name, tmp_path):
+@pytest.mark.parametrize("name, task", [("tiny-llada", "stories"), ("tiny-dream", "chains")])
+def test_a_run_saves_resumes_and_leaves_a_checkpoint_that_loads(name, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "TEST_SECONDS", 0)
+    short = dataclasses.replace(tasks.TASKS[task], gen_length=8)
+    monkeypatch.setitem(tasks.TASKS, task, short)
+
     def run(*more):
-        args = [
-            name,
-            "--out",
-            str(tmp_path),
-            "--rows",
-            "4",
-            "--workers",
-            "0",
-            "--device",
-            "cpu",
-            *more,
-        ]
+        args = f"{name} --task {task} --out {tmp_path} --rows 4 --problems 40 --workers 0"
+        args = [*args.split(), "--examined", "2", "--device", "cpu", *more]
         run = train.Run(name, micro_config(name), tmp_path, train.arguments(args))
         run.train()
         return run
 
     run("--max-steps", "2")
     done = run("--max-steps", "3", "--resume")
-    assert done.done["steps"] == 3 and done.done["tokens"] == 4 * (
-        2 * data.CANVASES[0] + data.CANVASES[1]
-    )
+    assert done.done["steps"] == 3
+    assert 12 * min(short.canvases) <= done.done["tokens"] <= 12 * max(short.canvases)
     model = fastdllm.load(tmp_path, device="cpu")
     assert model.config == micro_config(name) and model.dtype == torch.bfloat16
     masters = done.optimizer.masters
     assert all(torch.equal(p, masters[key].bfloat16()) for key, p in model.named_parameters())
-    assert "12 problems" in (tmp_path / "README.md").read_text()
+    assert f"- Trained on: 40 {short.about} in 0.3 passes" in (tmp_path / "README.md").read_text()
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {"guessed", "solved", "whole"} <= logged[-1].keys() and logged[-1]["steps"] == 3
 
 
 @pytest.mark.parametrize("name", train.CONFIGS)
@@ -293,7 +323,7 @@ def fake_report(accuracies=(0.96, 0.95, 0.94)):
 
 def test_settings_cover_the_grid_once():
     keys = [evaluate.key_of(setting) for setting in evaluate.all_settings()]
-    assert len(set(keys)) == len(keys) == 3 * 11 * 2 + 3 * 2 * 3
+    assert len(set(keys)) == len(keys) == 3 * 12 * 2 + 3 * 2 * 3
     assert (
         keys[0] == "none/1 a step/16"
         and "dual/factor 1.3/32" in keys
@@ -313,7 +343,7 @@ def test_reports_are_written_merged_tabled_plotted_and_put_into_the_card(tmp_pat
         evaluate.merge(paths)
     lines_of_heads = 2
     assert evaluate.markdown(report).count("\n| ") == len(report["results"]) + lines_of_heads
-    evaluate.plot(report, tmp_path)
+    evaluate.plot(report, tmp_path, "m")
     assert {path.name for path in tmp_path.glob("*.png")} == {"m-parallel.png", "m-blocks.png"}
     (tmp_path / "README.md").write_text("# m\n- Accuracy: not measured yet.\nend\n")
     for _ in range(2):
@@ -325,7 +355,8 @@ def test_measure_counts_forwards_and_resumes(tmp_path, monkeypatch):
     train.initialize(model := train.DiffusionTransformer(micro_config("tiny-llada")), seed=0)
     fastdllm.checkpoint.save(model, tmp_path / "m")
     tiny_tokenizer.write_tokenizer(tmp_path / "m")
-    monkeypatch.setattr(evaluate, "GEN_LENGTH", 32)
+    short = dataclasses.replace(tasks.TASKS["stories"], gen_length=32)
+    monkeypatch.setitem(tasks.TASKS, "stories", short)
     command = [
         str(tmp_path / "m"),
         "--out",

@@ -1,7 +1,8 @@
 """How well a model solves unseen problems, and with how many forwards, for every cache, rule and
 block length.
 
-    python bench/quality/evaluate.py MODEL_DIR --out FOLDER [--problems 1000] [--shard 0/2]
+    python bench/quality/evaluate.py MODEL_DIR --out FOLDER [--task chains] [--problems 1000]
+                                     [--shard 0/2]
                                      [--limit-settings TEXT ...]
     python bench/quality/evaluate.py MODEL_DIR --out FOLDER --merge --plot [--readme FILE]
     python bench/quality/evaluate.py MODEL_DIR --out FOLDER --policies [--weights fp8]
@@ -14,9 +15,11 @@ of them to FOLDER/<model>.md. A shard writes a file of its own; `--merge` puts t
 puts short tables of all that FOLDER holds of the two shipped models between the marks
 `<!-- accuracy -->` and `<!-- options -->` of a file.
 
-accuracy: the answer ends in `#### n` with the right n. exact: the whole worked answer is right,
-letter for letter. tokens per forward: generated tokens before the first end-of-text, over all
-problems, divided by all forwards (NFE), full and cached.
+accuracy: the answer ends in `#### n` with the right n. exact: the whole worked answer is right:
+letter for letter, or for chains every line in one of its wordings with the right numbers. Both have
+Wilson's interval of 95 %. For chains the report ends in what the models were made to meet. tokens
+per forward: generated tokens before the first end-of-text, over all problems, divided by all
+forwards (NFE), full and cached.
 """
 
 from __future__ import annotations
@@ -36,15 +39,16 @@ from tokenizers import Tokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/, where it runs as a script
 
 import tables  # noqa: E402
-from tiny_models.problems import Problem, make_problem  # noqa: E402
+from tiny_models.problems import Problem  # noqa: E402
+from tiny_models.tasks import TASKS  # noqa: E402
 from tiny_models.tokenizer import prompt_of  # noqa: E402
 
-GEN_LENGTH = 128
 CACHES = ("none", "prefix", "dual")
 BLOCK_LENGTHS = (16, 32)
 SWEPT_LENGTHS = (8, 64, 128)  # with the two rules below only
 VANILLA = "1 a step"
 PARALLEL = "threshold 0.9"
+Z = 1.959964  # the normal quantile of 95 % intervals
 # Of the policies. In four blocks of 32 a suffix of four cannot matter, nor a fifth refresh: hence
 # shorter ones too.
 POLICY_LENGTHS = (32, 16, 8)
@@ -115,7 +119,7 @@ def rules() -> dict[str, Callable]:
     found: dict[str, Callable] = {}
     for n in (1, 2, 4):
         found[f"{n} a step"] = lambda length, n=n: Quota(length // n)
-    for tau in (0.5, 0.6, 0.7, 0.8, 0.9):
+    for tau in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
         found[f"threshold {tau}"] = lambda length, tau=tau: Threshold(tau)
     for f in (0.7, 1.0, 1.3):
         found[f"factor {f}"] = lambda length, f=f: Factor(f)
@@ -162,7 +166,7 @@ def score(problem: Problem, generated: list[int], tokenizer, stop_ids) -> tuple[
     """
     length = next((i for i, token in enumerate(generated) if token in stop_ids), len(generated))
     text = tokenizer.decode(generated[:length], skip_special_tokens=False)
-    return final_number(text) == problem.final, text.strip() == problem.answer_text, length
+    return final_number(text) == problem.final, problem.is_right(text), length
 
 
 def prompt_ids(tokenizer, problems: list[Problem]) -> list[torch.Tensor]:
@@ -170,14 +174,16 @@ def prompt_ids(tokenizer, problems: list[Problem]) -> list[torch.Tensor]:
     return [torch.tensor(tokenizer.encode(prompt_of(problem)).ids) for problem in problems]
 
 
-def measure(model, tokenizer, problems: list[Problem], setting: dict, rows: int) -> dict:
-    """Decode all problems, `rows` at a time, and return the setting with its scores; counts are
-    means per problem.
+def measure(
+    model, tokenizer, problems: list[Problem], setting: dict, rows: int, task: str = "stories"
+) -> dict:
+    """Decode all problems of a task, `rows` at a time, and return the setting with its scores;
+    counts are means per problem.
     """
     from fastdllm import CachePolicy, generate
 
     options = {
-        "gen_length": GEN_LENGTH,
+        "gen_length": TASKS[task].gen_length,
         "block_length": setting["block_length"],
         "cache": setting["cache"],
         "rule": rules()[setting["rule"]](setting["block_length"]),
@@ -217,7 +223,7 @@ def resumed(path: Path, head: dict) -> list[dict]:
     if not path.exists():
         return []
     before = json.loads(path.read_text())
-    if any(before[name] != value for name, value in head.items()):
+    if any(before.get(name) != value for name, value in head.items()):
         raise ValueError(
             f"{path}: holds results of another model, split, number of problems or dtype; "
             "move it away"
@@ -240,12 +246,15 @@ def evaluate(args: argparse.Namespace, path: Path) -> dict:
     weights = {"weights": args.weights} if args.weights else {}
     model = load(args.model, device=args.device, dtype=getattr(torch, args.dtype), **weights)
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-    problems = [make_problem(index, "test") for index in range(args.problems)]
+    task = TASKS[args.task]
+    problems = [task.make(index, "test") for index in range(args.problems)]
+    named = {} if args.task == "stories" else {"task": args.task}
     head = {
         "model": args.model.name,
+        **named,
         "problems": args.problems,
         "split": "test",
-        "gen_length": GEN_LENGTH,
+        "gen_length": task.gen_length,
         "dtype": args.dtype,
         **weights,
     }
@@ -255,7 +264,7 @@ def evaluate(args: argparse.Namespace, path: Path) -> dict:
         key = key_of(setting)
         if key in map(key_of, results):
             continue
-        result = measure(model, tokenizer, problems, setting, args.rows)
+        result = measure(model, tokenizer, problems, setting, args.rows, args.task)
         results.append(result)
         print(f"{key:28}", *(f"{name} {result[name]}" for name in MEASURED[:4]), flush=True)
         tables.write_json(path, report)
@@ -269,8 +278,8 @@ def merge(paths: list[Path]) -> dict:
     reports = [json.loads(path.read_text()) for path in paths]
     if not reports:
         raise ValueError("merge: found no results")
-    for name in ("model", "problems", "gen_length", "dtype"):
-        if len({report[name] for report in reports}) > 1:
+    for name in ("model", "task", "problems", "gen_length", "dtype"):
+        if len({report.get(name) for report in reports}) > 1:
             raise ValueError(f"merge: the shards differ in {name}")
     found = {key_of(result): result for report in reports for result in report["results"]}
     keys = map(key_of, all_settings() + policy_settings())
@@ -283,18 +292,57 @@ def markdown(report: dict) -> str:
     if "weights" in report:
         dtype += f", {report['weights']} weights"
     title = (
-        f"# {report['model']}: {report['problems']} unseen problems, "
+        f"# {report['model']}: {report['problems']} unseen {report.get('task', 'problems')}, "
         f"gen_length {report['gen_length']}, {dtype}"
     )
     how = (
-        f"{tables.measured_with(report['environment'])}. Accuracy in %; counts are means per "
-        "problem; tokens are those before the end of text."
+        f"{tables.measured_with(report['environment'])}. Accuracy in % with its 95 % interval; "
+        "counts are means per problem; tokens are those before the end of text."
     )
-    rows = [_cells(result) for result in report["results"]]
-    return f"{title}\n\n{how}\n\n{tables.table(HEADS, rows, align='rll' + 'r' * 6)}\n"
+    rows = [_cells(result, report["problems"]) for result in report["results"]]
+    text = f"{title}\n\n{how}\n\n{tables.table(HEADS, rows, align='rll' + 'r' * 6)}\n"
+    return f"{text}\n{requirements(report)}\n" if report.get("task") == "chains" else text
 
 
-def _cells(result: dict) -> list[str]:
+def interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `count` problems."""
+    middle = share + Z**2 / (2 * count)
+    reach = Z * (share * (1 - share) / count + (Z / (2 * count)) ** 2) ** 0.5
+    return (middle - reach) / (1 + Z**2 / count), (middle + reach) / (1 + Z**2 / count)
+
+
+def requirements(report: dict) -> str:
+    """What chains were made to meet, and whether this model does, as Markdown; settings that were
+    not measured have no row.
+    """
+    found = {key_of(result): result for result in report["results"]}
+    vanilla = found.get(f"none/{VANILLA}/32")
+    parallel = found.get(f"dual/{PARALLEL}/32")
+    strict, loose = found.get("dual/threshold 1.0/32"), found.get("dual/threshold 0.5/32")
+    rows = []
+    if vanilla:
+        solved = vanilla["accuracy"]
+        rows.append(["solved by vanilla", ">= 95%", f"{100 * solved:.1f}%", solved >= 0.95])
+    if parallel:
+        rate, share = parallel["tokens_per_forward"], parallel["cached_steps"] / parallel["nfe"]
+        label = "threshold 0.9, dual, block 32: "
+        rows.append([label + "tokens/forward", "3 to 5", f"{rate:.2f}", 3 <= rate <= 5])
+        rows.append([label + "cached forwards", ">= 60%", f"{100 * share:.1f}%", share >= 0.6])
+    if strict and loose:
+        for name, label in (("accuracy", "solved"), ("exact", "whole answers")):
+            fall = 100 * (strict[name] - loose[name])
+            label = f"dual, block 32: {label} lost from threshold 1 to 0.5"
+            rows.append([label, ">= 5 points", f"{fall:.1f}", fall >= 5])
+    cells = [[*row, "yes" if holds else "no"] for *row, holds in rows]
+    return tables.table(("required", "bound", "found", "holds"), cells, align="lrrl")
+
+
+def _percent(share: float, count: int) -> str:
+    low, high = interval(share, count)
+    return f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _cells(result: dict, count: int) -> list[str]:
     cache = result["cache"]
     if "policy" in result:
         cache += f", {result['policy']}"
@@ -302,8 +350,8 @@ def _cells(result: dict) -> list[str]:
         result["block_length"],
         result["rule"],
         cache,
-        f"{100 * result['accuracy']:.1f}",
-        f"{100 * result['exact']:.1f}",
+        _percent(result["accuracy"], count),
+        _percent(result["exact"], count),
         f"{result['tokens_per_forward']:.2f}",
         f"{result['nfe']:.1f}",
         f"{result['refreshes']:.1f}",
@@ -355,12 +403,12 @@ def results_by_key(path: Path) -> dict[str, dict]:
     return {key_of(result): result for result in results}
 
 
-def plot(report: dict, folder: Path) -> None:
-    """<model>-parallel.png: accuracy against tokens per forward; <model>-blocks.png: accuracy
+def plot(report: dict, folder: Path, name: str) -> None:
+    """<name>-parallel.png: accuracy against tokens per forward; <name>-blocks.png: accuracy
     against block length.
     """
     pyplot = tables.pyplot()
-    model, results = report["model"], report["results"]
+    model, results = name, report["results"]
     styles = {"threshold": "o-", "factor": "^-.", "a step": "s--"}
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axes, length in zip(panels, BLOCK_LENGTHS, strict=True):
@@ -410,8 +458,8 @@ def update_card(folder: Path, report: dict) -> None:
         "threshold 0.9 and dual cache": found.get(f"dual/{PARALLEL}/32"),
     }
     parts = [
-        f"{100 * result['accuracy']:.1f}% with {label} ({100 * result['exact']:.1f}% letter for "
-        f"letter, {result['tokens_per_forward']:.1f} tokens a forward)"
+        f"{100 * result['accuracy']:.1f}% with {label} ({100 * result['exact']:.1f}% whole "
+        f"answers, {result['tokens_per_forward']:.1f} tokens a forward)"
         for label, result in shown.items()
         if result
     ]
@@ -431,6 +479,7 @@ def parse(argv) -> argparse.Namespace:
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--task", choices=TASKS, default="stories")
     parser.add_argument("--problems", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=250, help="problems decoded in one batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -460,7 +509,8 @@ def parse(argv) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     args = parse(argv)
-    parts = [args.model.name, args.weights, "policies" if args.policies else None]
+    task = None if args.task == "stories" else args.task
+    parts = [args.model.name, task, args.weights, "policies" if args.policies else None]
     name = "-".join(filter(None, parts))
     path = args.out / f"{name}.json"
     sharded = args.shard != "0/1"
@@ -474,8 +524,10 @@ def main(argv=None) -> None:
         report = evaluate(args, path)
     if args.merge or not sharded:
         path.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
+    if report.get("task") == "chains":
+        print(requirements(report))
     if args.plot:
-        plot(report, args.out)
+        plot(report, args.out, name)
     if args.card:
         update_card(args.model, report)
     if args.readme:

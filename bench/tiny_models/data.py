@@ -1,75 +1,113 @@
-"""What the models learn from: batches of fresh problems, made by worker processes, and how they are
-masked on the device.
+"""What the models learn from: a pool of problems, made ahead by worker processes and kept on the
+device, and how they are masked there.
 """
 
 from __future__ import annotations
 
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 
-from tiny_models.problems import make_problem
+import numpy as np
+import torch
+
+from tiny_models.tasks import TASKS
 from tiny_models.tokenizer import EOS_ID, MASK_ID, encode_problem
 
-# Two static lengths: prompts of 34 to 55 tokens leave 113 to 150, around gen_length 128.
-CANVASES = (168, 184)
+# Problems that a worker makes at a time.
+CHUNK = 4000
+# A canvas leaves this much after the shortest tail of end-of-text, where another would do.
+TAIL = 16
 BLOCK_LENGTHS = (8, 16, 32)
 # The loss's weight of a token after the first end-of-text: half the canvas, and trivial.
 TAIL_WEIGHT = 0.05
-# The weight of a token in a block after the active one: no proposal is asked of it yet.
-LATER_WEIGHT = 0.25
+# The weight of a token in a block after the active one: no proposal is asked of it yet, and in a
+# chain most of them cannot be known.
+LATER_WEIGHT = 0.1
+# (tokens [rows, canvas], prompt lengths [rows], answer lengths [rows])
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def make_batch(
-    number: int, rows: int, split: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Make batch `number` of a split: (tokens [rows, canvas], prompt lengths [rows], answer lengths
-    [rows]), all int16.
+def make_rows(task: str, first: int, count: int, split: str) -> dict[int, list[np.ndarray]]:
+    """Problems first ... first + count - 1 of a split, by canvas: [tokens [rows, canvas], prompt
+    lengths [rows], answer lengths [rows]], all int16.
 
-    A canvas is prompt, answer, and end-of-text up to its end. Every batch has problems of its own.
+    A canvas is prompt, answer, and end-of-text up to its end. Problems that fit several canvases
+    take turns.
     """
-    canvas = CANVASES[number % len(CANVASES)]
-    tokens, prompt_lengths, answer_lengths = [], [], []
-    for index in range(number * rows, (number + 1) * rows):
-        prompt, answer = encode_problem(make_problem(index, split))
-        text = prompt + answer
-        tokens.append(text + [EOS_ID] * (canvas - len(text)))
-        prompt_lengths.append(len(prompt))
-        answer_lengths.append(len(answer))
-    return (
-        torch.tensor(tokens, dtype=torch.int16),
-        torch.tensor(prompt_lengths, dtype=torch.int16),
-        torch.tensor(answer_lengths, dtype=torch.int16),
-    )
+    longest = max(TASKS[task].canvases)
+    rows = defaultdict(list)
+    for index in range(first, first + count):
+        prompt, answer = encode_problem(TASKS[task].make(index, split))
+        length = len(prompt) + len(answer)
+        fitting = [size for size in TASKS[task].canvases if length + TAIL <= size] or [longest]
+        canvas = fitting[index % len(fitting)]
+        text = prompt + answer + [EOS_ID] * (canvas - length)
+        rows[canvas].append((text, len(prompt), len(answer)))
+    return {
+        canvas: [np.array(column, dtype=np.int16) for column in zip(*made, strict=True)]
+        for canvas, made in rows.items()
+    }
 
 
-class Batches(IterableDataset):
-    """Yields the train batches first, first + 1, ... without end; a DataLoader's workers take turns
-    and keep the order.
+def made_by(workers: int, task: str, problems: int, split: str) -> Iterable[dict]:
+    """`make_rows` of problems 0 ... problems - 1 in chunks, in order."""
+    firsts = range(0, problems, CHUNK)
+    counts = [min(CHUNK, problems - first) for first in firsts]
+    if not workers:
+        yield from map(make_rows, repeat(task), firsts, counts, repeat(split))
+        return
+    # Not forked: the device may be in use already.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
+        yield from executor.map(make_rows, repeat(task), firsts, counts, repeat(split))
+
+
+class Pool:
+    """Problems 0 ... problems - 1 of a split on the device, as batches of `rows` of one canvas,
+    shuffled anew in every pass. Batch `number` is the same in every process.
     """
 
-    def __init__(self, first: int, rows: int):
-        self.first, self.rows = first, rows
+    def __init__(self, task, problems, rows, *, split="train", workers=0, device="cpu", seed=0):
+        chunks: dict[int, list] = defaultdict(list)
+        for made in made_by(workers, task, problems, split):
+            for canvas, columns in made.items():
+                chunks[canvas].append(columns)
+        self.parts: dict[int, Batch] = {
+            canvas: tuple(
+                torch.from_numpy(np.concatenate(column)).to(device)
+                for column in zip(*chunks[canvas], strict=True)
+            )
+            for canvas in sorted(chunks)
+        }
+        self.rows, self.seed, self.current = rows, seed, -1
+        self.places = [
+            (canvas, start)
+            for canvas, (tokens, _, _) in self.parts.items()
+            for start in range(0, len(tokens) - rows + 1, rows)
+        ]
+        if not self.places:
+            raise ValueError(f"problems: expected enough for a batch of {rows}, got {problems}")
 
-    def __iter__(self):
-        worker = get_worker_info()
-        number, stride = self.first, 1
-        if worker:
-            number, stride = self.first + worker.id, worker.num_workers
-        while True:
-            yield make_batch(number, self.rows, "train")
-            number += stride
+    def batch(self, number: int) -> Batch:
+        """Batch `number` (0, 1, ...), int64."""
+        turn, place = divmod(number, len(self.places))
+        if turn != self.current:
+            self._shuffle(turn)
+        canvas, start = self.places[self.order[place]]
+        chosen = self.permutations[canvas][start : start + self.rows]
+        tokens, prompt, answer = (part[chosen].long() for part in self.parts[canvas])
+        return tokens, prompt, answer
 
-
-def loader(first: int, rows: int, workers: int, device: torch.device) -> DataLoader:
-    """Batches from `workers` processes, made ahead, pinned where they go to a GPU."""
-    ahead = {"prefetch_factor": 8} if workers else {}
-    return DataLoader(
-        Batches(first, rows),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        **ahead,
-    )
+    def _shuffle(self, turn: int) -> None:
+        generator = torch.Generator().manual_seed(1000 * self.seed + turn)
+        self.current = turn
+        self.order = torch.randperm(len(self.places), generator=generator).tolist()
+        self.permutations = {
+            canvas: torch.randperm(len(tokens), generator=generator).to(tokens.device)
+            for canvas, (tokens, _, _) in self.parts.items()
+        }
 
 
 def corrupt(tokens, prompt, answer, generator=None):

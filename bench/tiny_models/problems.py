@@ -44,6 +44,10 @@ class Problem:
     answer_text: str
     final: int
 
+    def is_right(self, text: str) -> bool:
+        """Whether a whole worked answer is right: here, letter for letter."""
+        return text.strip() == self.answer_text
+
 
 @dataclass(frozen=True)
 class Template:

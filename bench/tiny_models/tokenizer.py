@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/, where it runs as a script
 
+from tiny_models import chains  # noqa: E402
 from tiny_models.problems import (  # noqa: E402
     CONTAINERS,
     ITEMS,
@@ -63,7 +64,15 @@ def _known_pieces() -> list[str]:
     texts += [f" {word}" for pool in (NAMES, THINGS, CONTAINERS, ITEMS) for word in pool]
     for template in TEMPLATES:
         texts += [f" {text}" for text in (*template.questions, f"{template.answer}\n#### {{f}}")]
-    pieces = {piece for text in texts for piece in re.findall(PIECE, re.sub(r"\{\w\}", "0", text))}
+    known = _pieces_of(texts)
+    # Behind the others: their ids are those of the checkpoints that know no chains.
+    return [*known, *(piece for piece in _pieces_of(chains.texts()) if piece not in known)]
+
+
+def _pieces_of(texts: list[str]) -> list[str]:
+    """The pieces of texts with slots that are more than a sign, sorted."""
+    filled = [re.sub(r"\{\w+\}", "0", text) for text in texts]
+    pieces = {piece for text in filled for piece in re.findall(PIECE, text)}
     return sorted(piece for piece in pieces if len(piece) > 1)
 
 

@@ -1,10 +1,12 @@
 """Train one of the two small models that ship with fastdllm, from nothing, on a GPU in some
 minutes.
 
-    python bench/tiny_models/train.py tiny-llada --minutes 12 --out DIR [--stop-after 9] [--resume]
+    python bench/tiny_models/train.py tiny-llada --task chains --minutes 4 --out DIR [--compile]
+                                      [--stop-after 9] [--resume]
 
 The clock decides: the learning rate warms up, stays, and falls to 0 at `--minutes` of training
-time, compilation not counted. Every two minutes and at the end the whole state goes to
+time, the making of the problems and compilation not counted. Every minute it solves unseen problems
+one token a forward. Every two minutes and at the end the whole state goes to
 DIR/state.pt; `--stop-after` ends a process earlier, all start-up included, and `--resume` goes on
 where the last one stopped. DIR then holds a checkpoint that fastdllm.load reads.
 """
@@ -19,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch.nn import functional
 
 from fastdllm import checkpoint
@@ -27,8 +30,11 @@ from fastdllm.model import DiffusionTransformer, initialize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/, where it runs as a script
 
-from tiny_models.data import corrupt, loader, make_batch  # noqa: E402
+from quality.evaluate import VANILLA, measure  # noqa: E402
+
+from tiny_models.data import Pool, corrupt  # noqa: E402
 from tiny_models.optimizer import Optimizer  # noqa: E402
+from tiny_models.tasks import TASKS  # noqa: E402
 from tiny_models.tokenizer import EOS_ID, MASK_ID, VOCAB_SIZE, write_tokenizer  # noqa: E402
 
 BORN = time.monotonic()
@@ -75,19 +81,18 @@ CONFIGS = {
 CARD = """# {name}
 
 A masked diffusion language model of {parameters:.1f} million parameters with the architecture of
-{family}, made to show and to test block-wise diffusion decoding. It solves arithmetic word problems
-of the kind it was trained on, nothing else.
+{family}, made to show and to test block-wise diffusion decoding. It solves problems of the kind it
+was trained on, nothing else.
 
-- Trained on: {problems:,} problems made by bench/tiny_models/problems.py, fresh ones in every
-  batch, train split only.
+- Trained on: {problems:,} {about} in {passes:.1f} passes, train split only.
 - Start: {start}.
 - How long: {minutes:.1f} minutes on one {gpu}, {steps:,} steps, {tokens:,} tokens (canvas
   positions).
-- Prompt: `Question: <question> Answer:` on one line; give it a gen_length of 128.
+- Prompt: `Question: <question> Answer:` on one line; give it a gen_length of {gen_length}.
 - Accuracy: not measured yet.
 
 Made with `python bench/tiny_models/train.py {command}`, measured with
-`python bench/quality/evaluate.py MODEL --out FOLDER`.
+`python bench/quality/evaluate.py MODEL --task {task} --out FOLDER`.
 """
 
 
@@ -106,16 +111,37 @@ def masked_loss(model, tokens, noisy, weights):
 
 
 @torch.no_grad()
-def test_accuracy(model, rows: int = 256) -> float:
-    """Return the share of the masked answer tokens of one fixed test batch that the model's first
-    guess gets right.
+def guessed(model, batch) -> float:
+    """The share of the masked answer tokens of one batch, masked the same way in every call, that
+    the model's first guess gets right.
     """
-    batch = make_batch(0, rows, "test")
-    tokens, prompt, answer = (part.to(model.device).long() for part in batch)
+    tokens, prompt, answer = batch
     generator = torch.Generator(device=model.device).manual_seed(0)
     noisy, weights = corrupt(tokens, prompt, answer, generator)
     asked = weights == 1
     return (model.logits(noisy).argmax(-1) == tokens)[asked].float().mean().item()
+
+
+class Examination:
+    """Unseen problems of a task, and how well a model in training does on them."""
+
+    def __init__(self, task: str, problems: int, folder: Path, device: torch.device):
+        self.task = task
+        self.problems = [TASKS[task].make(index, "test") for index in range(problems)]
+        self.batch = Pool(task, 512, 128, split="test", device=device).batch(0)
+        self.tokenizer = Tokenizer.from_file(str(write_tokenizer(folder) / "tokenizer.json"))
+
+    def __call__(self, model) -> dict:
+        """The share of masked tokens guessed at once, and of problems solved with one token a
+        forward: the final number, and the whole answer.
+        """
+        found = {"guessed": guessed(model, self.batch)}
+        if self.problems:
+            setting = {"cache": "none", "rule": VANILLA, "block_length": 32}
+            rows = len(self.problems)
+            scored = measure(model, self.tokenizer, self.problems, setting, rows, self.task)
+            found |= {"solved": scored["accuracy"], "whole": scored["exact"]}
+        return found
 
 
 @torch.no_grad()
@@ -161,6 +187,7 @@ class Run:
         self.optimizer.write()
         self.done = {"seconds": 0.0, "steps": 0, "tokens": 0}
         out.mkdir(parents=True, exist_ok=True)
+        self.examine = Examination(args.task, args.examined, out, self.device)
         if args.resume and (out / "state.pt").exists():
             state = torch.load(out / "state.pt", map_location=self.device, weights_only=True)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -194,16 +221,22 @@ class Run:
         """The model card, its accuracy yet to be measured."""
         args, family = self.args, self.model.config.family
         source = args.start_from
-        command = f"{self.name} --out DIR --minutes {args.minutes:g} --rows {args.rows}"
+        command = f"{self.name} --task {args.task} --out DIR --minutes {args.minutes:g}"
+        command += f" --problems {args.problems} --rows {args.rows}"
         command += f" --muon-lr {args.muon_lr} --adam-lr {args.adam_lr}"
         command += f" --start-from fastdllm/assets/{source.name}" if source else ""
+        command += " --compile" if args.compile else ""
         on_gpu = self.device.type == "cuda"
         return CARD.format(
             command=command,
             name=self.name,
             family="LLaDA" if family == "llada" else family,
             parameters=parameters / 1e6,
-            problems=self.done["steps"] * args.rows,
+            task=args.task,
+            problems=args.problems,
+            about=TASKS[args.task].about,
+            passes=self.done["steps"] * args.rows / args.problems,
+            gen_length=TASKS[args.task].gen_length,
             start=f"the weights of {source.name}" if source else "random weights",
             minutes=self.done["seconds"] / 60,
             steps=self.done["steps"],
@@ -211,44 +244,43 @@ class Run:
             gpu=torch.cuda.get_device_name(self.device) if on_gpu else "CPU",
         )
 
-    def compiled_loss(self, batches):
-        """Return masked_loss, on a GPU compiled, and run once for each canvas length so that the
-        clock starts on ready code.
+    def compiled_loss(self, pool):
+        """Return masked_loss; with `--compile` on a GPU compiled, and run once for each canvas
+        length so that the clock starts on ready code.
         """
-        if self.device.type != "cuda" or not self.args.compile:
-            return masked_loss
         one = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         self.model.logits(one)  # makes the rotary table
+        if self.device.type != "cuda" or not self.args.compile:
+            return masked_loss
         loss_of = torch.compile(masked_loss, dynamic=False)
-        for batch in batches:
-            self.loss(loss_of, batch).backward()
+        for tokens, prompt, answer in pool.parts.values():
+            rows = slice(self.args.rows)
+            batch = tokens[rows].long(), prompt[rows].long(), answer[rows].long()
+            loss_of(self.model, batch[0], *corrupt(*batch)).backward()
         self.model.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         return loss_of
-
-    def loss(self, loss_of, batch):
-        """The loss of one batch of `make_batch`, corrupted anew; fp32 scalar."""
-        tokens, prompt, answer = (part.to(self.device, non_blocking=True).long() for part in batch)
-        noisy, weights = corrupt(tokens, prompt, answer)
-        return loss_of(self.model, tokens, noisy, weights)
 
     def train(self) -> None:
         """Train until the time is over, all of it or this process's; then save what came of it."""
         args, done = self.args, self.done
         torch.manual_seed(args.seed + done["steps"])
-        loss_of = self.compiled_loss([make_batch(number, args.rows, "train") for number in (0, 1)])
-        self.log(model=self.name, startup_seconds=time.monotonic() - BORN, **done)
+        settings = {"workers": args.workers, "device": self.device, "seed": args.seed}
+        pool = Pool(args.task, args.problems, args.rows, **settings)
+        loss_of = self.compiled_loss(pool)
+        self.log(model=self.name, task=args.task, startup_seconds=time.monotonic() - BORN, **done)
         begun, before = time.monotonic(), done["seconds"]
         tested = saved = begun
         meter = LossMeter(self, begun)
-        for batch in loader(done["steps"], args.rows, args.workers, self.device):
+        while True:
             now = time.monotonic()
             done["seconds"] = before + now - begun
             progress = done["seconds"] / (60 * args.minutes)
             stopped = now - BORN >= 60 * args.stop_after or done["steps"] == args.max_steps
             if progress >= 1 or stopped:
                 break
-            loss = self.loss(loss_of, batch)
+            batch = pool.batch(done["steps"])
+            loss = loss_of(self.model, batch[0], *corrupt(*batch))
             loss.backward()
             self.optimizer.step(schedule(progress))
             done["steps"] += 1
@@ -256,14 +288,14 @@ class Run:
             meter.add(loss, now)
             if now - tested >= TEST_SECONDS:
                 tested = now
-                accuracy = test_accuracy(self.model)
-                self.log(minutes=done["seconds"] / 60, steps=done["steps"], test_accuracy=accuracy)
+                found = self.examine(self.model)
+                self.log(minutes=done["seconds"] / 60, steps=done["steps"], **found)
             if now - saved >= SAVE_SECONDS:
                 saved = now
                 self.save_state()
         self.save_state()
         self.save_model()
-        self.log(**done, finished=progress >= 1, test_accuracy=test_accuracy(self.model))
+        self.log(**done, finished=progress >= 1, **self.examine(self.model))
 
 
 class LossMeter:
@@ -316,12 +348,22 @@ def arguments(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--workers", type=int, default=6)
+    parser.add_argument("--task", choices=TASKS, default="stories")
+    parser.add_argument("--problems", type=int, default=1_000_000, help="how many the pool holds")
+    parser.add_argument(
+        "--examined", type=int, default=200, help="unseen problems that are solved every minute"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(16, os.cpu_count() or 1),
+        help="processes that make the pool",
+    )
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--max-steps", type=int, default=-1)
     parser.add_argument("--log-steps", type=int, default=-1, help="also log every so many steps")
     return parser.parse_args(argv)
