@@ -29,6 +29,7 @@ from .commit import Committer, Launched, sampling_of_work
 from .config import ModelConfig
 from .forward import Forward, Model
 from .graph import Workspace, unwrapped, workspace
+from .parallel import agreed_seed
 from .sampling import RowSampling, Rule, sampling_of, sampling_of_rows
 from .schedule import Row, Schedule, Work
 
@@ -409,6 +410,9 @@ def _opened(
     arguments.function("on_step", on_step)
     arguments.flag("graph", graph)
     sampling = sampling_of(config, rule, score, temperature, top_p, top_k)
+    texts = [(row.text, row.prompt_length) for row in rows]
+    asked = texts, schedule, sorted(stops), graph, on_step is None
+    seed = agreed_seed(model, sampling, seed, *asked)
     samplings = sampling_of_rows(sampling, len(rows), seed)
     listener = None if on_step is None else Listener(on_step)
     for number, (row, of_row) in enumerate(zip(rows, samplings, strict=True)):
