@@ -47,6 +47,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 # Of a sum by symmetric memory; above, bandwidth counts and NCCL is as fast.
 LARGEST_SUM = 16 * 2**20
 ADDRESS = r" at 0x[0-9a-f]+"
+SUMMED = (torch.bfloat16, torch.float32)
 CHUNK_BYTES = 16  # each rank's part of such a sum is a multiple of this
 
 
@@ -79,6 +80,11 @@ class Ranks:
         if self.kind == "cuda":
             self._space = self._symmetric()
 
+    @property
+    def symmetric(self) -> bool:
+        """Whether small sums go by memory that all ranks' GPUs reach."""
+        return self._space is not None
+
     def device(self, wanted: torch.device | str | int | None) -> torch.device:
         """The device asked for, by default this rank's own; ValueError for one of another kind."""
         own = torch.device("cpu")
@@ -102,17 +108,20 @@ class Ranks:
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """What all ranks' tensors of this shape add up to. x may be overwritten."""
-        space = self._space
-        bytes_ = x.numel() * x.element_size()
-        if space is not None and bytes_ <= LARGEST_SUM and bytes_ % (CHUNK_BYTES * self.size) == 0:
-            shared = space[:bytes_].view(x.dtype).view(x.shape)
-            shared.copy_(x)
-            total = torch.empty_like(x, memory_format=torch.contiguous_format)
-            name = self.group.group_name
-            return torch.ops.symm_mem.two_shot_all_reduce_out(shared, "sum", name, total)
-        x = x.contiguous()
-        dist.all_reduce(x, group=self.group)
-        return x
+        if self._space is None or not self._fits(x):
+            x = x.contiguous()
+            dist.all_reduce(x, group=self.group)
+            return x
+        shared = self._space[: x.nbytes].view(x.dtype).view(x.shape)
+        shared.copy_(x)
+        total = torch.empty_like(x, memory_format=torch.contiguous_format)
+        torch.ops.symm_mem.two_shot_all_reduce_out(shared, "sum", self.group.group_name, total)
+        return total
+
+    def _fits(self, x):
+        """Whether symmetric memory adds up such tensors: the same on every rank."""
+        whole_chunks = x.nbytes % (CHUNK_BYTES * self.size) == 0
+        return x.dtype in SUMMED and 0 < x.nbytes <= LARGEST_SUM and whole_chunks
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """[...] of every rank -> [size, ...], in the order of the ranks."""
