@@ -23,7 +23,6 @@ or FILE. With --smoke tiny models run, on a CPU too.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -36,14 +35,13 @@ import tables
 import torch
 import torch.distributed as dist
 from race.shapes import BLOCK, MODELS, TINY
-from torch.distributed.device_mesh import init_device_mesh
 
 from fastdllm import Quota, generate, graph
 from fastdllm.cache import cache_bytes
 from fastdllm.checkpoint import fused_rows
 from fastdllm.families import FAMILIES
 from fastdllm.model import DiffusionTransformer, initialize
-from fastdllm.parallel import Ranks, SplitTransformer
+from fastdllm.parallel import Ranks, SplitTransformer, launched_mesh
 
 ON_GPU = torch.cuda.is_available()
 SPREAD = 1.3  # of a product's outputs
@@ -272,10 +270,9 @@ def main(arguments=None) -> int:
     parser.add_argument("--only", choices=MODELS, action="append", help="this model alone")
     parser.add_argument("--out", type=Path, help="the results file")
     args = parser.parse_args(arguments)
-    kind = "cuda" if ON_GPU else "cpu"
-    if ON_GPU:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    mesh = init_device_mesh(kind, (int(os.environ["WORLD_SIZE"]),))
+    mesh = launched_mesh()
+    if mesh is None:
+        parser.error("start it with torchrun, on two ranks or more")
     ranks = Ranks(mesh)
     device = ranks.device(None)
     rows = []

@@ -15,6 +15,7 @@ A rank that waits longer than TIMEOUT for another raises. One call at a time, on
 """
 
 import hashlib
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastdllm_kernels import Selection, confidence_select
 from fastdllm_kernels.noise import inverse_of_rows
@@ -49,6 +50,18 @@ LARGEST_SUM = 16 * 2**20
 ADDRESS = r" at 0x[0-9a-f]+"
 SUMMED = (torch.bfloat16, torch.float32)
 CHUNK_BYTES = 16  # each rank's part of such a sum is a multiple of this
+
+
+def launched_mesh(device: str | None = None) -> DeviceMesh | None:
+    """The mesh of all processes that torchrun has started, on a GPU each unless `device` says
+    "cpu" or there is none; None without torchrun, or for one process.
+    """
+    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+        return None
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return init_device_mesh("cuda" if on_gpu else "cpu", (int(os.environ["WORLD_SIZE"]),))
 
 
 class Ranks:

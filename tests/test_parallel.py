@@ -3,12 +3,19 @@ way. What the processes do is in parallel_ranks.py.
 """
 
 import dataclasses
+import json
 import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
 
 import parallel_ranks
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
+from test_floors import ROOT
 
 import fastdllm
 from fastdllm import parallel
@@ -21,8 +28,8 @@ WAYS = (
         for family in parallel_ranks.FAMILIES
         for cache in ("none", "prefix", "dual")
     ),
-    *((family, rule) for family in parallel_ranks.FAMILIES for rule in parallel_ranks.RULES),
-    *((family, name) for family in parallel_ranks.FAMILIES for name in parallel_ranks.SAMPLED),
+    *((family, rule) for family in parallel_ranks.UNTIED for rule in parallel_ranks.RULES),
+    *((family, name) for family in parallel_ranks.UNTIED for name in parallel_ranks.SAMPLED),
     *((family, "infill") for family in parallel_ranks.FAMILIES),
 )
 # fp32 sums in another order.
@@ -76,7 +83,7 @@ def test_ranks_decode_what_one_process_does(ranks, alone, way):
 
 def test_what_is_decoded_takes_several_tokens_a_step(alone):
     """Otherwise equal tokens and forwards would say little of the scores."""
-    for family in parallel_ranks.FAMILIES:
+    for family in parallel_ranks.UNTIED:
         assert len({tuple(alone[family, rule][1]) for rule in parallel_ranks.RULES}) > 3
 
 
@@ -166,3 +173,39 @@ def test_parts_of_a_tensor(rank, size, whole, held, wanted):
     ranks = parallel.Ranks.__new__(parallel.Ranks)
     ranks.rank, ranks.size = rank, size
     assert [(part.start, part.stop) for part in ranks.part(whole, held)] == wanted
+
+
+def even_vocabulary(folder):
+    """The embedded LLaDA in a folder, with rows for ids that nobody uses, so that ranks can share
+    it.
+    """
+    shutil.copytree(ROOT / "fastdllm" / "assets" / "tiny-llada", folder)
+    config = json.loads((folder / "config.json").read_text())
+    vocab = config["embedding_size"]
+    more = -vocab % 4
+    assert more
+    state = {
+        name: torch.cat([weight, weight[:more] * 0]) if len(weight) == vocab else weight
+        for name, weight in load_file(folder / "model.safetensors").items()
+    }
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"embedding_size": vocab + more}))
+    return folder
+
+
+def test_the_command_line_under_torchrun_says_what_one_process_says(tmp_path):
+    model = even_vocabulary(tmp_path / "m")
+    question = ["-m", "fastdllm", "generate", "2+3=", "--model", model, "--json"]
+    question += ["--device", "cpu", "--gen-length", "32"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    said = []
+    for command in (question, [*launch, *question]):
+        run = subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=100
+        )
+        assert run.returncode == 0, run.stderr[-2000:]
+        (line,) = run.stdout.splitlines()
+        said.append({name: json.loads(line)[name] for name in ("text", "forwards")})
+    assert said[0] == said[1]
