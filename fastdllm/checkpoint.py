@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import DeviceMesh
 
 from fastdllm_kernels import Fp8Weight
 from fastdllm_kernels.checks import choice
@@ -35,6 +36,7 @@ from .folder import (
     replace_checkpoint,
 )
 from .model import DiffusionTransformer
+from .parallel import Ranks, SplitTransformer, refuse_split
 from .quantize import Fp8Linear, quantize
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -60,6 +62,7 @@ def load(
     device: torch.device | str | int | None = None,
     dtype: torch.dtype | str | None = None,
     weights: str | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> DiffusionTransformer:
     """Load a LLaDA or Dream checkpoint for inference.
 
@@ -70,6 +73,10 @@ def load(
     weight matrix (but the embedding, and a head tied to it) as it is read, and the rows that are
     multiplied by it: half the bytes of bfloat16, for an accuracy that one measures; in float32 it
     gains nothing. The model comes in eval mode, its parameters not requiring gradients.
+
+    mesh: a DeviceMesh of one dimension, in every process of it (torchrun): each rank loads its own
+    part, and the model decodes as one (parallel.py). `generate` and `infill` then run alike on all
+    ranks, and refuse top_p and top_k. ValueError for sizes that do not divide by the ranks.
 
     Raises FileNotFoundError for a folder without a model, ValueError for a checkpoint that does not
     fit (every missing, unexpected and mis-shaped key in one message; files that contradict their
@@ -82,7 +89,8 @@ def load(
     wanted_dtype = dtype_named(dtype)
     if weights not in (None, "fp8"):
         raise ValueError(f"weights: expected None or 'fp8', got {weights!r}")
-    device = _device(device)
+    ranks = None if mesh is None else Ranks(mesh)
+    device = _device(device) if ranks is None else ranks.device(device)
     folder = _folder(path_or_id)
     config_bytes = (folder / CONFIG).read_bytes()
     raw = read_json(folder / CONFIG)
@@ -91,16 +99,19 @@ def load(
     stored = read_headers(folder, raw)
     names = _fitting_names(stored, config, family)
     with torch.device("meta"):
-        model = DiffusionTransformer(config)
+        model = DiffusionTransformer(config) if ranks is None else SplitTransformer(config, ranks)
     if weights:
         quantize(model)
     model.to(dtype=wanted_dtype or _stored_dtype(stored, names)).to_empty(device=device)
     model.requires_grad_(False)
     if config.tie_embeddings:  # to_empty gives each of the two names its own memory
-        model.lm_head.weight = model.embedding.weight
-    _fill(stored, _places(model, names))
+        model.tie_head()
+    _fill(stored, _places(model, names), ranks)
     if (folder / CONFIG).read_bytes() != config_bytes:
         raise RuntimeError(f"{folder}: the checkpoint changed while it was read; load it again")
+    if ranks is not None:
+        ranks.wait()
+        ranks.agree("config.json", device, config)
     return model.eval()
 
 
@@ -118,6 +129,7 @@ def save(model: DiffusionTransformer, folder: str | Path) -> None:
             f"model: expected a DiffusionTransformer, got {type(model).__name__} "
             "(merge an adapter into its model first)"
         )
+    refuse_split(model, "saving")
     if not isinstance(folder, (str, Path)):
         raise TypeError(f"folder: expected a path, got {type(folder).__name__}")
     family = FAMILIES[model.config.family]
@@ -339,15 +351,24 @@ def fused_rows(config: ModelConfig, name: str, parameter: torch.Tensor | Fp8Weig
     return [parameter.shape[0]]
 
 
-def _fill(stored: Mapping[str, Stored], places: Mapping[str, Any]) -> None:
-    """Copy every stored tensor to its place, file by file; ValueError for what is not finite."""
+def _fill(
+    stored: Mapping[str, Stored], places: Mapping[str, Any], ranks: Ranks | None = None
+) -> None:
+    """Copy every stored tensor, or this rank's part of it, to its place, file by file. ValueError
+    for what is not finite.
+    """
     by_file: dict[Path, list[str]] = {}
     for name in places:
         by_file.setdefault(stored[name].file, []).append(name)
     for file, names in by_file.items():
         with opened(file) as tensors:
             for name in names:
-                place = places[name].copy_(tensors.get_tensor(name))
+                place = places[name]
+                if ranks is None:
+                    place.copy_(tensors.get_tensor(name))
+                else:
+                    part = ranks.part(stored[name].shape, place.shape)
+                    place.copy_(tensors.get_slice(name)[part])
                 # Of fp8 weights the scales: a row's is NaN if one of its weights is.
                 written = getattr(place, "scale", place)
                 if not torch.isfinite(written).all():

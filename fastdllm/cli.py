@@ -12,13 +12,21 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import (
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 import fastdllm
 from fastdllm_kernels import backend
@@ -26,6 +34,7 @@ from fastdllm_kernels import backend
 from . import display, text
 from .families import FAMILIES
 from .options import UsageError, choose_rule
+from .parallel import launched_mesh
 from .parser import parser
 
 INTERRUPTED = 130
@@ -64,13 +73,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def generate(args: Namespace) -> None:
-    """Decode the prompts and show each run; with --compare, a vanilla run of each before."""
+    """Decode the prompts and show each run; with --compare, a vanilla run of each before.
+
+    Processes that torchrun started decode with one model together, and the first shows the runs.
+    """
+    mesh = launched_mesh(args.device)
+    if mesh is None:
+        _generate(args)
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        with redirect_stdout(nowhere) if mesh.get_local_rank() else nullcontext():
+            _generate(args, mesh)
+    torch.distributed.destroy_process_group()
+
+
+def _generate(args: Namespace, mesh: DeviceMesh | None = None) -> None:
     rule, words = choose_rule(vars(args))
     setting = Setting(args.cache, rule, f"Fast-dLLM: cache {args.cache}, {words}")
     prompts = _prompts(args)
-    loaded = text.load(args.model, args.device, args.dtype)
+    loaded = text.load(args.model, args.device, args.dtype, mesh)
     encoded = [_encode(loaded, prompt, args.raw) for prompt in prompts]
-    view = _view(args.no_color, args.json)
+    # No frames on several ranks: they would be told of steps on the first alone.
+    view = _view(args.no_color or mesh is not None, args.json)
     if args.compare or loaded.model.device.type == "cuda":
         # Kernels compile and threads start on their first use: that belongs to no run's time.
         _decode(args, loaded, encoded[0], Setting(args.cache, fastdllm.Quota(2), "warm-up"))

@@ -13,6 +13,7 @@ from fastdllm_kernels import Selection
 from fastdllm_kernels.rules import Kept, branch_of, memory_of, new_memory
 
 from .forward import PATIENCE, Forward
+from .parallel import selection_of
 from .sampling import Columns, RowSampling, Sampling, row_columns, select
 from .schedule import Row, Work
 
@@ -64,6 +65,7 @@ class Committer:
 
     def __init__(self, forward: Forward, mask_id: int):
         self.forward = forward
+        self.decide = selection_of(forward.model)
         self.mask_id = mask_id
         # What rules of a class keep of each slot's block from step to step, by name.
         self._memories: dict[type, dict[str, tuple[Kept, torch.Tensor]]] = {}
@@ -155,7 +157,9 @@ class Committer:
         if branch_of(sampling.rule) is None:
             faults = torch.zeros(len(tokens), dtype=torch.int32, device=tokens.device)
         mask_id = self.mask_id
-        selection = select(sampling, of_rows, logits, tokens, candidates, mask_id, held, faults)
+        selection = select(
+            sampling, of_rows, logits, tokens, candidates, mask_id, held, faults, self.decide
+        )
         self.forward.canvas[place] = tokens
         for name, (kept, of_slots) in memory.items():
             block_is_done = selection.remaining[:, None] == 0

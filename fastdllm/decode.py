@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastdllm_kernels import Threshold
+from fastdllm_kernels import Threshold, confidence_select
 from fastdllm_kernels.backend import forced
 from fastdllm_kernels.checks import FLOATS
 from fastdllm_kernels.compiling import side_by_side
@@ -29,6 +29,7 @@ from .commit import Committer, Launched, sampling_of_work
 from .config import ModelConfig
 from .forward import Forward, Model
 from .graph import Workspace, unwrapped, workspace
+from .parallel import agreed_seed
 from .sampling import RowSampling, Rule, sampling_of, sampling_of_rows
 from .schedule import Row, Schedule, Work
 
@@ -133,7 +134,9 @@ class Decoder:
     def _compile(self, rows, works):
         with self.forward.space.uncaptured():
             logits = self.forward.run([row.slot for row in rows], works)
-        if branch_of(rows[0].options.sampling.sampling.rule):
+        # A rule in PyTorch, and a part of a vocabulary, are decided by what the kernels would leave.
+        decided_by_kernels = branch_of(rows[0].options.sampling.sampling.rule)
+        if decided_by_kernels and self.committer.decide is confidence_select:
             self.committer.launch(rows, works, logits[: len(rows)])
 
     def admit(self, row: Row) -> None:
@@ -409,6 +412,9 @@ def _opened(
     arguments.function("on_step", on_step)
     arguments.flag("graph", graph)
     sampling = sampling_of(config, rule, score, temperature, top_p, top_k)
+    texts = [(row.text, row.prompt_length) for row in rows]
+    asked = texts, schedule, sorted(stops), graph, on_step is None
+    seed = agreed_seed(model, sampling, seed, *asked)
     samplings = sampling_of_rows(sampling, len(rows), seed)
     listener = None if on_step is None else Listener(on_step)
     for number, (row, of_row) in enumerate(zip(rows, samplings, strict=True)):

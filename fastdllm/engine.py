@@ -39,6 +39,7 @@ from .decode import (
 )
 from .forward import Forward, Model
 from .graph import Workspace
+from .parallel import refuse_split
 from .sampling import Rule, sampling_of, sampling_of_rows
 from .schedule import Row
 from .warming import Progress, WarmUp, example_prompts, shown, warm_forward
@@ -242,6 +243,7 @@ class Engine:
         how many rows would fit, before anything is allocated.
         """
         model = checked_model(model)
+        refuse_split(model, "an Engine, whose requests come when they come")
         config = model.config
         arguments.integer("rows", rows, 1)
         arguments.integer("positions", positions, 2)

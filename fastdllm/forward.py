@@ -19,6 +19,7 @@ from fastdllm_kernels.backend import forced
 from .cache import KVCache, Packing, Shape, Span
 from .config import ModelConfig
 from .graph import Workspace
+from .parallel import columns_of, wait_for
 from .schedule import Work
 
 # Up to so many tokens, by kind of device, a forward waits for its launches (20 to 37 ms of them for
@@ -91,7 +92,9 @@ class Forward:
     ):
         self.model = model
         self.config = model.config
+        self.columns = columns_of(model)
         self.space = space
+        space.synchronize = wait_for(model)
         self.block_length = block_length
         device = model.device
         # The margin lets a short last block be read and written back at the full block length.
@@ -108,7 +111,7 @@ class Forward:
             allocate=functools.partial(space.tensor, "cache"),
         )
         if space.captures:
-            logits = slots * block_length * self.config.vocab_size
+            logits = slots * block_length * self.columns
             space.tensor("output", logits, dtype=model.dtype, device=device)
         # What captured forwards have in common.
         self.key = self.canvas.shape, self.cache.data.shape, block_length, self.config, forced()
@@ -160,7 +163,7 @@ class Forward:
         """Where the logits [rows, width, V] of a captured forward lie; without captures a new
         tensor.
         """
-        vocab, dtype, device = self.config.vocab_size, self.model.dtype, self.model.device
+        vocab, dtype, device = self.columns, self.model.dtype, self.model.device
         if self.space.captures:
             return self.space.tensor("output", rows, width, vocab, dtype=dtype, device=device)
         return torch.zeros(rows, width, vocab, dtype=dtype, device=device)

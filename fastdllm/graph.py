@@ -74,6 +74,7 @@ class Workspace:
         self.steps: OrderedDict[Hashable, Captured] = OrderedDict()
         self.uses: Counter = Counter()
         self.lock = threading.Lock()
+        self.synchronize: Callable = torch.cuda.Stream.synchronize
         self.capture_seconds = 0.0
         # Pinned memory by shape and dtype, and how much of it was given out since the last wait.
         self._buffers: dict = {}
@@ -200,7 +201,7 @@ class Workspace:
     def wait(self) -> None:
         """Until everything launched so far has been computed and has arrived."""
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+            self.synchronize(torch.cuda.current_stream(self.device))
             self._taken.clear()
 
 

@@ -138,6 +138,10 @@ class DiffusionTransformer(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
 
+    def tie_head(self) -> None:
+        """Make the head the embedding's weight again, where something gave it memory of its own."""
+        self.lm_head.weight = self.embedding.weight
+
     @property
     def device(self) -> torch.device:
         """Where the weights lie; the embedding's come first."""

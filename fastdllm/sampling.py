@@ -238,13 +238,14 @@ def select(
     mask_id: int,
     memory: Mapping[str, torch.Tensor] | None = None,
     faults: torch.Tensor | None = None,
+    decide: Callable[..., Selection] = confidence_select,
 ) -> Selection:
     """Propose, score and commit for rows of one kind: logits [R, T, V]; of tokens [R, T] int64
     those that are candidates [R, T] bool may be committed, in place.
 
     columns: of `row_columns`, on the device, and "step" [R] int64, the forwards in the row's block.
     memory: what the rule keeps, [R, T] tensors by name, updated; empty for most. faults: as in
-    `confidence_select`.
+    `confidence_select`. decide: that, or what does the same for a part of the vocabulary.
     A rule that is a function is called with these rows; TypeError says what is no mask at all.
     """
     rule = sampling.rule
@@ -257,7 +258,7 @@ def select(
     }
     if "top_p" in columns:  # 0 while the selection is captured
         numbers["top_p"] = numbers["top_p"].clamp(min=SMALLEST_TOP_P)
-    return confidence_select(
+    return decide(
         logits,
         tokens,
         mask_id=mask_id,

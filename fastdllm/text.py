@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import checkpoint
 from .families import FAMILIES
@@ -72,12 +73,18 @@ class TextModel:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
-def load(name: str, device: str | None = None, dtype: str | None = None) -> TextModel:
+def load(
+    name: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    mesh: DeviceMesh | None = None,
+) -> TextModel:
     """A model and its tokenizer, both from `name`: an embedded model, a folder or a hub id.
 
     device: "cpu", "cuda" or "cuda:N"; default a GPU where there is one. dtype: a word that
-    `checkpoint.dtype_named` knows; default float32 on a CPU and bfloat16 on a GPU. UsageError for
-    other words, RuntimeError with the cause where the model cannot be loaded.
+    `checkpoint.dtype_named` knows; default float32 on a CPU and bfloat16 on a GPU. mesh: as
+    in `fastdllm.load`. UsageError for other words, RuntimeError with the cause where the model
+    cannot be loaded.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,7 +94,7 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> Text
     wanted = named("dtype", read_dtype, dtype)
     source = str(ASSETS / name) if name in EMBEDDED else name
     try:
-        model = checkpoint.load(source, device=place, dtype=wanted)
+        model = checkpoint.load(source, device=place, dtype=wanted, mesh=mesh)
         return TextModel(model, load_tokenizer(source, model.config.family))
     except Exception as error:
         raise RuntimeError(f"cannot load {name}: {one_line(error)}") from error

@@ -28,6 +28,7 @@ FLOORS = {
     "fastdllm.model": 3,
     "fastdllm.families": 3,
     "fastdllm.checkpoint": 3,
+    "fastdllm.parallel": 3,
     "fastdllm.quantize": 3,
     "fastdllm.arguments": 4,
     "fastdllm.schedule": 4,

@@ -702,7 +702,7 @@ def test_draws_agree_between_kernel_and_reference(triton_backend, device):
 
 
 @pytest.mark.parametrize("parts, mask_id", [(1, None), (2, 40), (4, 0), (8, 201)])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("temperature", [0.0, 0.8, [0.0, 0.8, 1.0, 0.0, 0.5]], ids=str)
 def test_partials_of_a_split_vocabulary_merge_to_the_whole(
     either_backend, device, dtype, parts, mask_id, temperature
 ):
@@ -713,6 +713,8 @@ def test_partials_of_a_split_vocabulary_merge_to_the_whole(
     each = 2 * math.ceil(V / parts / 2)
     seed = torch.arange(N, device=device) + 2**35
     position = torch.arange(N, device=device) * 3
+    if isinstance(temperature, list):
+        temperature = torch.tensor(temperature, device=device)
     draw = dict(temperature=temperature, seed=seed, position=position)
     partials = [
         fk.token_confidence_partials(

@@ -402,7 +402,7 @@ def confidence_select_reference(
     faults=None,
 ):
     """See `confidence_select`."""
-    return _select_with(
+    return select_with(
         token_confidence_reference,
         logits,
         tokens,
@@ -422,11 +422,14 @@ def confidence_select_reference(
     )
 
 
-def _select_with(
-    propose, logits, tokens, rule, candidates, step, memory, faults, **options
+def select_with(
+    propose, logits, tokens, rule, candidates, step, memory, faults, agreed=None, **options
 ) -> Selection:
     """confidence_select in two parts: `propose` (token_confidence or its reference), then the rule
     in PyTorch.
+
+    agreed: of several processes that decide the same rows, what makes one of each one's mask and
+    faults; None where there is nobody else.
     """
     rows, width, vocab = logits.shape
     candidates = tokens == options["mask_id"] if candidates is None else candidates
@@ -437,7 +440,15 @@ def _select_with(
     position = torch.arange(width, device=tokens.device).repeat(rows)
     best = propose(logits.reshape(-1, vocab), position=position, **options)
     commit = commit_of(rule, best.token_ids.reshape(tokens.shape), memory, faults)
-    return commit_proposals(commit, best.token_ids, best.score, tokens, candidates, step)
+
+    def commit_alike(*inputs):
+        mask = agreed(commit(*inputs))
+        if faults is not None:
+            faults.copy_(agreed(faults))
+        return mask
+
+    decide = commit if agreed is None else commit_alike
+    return commit_proposals(decide, best.token_ids, best.score, tokens, candidates, step)
 
 
 def commit_proposals(commit, token_ids, score, tokens, candidates, step) -> Selection:
@@ -556,12 +567,13 @@ def _run_confidence(*arguments):
         from .select_triton import launch_confidence
 
         return launch_confidence(scoring, rows)
+    sampling = _sampling_of(scoring)
     if scoring.score is None:
         *values, token_ids, has_nan = token_confidence_partials_reference(
             scoring.logits,
             vocab_start=rows.vocab_start,
             mask_id=scoring.mask_id,
-            temperature=scoring.temperature,
+            temperature=sampling["temperature"],
             seed=scoring.seed_number if scoring.seed is None else scoring.seed,
             position=rows.position,
             vocab_size=scoring.vocab_size,
@@ -573,7 +585,7 @@ def _run_confidence(*arguments):
         score=scoring.score,
         position=rows.position,
         vocab_size=scoring.vocab_size,
-        **_sampling_of(scoring),
+        **sampling,
         return_logsumexp=True,
         return_entropy=True,
         return_margin=True,
@@ -680,7 +692,7 @@ def confidence_select(
     )
     checks.tensor("faults", faults, (torch.int32,), tokens.shape[:1], tokens.device, optional=True)
     if branch_of(rule) is None or backend.wants_derivative("confidence_select", logits):
-        return _select_with(
+        return select_with(
             token_confidence,
             logits,
             tokens,
@@ -814,10 +826,10 @@ def token_confidence_partials(
     size V leaves a device.
 
     logits [N, V_part]: columns vocab_start .. vocab_start + V_part of the whole matrix; vocab_start
-    is even, as two columns share a draw. mask_id is an id of the whole vocabulary; seed and
-    position must be those of the other parts: then the merged proposals and draws are those of
-    `token_confidence` on the whole. vocab_size: this part's entries past it are padding. Returns
-    Partials. Raises as `token_confidence` does.
+    is even, as two columns share a draw. mask_id is an id of the whole vocabulary; temperature (a
+    number, or [N] float32), seed and position must be those of the other parts: then the merged
+    proposals and draws are those of `token_confidence` on the whole. vocab_size: this part's
+    entries past it are padding. Returns Partials. Raises as `token_confidence` does.
     """
     vocab_size = _check_logits(logits, 2, None, "confidence", vocab_size)
     if checks.integer("vocab_start", vocab_start, 0, MOST_IDS - logits.shape[1]) % 2:
@@ -826,7 +838,6 @@ def token_confidence_partials(
         checks.integer("mask_id", mask_id, 0, MOST_IDS - 1)
         if mask_id == vocab_start:  # as in the whole, another must be there to propose
             checks.integer("vocab_size", vocab_size, 2)
-    checks.number("temperature", temperature, at_least=0)
     sampling = _sampling(logits, "confidence", temperature, None, None, False, seed)
     checks.tensor(
         "position", position, (torch.int64,), logits.shape[:1], logits.device, optional=True
