@@ -134,7 +134,7 @@ class Decoder:
     def _compile(self, rows, works):
         with self.forward.space.uncaptured():
             logits = self.forward.run([row.slot for row in rows], works)
-        # A rule in PyTorch, and a part of a vocabulary, are decided by what the kernels would leave.
+        # A rule in PyTorch and a part of a vocabulary are decided by what kernels would leave.
         decided_by_kernels = branch_of(rows[0].options.sampling.sampling.rule)
         if decided_by_kernels and self.committer.decide is confidence_select:
             self.committer.launch(rows, works, logits[: len(rows)])
