@@ -242,24 +242,13 @@ class SplitTransformer(DiffusionTransformer):
         return torch.cat(list(self.ranks.gather(super().logits(tokens).contiguous())), dim=-1)
 
     def select(
-        self, logits, tokens, *, rule, candidates, step, memory, faults, **options
+        self, logits: torch.Tensor, tokens: torch.Tensor, *, rule: Any, **options: Any
     ) -> Selection:
         """confidence_select for logits [B, T, columns] of this rank's part of the vocabulary, all
         arguments given; the same Selection on every rank.
         """
         agreed = self.ranks.first if branch_of(rule) is None else None
-        return select_with(
-            self._propose,
-            logits,
-            tokens,
-            rule,
-            candidates,
-            step,
-            memory,
-            faults,
-            agreed=agreed,
-            **options,
-        )
+        return select_with(self._propose, logits, tokens, rule, agreed=agreed, **options)
 
     def _propose(
         self, logits, *, mask_id, score, temperature, top_p, top_k, filtered_score, seed, position

@@ -18,10 +18,9 @@ in problems.py.
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 
-from tiny_models.problems import NAMES, SPLITS, Draw, Problem, split_of
+from tiny_models.problems import NAMES, Draw, Problem, drawing, split_of
 
 RESULTS = (8, 20)
 # Units modulo 100: every number on the counter stays as likely as any other.
@@ -145,14 +144,7 @@ def make_problem(index: int, split: str) -> Chain:
     """Problem number `index` (0, 1, ...) of a split, "train" or "test"; the same one on every
     machine and Python.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
-    rng = random.Random(2 * index + (split == "test"))
-    uniform = rng.random
-
-    def draw(low: int, high: int) -> int:
-        return low + int(uniform() * (high - low + 1))
-
+    _, draw = drawing(index, split)
     while True:
         steps = draw_steps(draw)
         question = question_of(steps)

@@ -335,9 +335,9 @@ def split_of(template: str, given: tuple[int, ...]) -> str:
     return "test" if mixed >> 26 == 0 else "train"
 
 
-def draw_numbers(index: int, split: str) -> tuple[Template, dict[str, int], random.Random]:
-    """The template and numbers of problem `index`, and the generator that goes on to draw its names
-    and things.
+def drawing(index: int, split: str) -> tuple[random.Random, Draw]:
+    """The generator of problem `index` of a split, and what draws an integer of low .. high from
+    it, the same ones on every machine and Python.
     """
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
@@ -347,6 +347,14 @@ def draw_numbers(index: int, split: str) -> tuple[Template, dict[str, int], rand
     def draw(low: int, high: int) -> int:
         return low + int(uniform() * (high - low + 1))
 
+    return rng, draw
+
+
+def draw_numbers(index: int, split: str) -> tuple[Template, dict[str, int], random.Random]:
+    """The template and numbers of problem `index`, and the generator that goes on to draw its names
+    and things.
+    """
+    rng, draw = drawing(index, split)
     while True:
         template = TEMPLATES[draw(0, len(TEMPLATES) - 1)]
         numbers = template.numbers(draw)
